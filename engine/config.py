@@ -1,0 +1,73 @@
+"""Every setting of the engine, each default once. `None` means: resolved at load from the model and the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import ConfigError
+
+MIB = 1 << 20
+
+Device = Literal["cpu", "cuda"]
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. `max_` limits are inclusive. `validate()` raises ConfigError."""
+
+    model: str  # folder with a transformers checkpoint
+    tokenizer: str | None = None  # folder; None: the model's
+    device: Device = "cpu"
+    dtype: DType = "auto"  # auto: what the checkpoint says
+    max_model_len: int | None = None  # tokens of prompt and output; None: what the model was made for
+    block_size: int = 16  # P, tokens of KV cache in one block
+    kv_cache_bytes: int | None = None  # None: 256 MiB on the CPU, what is left of the memory on a GPU
+    max_num_seqs: int = 64  # running sequences
+    max_num_batched_tokens: int = 1024  # rows of one step
+    max_queued_requests: int = 1024  # waiting requests; one more is refused with QueueFull
+    adapter_bytes: int = 512 * MIB  # resident adapters, true rank, as packed
+    max_resident_adapters: int = 256  # LoRA slots, without the base
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True  # off: a prompt is computed in one step or waits for a free one
+    pipeline_depth: int = 1  # plans in flight
+    num_threads: int | None = None  # of torch on the CPU; None: as torch finds the machine
+
+    def validate(self) -> None:
+        """Raises: ConfigError naming the setting, its value, the limit and the remedy."""
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        if self.adapter_bytes < 0 or self.max_resident_adapters < 0:
+            raise ConfigError(
+                f"adapter_bytes={self.adapter_bytes} and max_resident_adapters={self.max_resident_adapters} "
+                "must not be negative; 0 turns LoRA off"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
+                "a step must be able to decode every running sequence; raise the first or lower the second"
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device={self.device!r} is not one of 'cpu', 'cuda'")
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+
+_POSITIVE = (
+    "max_model_len",
+    "block_size",
+    "kv_cache_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_queued_requests",
+    "pipeline_depth",
+    "num_threads",
+)

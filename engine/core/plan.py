@@ -1,0 +1,153 @@
+"""A step as a value: the whole device step in order, and what came of it. Frozen, picklable, standard library only.
+
+The runner executes a plan strictly in this order:
+  1. `ends`         forget the state kept for these sequences
+  2. `adapter_ops`  evict and load adapters (LoRA slots)
+  3. `block_copies` copy-on-write copies of KV blocks
+  4. `starts`       remember prompt, outputs so far and parameters of sequences that join
+  5. `slices`       one forward over all rows; a sample from the last row of each slice that asks for one
+
+Workers of a tensor-parallel group see plans and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from engine.request import SamplingParams, TokenLogprobs
+
+NO_LORA = 0  # LoRA slot 0 is the base model
+
+
+class RowOutput(Enum):
+    """What the last row of a slice puts out."""
+
+    NONE = "none"
+    SAMPLE = "sample"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRef:
+    """An input token that is not known on the host yet: the sample of row `row` of plan `plan_id`, still in flight."""
+
+    plan_id: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy all layers of KV block `src` to block `dst` (copy-on-write)."""
+
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """Start copying the host image of `adapter` to the device and bind it to `lora_slot`.
+
+    No slice names the slot until the copy has been reported by `StepResult.copied`.
+    """
+
+    adapter: str
+    lora_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvict:
+    """Unbind `adapter` from `lora_slot`. No plan in flight names the slot."""
+
+    adapter: str
+    lora_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """What the sampler must know of a sequence that joins (or joins again after preemption)."""
+
+    seq_id: int
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]  # already produced: counted by penalties
+    params: SamplingParams
+    seed: int
+    sample_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSlice:
+    """The rows of one sequence in one step: tokens at positions position .. position + len(tokens) - 1.
+
+    KV slot of the token at position p: block_table[p // P] * P + p % P; the table covers every position read.
+    """
+
+    seq_id: int
+    row_start: int  # first row of this slice in the flattened batch
+    token_ids: tuple[int | TokenRef, ...]
+    position: int  # of the first token; all earlier positions have their KV already
+    block_table: tuple[int, ...]
+    lora_slot: int
+    output: RowOutput
+    output_position: int  # index in the output of the token that would be sampled: keys the random number
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def row_end(self) -> int:
+        return self.row_start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegment:
+    """Rows row_start .. row_end - 1 use the adapter in `slot`. Rows of no segment are the base model's."""
+
+    row_start: int
+    row_end: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One device step."""
+
+    plan_id: int  # consecutive
+    slices: tuple[SequenceSlice, ...] = ()
+    lora_segments: tuple[LoraSegment, ...] = ()  # ascending, disjoint, neighbours of one slot merged
+    starts: tuple[SequenceStart, ...] = ()
+    ends: tuple[int, ...] = ()  # seq ids
+    adapter_ops: tuple[AdapterLoad | AdapterEvict, ...] = ()
+    block_copies: tuple[BlockCopy, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.slices[-1].row_end if self.slices else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one sampling slice produced: 0..k accepted tokens (more than one only with speculation)."""
+
+    seq_id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str | None = None  # this sequence alone failed (e.g. logits were not finite)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a plan produced. `samples` follow the order of the plan's sampling slices."""
+
+    plan_id: int
+    samples: tuple[Sample, ...] = ()
+    copied: tuple[str, ...] = ()  # adapters whose copy event has fired since the last result
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvents:
+    """What happened outside since the last schedule: the scheduler has no clock of its own."""
+
+    time_ns: int = 0
+    aborts: tuple[str, ...] = ()  # request ids whose caller went away
+    copied: tuple[str, ...] = ()  # adapters whose copy event fired outside any StepResult
