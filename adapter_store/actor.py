@@ -1,0 +1,167 @@
+"""The adapter store as a detached, named Ray actor: one per cluster and configuration. The only module with ray.
+
+The actor's name holds the protocol version and a digest of its configuration: programs of two versions, or with other
+sources, get two stores and never talk past each other; the one nobody calls any more leaves after `idle_exit_s`.
+A restarted actor begins empty: names, images and leases are found again from the sources on demand, specs are
+registered again by the callers (SpecUnknown), and `heartbeat` tells owners which leases are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import GetTimeoutError, RayError
+
+from adapter_store.records import AdapterPage, AdapterRecord, Lease, StoreConfig, StoreStatus
+from adapter_store.sources.base import SourceConfig, open_source
+from adapter_store.store import AdapterStore
+
+PROTOCOL_VERSION = 1  # rises with every change to what the actor's methods take and return
+NAMESPACE = "chorus"
+NAME = "adapter-store"
+IDLE_EXIT_S = 300.0
+_LOOK_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
+
+
+class RayBlobs:
+    """Images in Ray's object store. This process owns them: they die with it, which consumers treat as a miss."""
+
+    async def put(self, data: NDArray[np.uint8]) -> Any:
+        """Copies `data` into shared memory, in a thread: the first touch of fresh pages takes a while."""
+        return await asyncio.to_thread(ray.put, data)
+
+    async def has(self, handle: Any) -> bool:
+        """A get on the own node maps the pages, it copies nothing; what was spilled is brought back."""
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(handle.future()), _LOOK_TIMEOUT_S)
+        except (TimeoutError, GetTimeoutError):
+            return True  # on its way back from disk
+        except RayError:
+            return False
+        return True
+
+    def drop(self, handle: Any) -> None:
+        """Nothing to do: Ray frees the object with its last reference."""
+
+
+class AdapterStoreActor:
+    """`AdapterStore` behind remote calls: the same methods, plus `protocol_version` and the idle exit."""
+
+    def __init__(
+        self, sources: tuple[SourceConfig, ...], config: StoreConfig, idle_exit_s: float = IDLE_EXIT_S
+    ) -> None:
+        self._store = AdapterStore([open_source(source) for source in sources], RayBlobs(), config)
+        self._idle_exit_s = idle_exit_s
+        self._called_at = time.monotonic()
+        self._calls = 0  # under way
+        self._watch = asyncio.get_event_loop().create_task(self._leave_when_idle())
+
+    async def protocol_version(self) -> int:
+        """What this actor speaks."""
+        return PROTOCOL_VERSION
+
+    async def register_spec(self, spec: Mapping[str, Any]) -> str:
+        """See `AdapterStore.register_spec`."""
+        return await self._answer(self._store.register_spec(spec))
+
+    async def resolve(self, name: str, source: str | None = None) -> AdapterRecord:
+        """See `AdapterStore.resolve`."""
+        return await self._answer(self._store.resolve(name, source))
+
+    async def refresh(self, name: str, source: str | None = None) -> AdapterRecord:
+        """See `AdapterStore.refresh`."""
+        return await self._answer(self._store.refresh(name, source))
+
+    async def prefetch(self, name: str, spec_digest: str | None = None, source: str | None = None) -> None:
+        """See `AdapterStore.prefetch`."""
+        await self._answer(self._store.prefetch(name, spec_digest, source))
+
+    async def acquire(
+        self, name: str, spec_digest: str, owner: str, version: str | None = None, source: str | None = None
+    ) -> Lease:
+        """See `AdapterStore.acquire`; `image` is an ObjectRef of the uint8 array."""
+        return await self._answer(self._store.acquire(name, spec_digest, owner, version, source))
+
+    async def release(self, version: str, owner: str) -> None:
+        """See `AdapterStore.release`."""
+        await self._answer(self._store.release(version, owner))
+
+    async def heartbeat(self, owner: str, versions: tuple[str, ...]) -> tuple[str, ...]:
+        """See `AdapterStore.heartbeat`."""
+        return await self._answer(self._store.heartbeat(owner, versions))
+
+    async def list_adapters(self, cursor: str | None = None, limit: int = 100) -> AdapterPage:
+        """See `AdapterStore.list_adapters`."""
+        return await self._answer(self._store.list_adapters(cursor, limit))
+
+    async def status(self) -> StoreStatus:
+        """See `AdapterStore.status`."""
+        return await self._answer(self._store.status())
+
+    async def leave(self) -> None:
+        """Ends this actor for good; the next `get_or_create_store` makes a new one. The caller sees it die.
+
+        `ray.actor.exit_actor` is not enough: it may only be called in a task, and a retry of that task restarts the
+        actor. `ray.kill` also says that nothing is to be restarted.
+        """
+        await self._store.close()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+    async def _answer(self, call: Awaitable[T]) -> T:
+        self._calls += 1
+        self._called_at = time.monotonic()
+        try:
+            return await call
+        finally:
+            self._calls -= 1
+            self._called_at = time.monotonic()
+
+    def _is_idle(self) -> bool:
+        return not self._calls and time.monotonic() - self._called_at >= self._idle_exit_s
+
+    async def _leave_when_idle(self) -> None:
+        while not self._is_idle():
+            await asyncio.sleep(max(0.05, self._called_at + self._idle_exit_s - time.monotonic()))
+        await self.leave()
+
+
+def store_name(sources: tuple[SourceConfig, ...], config: StoreConfig, name: str = NAME) -> str:
+    """The actor's full name: `name`, the protocol version, and a digest of what it is configured with."""
+    described = repr(([asdict(source) for source in sources], asdict(config)))
+    return f"{name}.v{PROTOCOL_VERSION}.{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+
+
+def get_or_create_store(
+    sources: tuple[SourceConfig, ...],
+    config: StoreConfig | None = None,
+    *,
+    namespace: str = NAMESPACE,
+    name: str = NAME,
+    idle_exit_s: float = IDLE_EXIT_S,
+) -> Any:
+    """A handle of the cluster's store with this configuration; the first caller starts it, all others share it.
+
+    A handle outlives a crash of the actor (it is restarted), but not its idle exit: on ActorDiedError get a new one.
+    """
+    config = config or StoreConfig()
+    actor = ray.remote(AdapterStoreActor).options(
+        name=store_name(sources, config, name),
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=3,  # a call under way when the actor dies is made again; every method may be repeated
+        max_concurrency=1000,
+    )
+    return actor.remote(sources, config, idle_exit_s)

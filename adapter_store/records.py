@@ -1,0 +1,153 @@
+"""What passes between the store and its callers: plain, frozen, picklable values. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from adapter_store.errors import AdapterNameInvalid, StoreConfigInvalid
+
+MAX_NAME_CHARS = 200
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_name(name: str) -> str:
+    """Returns `name` when it is an adapter name: `[A-Za-z0-9][A-Za-z0-9._-]*` parts, joined by single slashes.
+
+    Raises: AdapterNameInvalid. Checked before a name becomes part of any path or key.
+    """
+    if not isinstance(name, str):
+        raise AdapterNameInvalid(str(name), "a name is a string")
+    if not name or len(name) > MAX_NAME_CHARS:
+        raise AdapterNameInvalid(name, f"it has {len(name)} characters, a name has 1 to {MAX_NAME_CHARS}")
+    for part in name.split("/"):
+        if ".." in part:
+            raise AdapterNameInvalid(name, "'..' is not allowed")
+        if not _SEGMENT.fullmatch(part):
+            raise AdapterNameInvalid(
+                name,
+                f"the part {part!r} must begin with a letter or digit and hold only letters, digits, '.', '_', '-'",
+            )
+    return name
+
+
+def version_digest(source: str, name: str, etags: Iterable[tuple[str, str]]) -> str:
+    """The version of an adapter: sha256 (hex) over its source, its name and the sorted (file name, ETag) pairs."""
+    hasher = hashlib.sha256()
+    for part in (source, name, *(text for pair in sorted(etags) for text in pair)):
+        encoded = part.encode()
+        hasher.update(len(encoded).to_bytes(8, "little") + encoded)  # lengths, so that no two lists hash alike
+    return hasher.hexdigest()
+
+
+class AdapterState(StrEnum):
+    """Where an image is, as the store sees it."""
+
+    COLD = "cold"  # only in its source
+    FETCHING = "fetching"  # being read, checked and packed
+    HOST = "host"  # packed, in host memory
+    FAILED = "failed"  # refused or unreachable, remembered for a while
+
+
+TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
+    AdapterState.COLD: frozenset({AdapterState.FETCHING}),
+    AdapterState.FETCHING: frozenset({AdapterState.HOST, AdapterState.FAILED, AdapterState.COLD}),
+    AdapterState.HOST: frozenset({AdapterState.COLD}),
+    AdapterState.FAILED: frozenset({AdapterState.FETCHING, AdapterState.COLD}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecord:
+    """What is known of one adapter. `version`, `rank` and `num_bytes` are None until they are known."""
+
+    name: str
+    source: str
+    version: str | None
+    state: AdapterState = AdapterState.COLD
+    rank: int | None = None
+    num_bytes: int | None = None
+    reason: str | None = None  # why it is FAILED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A held image. It stays until `release`, or until `ttl_s` pass without a heartbeat of its owner."""
+
+    name: str
+    version: str
+    source: str
+    owner: str
+    spec_digest: str
+    manifest: dict[str, Any]
+    image: Any  # the BlobStore's handle: an array, or an ObjectRef of one
+    num_bytes: int
+    rank: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPage:
+    """One page of a listing; `next_cursor` None means the end."""
+
+    records: tuple[AdapterRecord, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStatus:
+    """Counters and sizes, for metrics and the console."""
+
+    host_bytes: int
+    host_used_bytes: int
+    host_leased_bytes: int
+    num_images: int
+    num_leases: int
+    num_fetching: int
+    num_failed: int
+    num_specs: int
+    sources: tuple[str, ...]
+    hits: int
+    misses: int
+    fetches: int
+    fetched_bytes: int
+    evictions: int
+    rejections: int
+    uptime_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """The store's settings. Sizes are inclusive limits in bytes, times are seconds."""
+
+    host_bytes: int = 1 << 30  # budget of all packed images; keep it below Ray's object store
+    max_adapter_bytes: int = 256 << 20  # of one adapter: its weights file, and its packed image
+    max_rank: int = 512
+    lease_ttl_s: float = 30.0
+    refresh_s: float = 10.0  # a re-uploaded adapter is seen within this
+    missing_ttl_s: float = 1.0  # a name that was not there is asked for again after this
+    failure_ttl_s: float = 30.0  # a refused adapter is looked at again after this
+    unavailable_ttl_s: float = 2.0  # a source that was down is asked again after this
+    stat_timeout_s: float = 5.0
+    fetch_timeout_s: float = 120.0  # of one adapter, all retries included
+    fetch_retries: int = 3  # after the first try
+    retry_base_s: float = 0.2
+    max_parallel_fetches: int = 4
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise StoreConfigInvalid(item.name, f"{value!r} is not a number")
+            minimum = 0 if item.name in ("fetch_retries", "retry_base_s", "refresh_s") else None
+            if (minimum is None and not value > 0) or (minimum is not None and not value >= minimum):
+                raise StoreConfigInvalid(item.name, f"{value!r} must be {'at least 0' if minimum == 0 else 'positive'}")
+        if self.max_adapter_bytes > self.host_bytes:
+            raise StoreConfigInvalid(
+                "max_adapter_bytes",
+                f"{self.max_adapter_bytes} is more than host_bytes ({self.host_bytes}); no such adapter could be held",
+            )

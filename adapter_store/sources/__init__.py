@@ -1,0 +1,1 @@
+"""Where adapters come from: folders (`file://`) and buckets (`s3://`)."""

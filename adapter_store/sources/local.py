@@ -1,0 +1,158 @@
+"""Adapters in the folders under one root folder."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import stat as stat_module
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
+from adapter_store.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
+from adapter_store.records import check_name
+from adapter_store.sources.base import SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
+
+_HASH_CHUNK_BYTES = 1 << 20
+_Identity = tuple[int, int, int]  # mtime_ns, size, inode
+
+
+class LocalSource:
+    """`root/<adapter name>/adapter_config.json` and the weights beside it.
+
+    An ETag is the sha256 of the content, remembered by (mtime_ns, size, inode): a file that is copied, touched or
+    restored keeps its version. Links that lead out of the root are as if they were not there.
+    """
+
+    kind: SourceKind = "local"
+
+    def __init__(self, root: str | Path, name: str = "") -> None:
+        self.root = Path(os.path.realpath(root))
+        self.name = name or f"file://{self.root}"
+        self._digests: dict[Path, tuple[_Identity, str]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="adapters-local")
+
+    async def stat(self, name: str) -> SourceListing | None:
+        """See `Source.stat`."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._stat, name)
+
+    async def list(self, cursor: str | None, limit: int) -> SourcePage:
+        """See `Source.list`. The order is by the parts of the names."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._list, cursor, limit)
+
+    async def fetch(self, name: str, listing: SourceListing) -> dict[str, bytes]:
+        """See `Source.fetch`."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, name, listing)
+
+    async def close(self) -> None:
+        """See `Source.close`."""
+        self._pool.shutdown(wait=False)
+
+    def _stat(self, name: str) -> SourceListing | None:
+        folder = self._folder(name)
+        if folder is None:
+            return None
+        files = []
+        for file_name in KNOWN_FILES:
+            path = folder / file_name
+            try:
+                if not path.is_file() or not self._inside(path):
+                    continue
+                etag, num_bytes = self._digest(path)
+            except FileNotFoundError:
+                continue  # it went away between two looks
+            except OSError as error:
+                raise self._unavailable(error) from error
+            files.append(SourceFile(name=file_name, etag=etag, num_bytes=num_bytes))
+        known = {file.name for file in files}
+        if not known & {CONFIG_FILE, WEIGHTS_FILE}:
+            return None
+        return SourceListing(files=tuple(sorted(files, key=lambda file: file.name)))
+
+    def _fetch(self, name: str, listing: SourceListing) -> dict[str, bytes]:
+        folder = self._folder(name)
+        if folder is None:
+            raise SourceChanged(name)
+        contents = {}
+        for file in listing.files:
+            path = folder / file.name
+            try:
+                if not self._inside(path):
+                    raise SourceChanged(name)
+                with path.open("rb") as opened:
+                    # One byte more than listed tells a file that grew, without reading all of it.
+                    content = opened.read(file.num_bytes + 1)
+            except FileNotFoundError as error:
+                raise SourceChanged(name) from error
+            except OSError as error:
+                raise self._unavailable(error) from error
+            if len(content) != file.num_bytes or hashlib.sha256(content).hexdigest() != file.etag:
+                self._digests.pop(path, None)
+                raise SourceChanged(name)
+            contents[file.name] = content
+        return contents
+
+    def _folder(self, name: str) -> Path | None:
+        folder = self.root / check_name(name)
+        if not self.root.is_dir():
+            raise SourceUnavailable(self.name, f"{str(self.root)!r} is not a folder")
+        return folder if folder.is_dir() and self._inside(folder) else None
+
+    def _inside(self, path: Path) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(self.root)
+
+    def _digest(self, path: Path) -> tuple[str, int]:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat_module.S_ISREG(status.st_mode):
+                raise FileNotFoundError(path)
+            identity = (status.st_mtime_ns, status.st_size, status.st_ino)
+            known = self._digests.get(path)
+            if known is not None and known[0] == identity:
+                return known[1], status.st_size
+            hasher, num_bytes = hashlib.sha256(), 0
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                hasher.update(chunk)
+                num_bytes += len(chunk)
+            after = os.fstat(file.fileno())
+        digest = hasher.hexdigest()
+        if num_bytes == status.st_size and after.st_mtime_ns == status.st_mtime_ns:
+            self._digests[path] = (identity, digest)  # a file that is being written is hashed again next time
+        return digest, num_bytes
+
+    def _list(self, cursor: str | None, limit: int) -> SourcePage:
+        after = tuple(cursor.split("/")) if cursor else ()
+        if not self.root.is_dir():
+            raise SourceUnavailable(self.name, f"{str(self.root)!r} is not a folder")
+        names: list[str] = []
+        try:
+            for name in self._walk(self.root, (), after):
+                names.append(name)
+                if len(names) == limit:
+                    return SourcePage(names=tuple(names), next_cursor=name)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        return SourcePage(names=tuple(names), next_cursor=None)
+
+    def _walk(self, folder: Path, parts: tuple[str, ...], after: tuple[str, ...]) -> Iterator[str]:
+        """Adapter names under `folder` whose parts sort after `after`, each folder before what is in it."""
+        for entry in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+            here = (*parts, entry)
+            if here < after[: len(here)]:
+                continue  # everything below sorts before the cursor
+            path = folder / entry
+            try:
+                name = check_name("/".join(here))
+            except AdapterNameInvalid:
+                continue  # it could not be asked for
+            if path.is_symlink() and not self._inside(path):
+                continue
+            if here > after and (path / CONFIG_FILE).is_file():
+                yield name
+            if not path.is_symlink():  # a link could lead into a circle
+                yield from self._walk(path, here, after)
+
+    def _unavailable(self, error: OSError) -> SourceUnavailable:
+        return SourceUnavailable(self.name, f"{type(error).__name__}: {error.strerror or error}")

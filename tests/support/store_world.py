@@ -1,0 +1,67 @@
+"""A store with everything around it in the test's hands: its source, its clock, its blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from adapter_store.image import pack
+from adapter_store.records import Lease, StoreConfig
+from adapter_store.spec import spec_digest
+from adapter_store.store import AdapterStore
+from tests.support.fake_sources import FakeBlobs, FakeClock, FakeSource, small_adapter, small_spec
+
+SPEC = small_spec()
+DIGEST = spec_digest(SPEC)
+IMAGE_BYTES = pack(small_adapter(), SPEC).num_bytes
+
+
+class World:
+    """A store with one source, unless others are given."""
+
+    def __init__(self, *sources: FakeSource, **config: Any) -> None:
+        self.sources = sources or (FakeSource({"a": small_adapter(seed=1), "b": small_adapter(seed=2)}),)
+        self.source = self.sources[0]
+        self.clock, self.blobs = FakeClock(), FakeBlobs()
+        config = {"host_bytes": 10 * IMAGE_BYTES, "max_adapter_bytes": 5000, "max_parallel_fetches": 2, **config}
+        self.store = AdapterStore(
+            self.sources,
+            self.blobs,
+            StoreConfig(**config),
+            clock=self.clock,
+            sleep=self.clock.sleep,
+            jitter=lambda: 1.0,
+        )
+
+    async def acquire(self, name: str = "a", owner: str = "me", **more: Any) -> Lease:
+        return await self.store.acquire(name, DIGEST, owner, **more)
+
+
+def in_loop(**config: Any) -> Callable[[Callable[[World], Awaitable[None]]], Callable[[], None]]:
+    """Runs an async test with a fresh World; at its end the store's parts must agree."""
+
+    def wrap(test: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
+        @functools.wraps(test)
+        def run() -> None:
+            async def main() -> None:
+                world = World(**config)
+                await world.store.register_spec(SPEC)
+                await test(world)
+                world.store.check_invariants()
+                await world.store.close()
+                assert all(source.closed for source in world.sources)
+
+            asyncio.run(main())
+
+        del run.__wrapped__  # type: ignore[attr-defined]  # pytest would look for a fixture named `world`
+        return run
+
+    return wrap
+
+
+async def turns(number: int = 50) -> None:
+    """Lets everything that is ready run."""
+    for _ in range(number):
+        await asyncio.sleep(0)
