@@ -112,7 +112,7 @@ class LoraSegment:
 class StepPlan:
     """One device step."""
 
-    plan_id: int  # consecutive
+    plan_id: int  # ascending by one, also past a plan that was abandoned
     slices: tuple[SequenceSlice, ...] = ()
     lora_segments: tuple[LoraSegment, ...] = ()  # ascending, disjoint, neighbours of one slot merged
     starts: tuple[SequenceStart, ...] = ()

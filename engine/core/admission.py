@@ -1,0 +1,114 @@
+"""Admission: which waiting sequences join the step that is being drafted."""
+
+from __future__ import annotations
+
+from engine.core.adapter_slots import AdapterSlots
+from engine.core.claims import AdapterClaims
+from engine.core.draft import PlanDraft
+from engine.core.fairness import FairQueue, load_cost
+from engine.core.kv_blocks import KVBlocks
+from engine.core.limits import SchedulerConfig
+from engine.core.plan import NO_LORA, AdapterLoad
+from engine.core.roster import Roster
+from engine.core.sequence import Sequence, SequenceState
+
+LOOKAHEAD = 32  # of the sequences that are passed over in a step, so many may claim their adapter
+HEADROOM_DIVISOR = 100  # 1 % of the blocks stays free for running sequences to grow into
+
+
+class Admission:
+    """Takes sequences from the queue in the order in which they are entitled to run.
+
+    - One that is not ready (adapter not resident; a sibling is computing their prompt; a plan in flight still names
+      it) is passed over and claims its adapter.
+    - The first ready one that does not fit (rows, seats, blocks) ends admission for this step: what it needs is not
+      given to those behind it, so it is not overtaken for ever.
+    - A prompt's blocks are taken whole, so that only decoding grows and only decoding can run out of blocks.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVBlocks,
+        slots: AdapterSlots,
+        claims: AdapterClaims,
+        queue: FairQueue,
+        roster: Roster,
+    ) -> None:
+        self._config = config
+        self._kv = kv
+        self._slots = slots
+        self._claims = claims
+        self._queue = queue
+        self._roster = roster
+
+    def run(self, draft: PlanDraft) -> None:
+        """Add slices, adapter operations and block copies to the draft."""
+        self._claims.begin_step()
+        turns = self._queue.turns()
+        lookahead = LOOKAHEAD
+        is_open = self._has_seat(draft)
+        while (seq := turns.current) is not None and (is_open or lookahead > 0):
+            if is_open and self._is_ready(seq, draft):
+                is_open = self._admit(seq, draft)
+                if is_open:
+                    turns.took_current()
+                    is_open = self._has_seat(draft)
+                    continue
+            if lookahead > 0 and not seq.num_in_flight:
+                self._claim(seq, draft)
+            lookahead -= 1
+            turns.skip_current()
+
+    def _has_seat(self, draft: PlanDraft) -> bool:
+        return draft.rows_left > 0 and self._roster.num_seats_taken < self._config.max_num_seqs
+
+    def _claim(self, seq: Sequence, draft: PlanDraft) -> None:
+        ops = self._claims.claim(seq)
+        draft.adapter_ops.extend(ops)
+        if any(isinstance(op, AdapterLoad) for op in ops) and seq.request.adapter is not None:
+            self._queue.charge(seq.tenant, load_cost(self._slots.num_bytes(seq.request.adapter)))
+
+    def _is_ready(self, seq: Sequence, draft: PlanDraft) -> bool:
+        if seq.num_in_flight or not self._claims.is_runnable(seq):
+            return False
+        siblings_run = any(sibling.state is SequenceState.RUNNING for sibling in seq.siblings)
+        return not siblings_run or self._source(seq, draft) is not None
+
+    @staticmethod
+    def _source(seq: Sequence, draft: PlanDraft) -> Sequence | None:
+        """A sibling from which `seq` can fork: an earlier plan leaves its prompt's KV in its blocks.
+
+        Not one that joins in this step: even if it has all of the prompt, its own block copy has not happened yet.
+        """
+        computed = (sibling for sibling in seq.siblings if sibling.has_prompt_computed)
+        return next((sibling for sibling in computed if not draft.has_start_of(sibling)), None)
+
+    def _admit(self, seq: Sequence, draft: PlanDraft) -> bool:
+        headroom = self._config.num_blocks // HEADROOM_DIVISOR if self._roster.num_seats_taken else 0
+        placement = self._kv.place(seq, self._source(seq, draft), headroom)
+        if placement is None:
+            return False
+        num_rows = seq.num_known_tokens - placement.num_computed_tokens
+        may_split = self._config.enable_chunked_prefill or num_rows > self._config.max_num_batched_tokens
+        if num_rows > draft.rows_left:
+            if not may_split:
+                return False
+            num_rows = draft.rows_left
+        copy = self._kv.take(seq, placement)
+        if copy is not None:
+            draft.block_copies.append(copy)
+        self._start(seq, placement.num_cached_tokens)
+        draft.add(seq, num_rows)
+        return True
+
+    def _start(self, seq: Sequence, num_cached_tokens: int) -> None:
+        self._claims.pin(seq)
+        self._claims.note_admission(seq)
+        seq.lora_slot = NO_LORA if seq.request.adapter is None else self._slots.slot(seq.request.adapter)
+        self._roster.run(seq)
+        if not seq.was_admitted:
+            seq.was_admitted = True
+            seq.num_cached_tokens = min(num_cached_tokens, len(seq.prompt))
+            num_computed = min(seq.num_computed_tokens, len(seq.prompt))
+            self._queue.charge(seq.tenant, seq.token_cost * (len(seq.prompt) - num_computed))

@@ -1,0 +1,164 @@
+"""FairQueue: who is next, by virtual token counters.
+
+Source: Sheng et al., "Fairness in Serving Large Language Models" (VTC), arXiv 2401.00588, algorithm 2.
+
+Each tenant has a counter of the service it has had; the tenant with the smallest is served next, first come first
+served within it. Service is counted in units of 1/1024 token:
+  - a prompt token that is computed costs 1024, an output token twice that (both as in the paper); tokens from the
+    prefix cache are free, and so is recomputation after preemption, which is the scheduler's choice;
+  - each token of an adapter costs num_bytes / 512 Ki units more: a step reads the adapter's bytes, which grow with its
+    rank. At 512 MiB a token counts double;
+  - a load costs the tenant it is made for one prompt token per MiB (about what it displaces: 84 MB take 1.5 ms over
+    PCIe 5, in which an H200 computes some 84 prompt tokens of an 8 B model).
+A tenant that comes back to the queue is lifted to the smallest counter in it (if it is empty: to that of the tenant
+that left it last), so that idle time earns no credit. Bound (theorem 4.4 there): of two tenants with requests waiting,
+neither gets more than 2 * max(cost of the longest prompt, cost of the outputs of a full batch) ahead of the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from bisect import bisect_left, insort
+from operator import attrgetter
+
+from engine.core.sequence import Sequence
+
+TOKEN_UNITS = 1024
+OUTPUT_WEIGHT = 2
+ADAPTER_BYTES_PER_UNIT = 512 * 1024
+LOAD_BYTES_PER_UNIT = 1024
+_MIN_TENANTS_TO_SWEEP = 64
+
+_arrival = attrgetter("seq_id")
+
+
+def token_cost(adapter_bytes: int) -> int:
+    """Units of one prompt token."""
+    return TOKEN_UNITS + adapter_bytes // ADAPTER_BYTES_PER_UNIT
+
+
+def load_cost(adapter_bytes: int) -> int:
+    """Units of one adapter load."""
+    return -(-adapter_bytes // LOAD_BYTES_PER_UNIT)
+
+
+class FairQueue:
+    """Sequences that wait, by tenant, and what each tenant has had.
+
+    Invariants:
+      - a tenant's sequences are in order of arrival; a tenant without any is in `_counters` at most
+      - a counter never falls; those of tenants in the queue are never below the floor, which never falls either
+      - a counter is forgotten only when it is at or below the floor, to which a return would lift it anyway
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, list[Sequence]] = {}
+        self._counters: dict[str, int] = {}
+        self._floor = 0
+        self._last_to_leave: str | None = None
+        self._num_waiting = 0
+        self._sweep_at = _MIN_TENANTS_TO_SWEEP
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __contains__(self, seq: Sequence) -> bool:
+        queue = self._queues.get(seq.tenant, [])
+        index = bisect_left(queue, seq.seq_id, key=_arrival)
+        return index < len(queue) and queue[index] is seq
+
+    def sequences(self) -> list[Sequence]:
+        return [seq for queue in self._queues.values() for seq in queue]
+
+    def counter(self, tenant: str) -> int:
+        """Units of service; a tenant that is not known has had none above the floor."""
+        return self._counters.get(tenant, self._floor)
+
+    def push(self, seq: Sequence) -> None:
+        """A sequence arrives, or comes back after preemption (its place is by its arrival all the same)."""
+        queue = self._queues.get(seq.tenant)
+        if queue is None:
+            self._raise_floor()
+            queue = self._queues[seq.tenant] = []
+            self._counters[seq.tenant] = max(self.counter(seq.tenant), self._floor)
+        insort(queue, seq, key=_arrival)
+        self._num_waiting += 1
+
+    def remove(self, seq: Sequence) -> None:
+        queue = self._queues[seq.tenant]
+        index = bisect_left(queue, seq.seq_id, key=_arrival)
+        assert queue[index] is seq, f"{seq} is not in the queue"
+        del queue[index]
+        self._num_waiting -= 1
+        if not queue:
+            del self._queues[seq.tenant]
+            self._last_to_leave = seq.tenant
+            self._raise_floor()
+            self._sweep()
+
+    def charge(self, tenant: str, units: int) -> None:
+        self._counters[tenant] = self.counter(tenant) + units
+
+    def turns(self) -> Turns:
+        return Turns(self._queues, self._counters)
+
+    def _raise_floor(self) -> None:
+        if self._queues:
+            self._floor = max(self._floor, min(self._counters[tenant] for tenant in self._queues))
+        elif self._last_to_leave is not None:
+            self._floor = max(self._floor, self.counter(self._last_to_leave))
+
+    def _sweep(self) -> None:
+        """Keeps the number of counters within twice the tenants that need one."""
+        if len(self._counters) < self._sweep_at:
+            return
+        self._counters = {
+            tenant: units for tenant, units in self._counters.items() if units > self._floor or tenant in self._queues
+        }
+        self._sweep_at = max(_MIN_TENANTS_TO_SWEEP, 2 * len(self._counters))
+
+    def check_invariants(self) -> None:
+        assert self._num_waiting == sum(len(queue) for queue in self._queues.values())
+        for tenant, queue in self._queues.items():
+            assert queue
+            assert all(a.seq_id < b.seq_id for a, b in itertools.pairwise(queue))
+            assert all(seq.tenant == tenant for seq in queue)
+            assert self._counters[tenant] >= self._floor, f"{tenant}: {self._counters[tenant]} < {self._floor}"
+
+
+class Turns:
+    """One pass over the waiting sequences in the order in which they are entitled to run.
+
+    Equal counters: who arrived first. Valid while nothing but `took_current` removes sequences.
+    """
+
+    def __init__(self, queues: dict[str, list[Sequence]], counters: dict[str, int]) -> None:
+        self._queues = queues
+        self._counters = counters
+        self._heap = [(counters[tenant], queue[0].seq_id, tenant, 0) for tenant, queue in queues.items()]
+        heapq.heapify(self._heap)
+
+    @property
+    def current(self) -> Sequence | None:
+        if not self._heap:
+            return None
+        _, _, tenant, index = self._heap[0]
+        return self._queues[tenant][index]
+
+    def skip_current(self) -> None:
+        """It cannot run yet: the next one of its tenant has the turn."""
+        self._move_on(1)
+
+    def took_current(self) -> None:
+        """It runs: it has left the queue, and its tenant has been charged."""
+        self._move_on(0)
+
+    def _move_on(self, num_skipped: int) -> None:
+        _, _, tenant, index = self._heap[0]
+        index += num_skipped
+        queue = self._queues.get(tenant, [])
+        if index < len(queue):
+            heapq.heapreplace(self._heap, (self._counters[tenant], queue[index].seq_id, tenant, index))
+        else:
+            heapq.heappop(self._heap)

@@ -1,0 +1,59 @@
+"""What the scheduler may use: every limit of one engine, resolved to integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one scheduler; `max_` values are inclusive. Raises: ConfigError naming the value and the remedy."""
+
+    num_blocks: int  # of the KV cache, with the null block 0, which no sequence ever gets
+    block_size: int  # P, tokens of one block
+    max_num_seqs: int  # sequences the runner keeps state for
+    max_num_batched_tokens: int  # rows of one plan
+    max_model_len: int  # tokens of prompt and output together
+    max_queued_requests: int  # requests of which no sequence has run yet
+    adapter_bytes: int  # of all resident adapters
+    max_resident_adapters: int  # LoRA slots 1 .. max_resident_adapters
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    pipeline_depth: int  # plans in flight
+    eos_token_ids: tuple[int, ...]
+    cache_namespace: str  # base revision and KV scheme: KV is never shared between two of them
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_model_len", "max_queued_requests", "pipeline_depth"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_blocks < 2:
+            raise ConfigError(
+                f"num_blocks={self.num_blocks} must be at least 2, as block 0 is never used; raise kv_cache_bytes"
+            )
+        if min(self.adapter_bytes, self.max_resident_adapters) < 0:
+            raise ConfigError(
+                f"adapter_bytes={self.adapter_bytes} and max_resident_adapters={self.max_resident_adapters} "
+                "must not be negative; 0 turns LoRA off"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
+                "a step must be able to decode every running sequence; raise the first or lower the second"
+            )
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Tokens that one sequence alone can keep in the KV cache."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: the model's context, or the whole KV cache and one token, which is never computed.
+
+        A sequence ends by LENGTH here, so that one that runs alone never runs out of blocks, and so that where it
+        ends does not depend on what else runs.
+        """
+        return min(self.max_model_len, self.max_kv_tokens + 1)

@@ -1,0 +1,72 @@
+"""PrefixCache: finds blocks whose KV is that of a given prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+
+from engine.core.block_pool import BlockPool
+from engine.core.sequence import Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """Blocks that hold the first tokens of a sequence, in order; `node` names the prefix they make up."""
+
+    blocks: tuple[int, ...]
+    node: int | Namespace
+
+
+class PrefixCache:
+    """Full blocks by (node of the prefix before them, their tokens). A node is a number given once, at publication.
+
+    KV depends on all tokens before it, so the key is chained; it is compared exactly, never by a digest alone.
+    The first block of a sequence has its namespace (base revision, tenant's salt, adapter key) for a parent.
+    Invariants:
+      - a hit means equal tokens and an equal namespace, from the first token on
+      - a node is never used for two prefixes: a block handed out again gets a new one, and what hung on the old one
+        is not found any more
+      - at least one token of a match's tokens is left to compute: a sample needs a row
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._node_of: list[int] = [0] * pool.num_blocks
+        self._num_nodes = 0
+
+    def match(self, namespace: Namespace, tokens: Tokens[int]) -> PrefixMatch:
+        """The longest cached prefix, less than all of `tokens`. Takes no reference: valid until the pool changes."""
+        size = self._block_size
+        blocks: list[int] = []
+        node: int | Namespace = namespace
+        for start in range(0, (len(tokens) - 1) // size * size, size):
+            block = self._pool.find((node, tuple(tokens[start : start + size])))
+            if block is None:
+                break
+            blocks.append(block)
+            node = self._node_of[block]
+        return PrefixMatch(tuple(blocks), node)
+
+    def publish(self, parent: int | Namespace, tokens: tuple[int, ...], block: int) -> int:
+        """Make a held block findable, whose KV has been computed; if another one holds the same, that one stays.
+
+        Returns: the node of the prefix that ends with this block.
+        """
+        assert len(tokens) == self._block_size, f"block {block} is not full: {len(tokens)} of {self._block_size} tokens"
+        key = (parent, tokens)
+        holder = self._pool.find(key)
+        if holder is not None:
+            return self._node_of[holder]
+        # A block that is cached already hangs on a prefix that was evicted and came back under another node: what it
+        # holds is the same, so it keeps its node, and what hangs on it is found again.
+        if not self._pool.is_cached(block):
+            self._num_nodes += 1
+            self._node_of[block] = self._num_nodes
+        self._pool.label(block, key)
+        return self._node_of[block]
+
+    def check_invariants(self) -> None:
+        labelled = [node for block, node in enumerate(self._node_of) if self._pool.is_cached(block)]
+        assert len(set(labelled)) == len(labelled) == self._pool.num_cached
+        assert all(0 < node <= self._num_nodes for node in labelled)

@@ -1,0 +1,75 @@
+"""What is refused when a request arrives, because it could never run: with the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+from engine.core.adapter_slots import AdapterSlots
+from engine.core.limits import SchedulerConfig
+from engine.errors import AdapterError, AdapterTooLarge, InvalidRequest, PromptTooLong
+from engine.request import Request
+
+
+def check_request(request: Request, config: SchedulerConfig, slots: AdapterSlots) -> None:
+    """Raises: InvalidRequest, PromptTooLong, AdapterError, AdapterTooLarge."""
+    _check_prompt(request, config)
+    _check_resumed(request, config)
+    if request.adapter is not None:
+        _check_adapter(request.adapter, slots)
+
+
+def max_tokens_total(request: Request, config: SchedulerConfig) -> int:
+    """Tokens of prompt and output with which a sequence of this request ends by LENGTH."""
+    limit = config.max_sequence_tokens
+    if request.params.max_tokens is not None:
+        limit = min(limit, len(request.prompt_token_ids) + request.params.max_tokens)
+    return limit
+
+
+def _check_prompt(request: Request, config: SchedulerConfig) -> None:
+    num_tokens = len(request.prompt_token_ids)
+    if num_tokens == 0:
+        raise InvalidRequest("prompt_token_ids", "the prompt has no tokens; it needs at least 1")
+    if num_tokens + 1 > config.max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens and needs room for at least 1 more, but max_model_len is "
+            f"{config.max_model_len}; shorten the prompt to {config.max_model_len - 1} tokens"
+        )
+    if num_tokens > config.max_kv_tokens:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens and needs {-(-num_tokens // config.block_size)} KV blocks of "
+            f"{config.block_size} tokens, but there are {config.num_blocks - 1}; shorten the prompt to "
+            f"{config.max_kv_tokens} tokens or raise kv_cache_bytes"
+        )
+    if not config.enable_chunked_prefill and num_tokens > config.max_num_batched_tokens:
+        raise PromptTooLong(
+            f"the prompt has {num_tokens} tokens and must be computed in one step, but max_num_batched_tokens is "
+            f"{config.max_num_batched_tokens}; shorten the prompt, raise max_num_batched_tokens or set "
+            "enable_chunked_prefill"
+        )
+
+
+def _check_resumed(request: Request, config: SchedulerConfig) -> None:
+    num_resumed = len(request.resumed_output_token_ids)
+    if not num_resumed:
+        return
+    if request.params.n != 1:
+        raise InvalidRequest(
+            "resumed_output_token_ids", f"given with n={request.params.n}; resume each sample as a request with n=1"
+        )
+    num_allowed = max_tokens_total(request, config) - len(request.prompt_token_ids)
+    if num_resumed > num_allowed:
+        raise InvalidRequest(
+            "resumed_output_token_ids",
+            f"{num_resumed} tokens, but max_tokens, max_model_len and the KV cache allow {num_allowed} output tokens",
+        )
+
+
+def _check_adapter(key: str, slots: AdapterSlots) -> None:
+    if key not in slots:
+        raise AdapterError(f"adapter {key!r} is not known to this engine; add_adapter() must come before the request")
+    if slots.num_slots == 0:
+        raise AdapterTooLarge(f"adapter {key!r} cannot be used: max_resident_adapters is 0, which turns LoRA off")
+    if slots.num_bytes(key) > slots.budget_bytes:
+        raise AdapterTooLarge(
+            f"adapter {key!r} has {slots.num_bytes(key)} bytes, but adapter_bytes is {slots.budget_bytes}; "
+            "raise adapter_bytes or use a smaller rank"
+        )

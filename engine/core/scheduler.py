@@ -1,0 +1,312 @@
+"""Scheduler: which tokens the next step computes, and what came of the last one."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from engine.core.adapter_slots import AdapterSlots
+from engine.core.admission import Admission
+from engine.core.claims import AdapterClaims
+from engine.core.draft import Flight, PlanDraft
+from engine.core.fairness import OUTPUT_WEIGHT, FairQueue, token_cost
+from engine.core.kv_blocks import KVBlocks
+from engine.core.limits import SchedulerConfig
+from engine.core.plan import AdapterEvict, RowOutput, Sample, StepEvents, StepPlan, StepResult
+from engine.core.refusals import check_request, max_tokens_total
+from engine.core.roster import Roster
+from engine.core.sequence import Ending, Sequence, SequenceState, SequenceUpdate
+from engine.core.stats import SchedulerStats
+from engine.errors import InvalidRequest, QueueFull, RequestFailed
+from engine.request import FinishReason, OutputError, Request
+
+
+class Scheduler:
+    """Turns requests into plans and results into updates: same calls, same plans.
+
+    A step: decode every running sequence, go on with prompts under way, then admit from the queue, within
+    `max_num_batched_tokens` rows. A plan never has more rows than that: with chunked prefill off a sequence is computed
+    in one slice, unless it alone is longer than the limit (only a re-prefill can be; then it is cut as with chunking).
+    When a decoding sequence finds no block, the newest running sequence is preempted: it gives back its blocks and
+    computes its tokens again later.
+
+    A plan is in flight from `schedule` to `commit` or `abandon`. Nothing that a plan in flight names is reused: the
+    blocks, the LoRA slot and the runner's state of a sequence go when the last plan naming it retires, and until then
+    it keeps its seat.
+
+    Invariants:
+      - at most `pipeline_depth` plans are in flight, committed in order; at most `max_num_seqs` sequences are started
+      - the oldest running sequence is never preempted for another, and every sequence fits into the pool alone, so
+        some sequence always gets on
+      - those of its parts: Roster, KVBlocks, BlockPool, PrefixCache, AdapterSlots, AdapterClaims, FairQueue
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self._kv = KVBlocks(config)
+        self._slots = AdapterSlots(config.max_resident_adapters, config.adapter_bytes)
+        self._claims = AdapterClaims(self._slots, patience=config.max_num_seqs)
+        self._queue = FairQueue()
+        self._roster = Roster(self._kv, self._slots, self._claims, self._queue)
+        self._admission = Admission(config, self._kv, self._slots, self._claims, self._queue, self._roster)
+        self._in_flight: deque[Flight] = deque()
+        self._evictions: dict[AdapterEvict, None] = {}  # for the next plan
+        self._num_plans = 0
+        self._num_sequences = 0
+        self._time_ns = 0
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue the samples of a request.
+
+        Raises: PromptTooLong, InvalidRequest, AdapterError, AdapterTooLarge (it could never run), QueueFull.
+        """
+        if request.request_id in self._roster.requests:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
+        check_request(request, self.config, self._slots)
+        self._check_queue()
+        siblings = tuple(self._new_sequence(request, index) for index in range(request.params.n))
+        self._roster.enter(siblings)
+        for seq in siblings:
+            ending = seq.ending(self.config.eos_token_ids) if seq.outputs else None
+            if ending is not None:  # resumed, and cut off after its last token
+                self._roster.end(seq, ending)
+
+    def _check_queue(self) -> None:
+        limit = self.config.max_queued_requests
+        if len(self._queue) < limit:
+            return
+        num_queued = sum(not any(seq.was_admitted for seq in group) for group in self._roster.requests.values())
+        if num_queued >= limit:
+            raise QueueFull(f"{num_queued} requests wait and max_queued_requests is {limit}; try again later")
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        self._num_sequences += 1
+        seq = Sequence(
+            self._num_sequences,
+            request,
+            request.sample_index + index,
+            max_tokens_total=max_tokens_total(request, self.config),
+            cache_namespace=self.config.cache_namespace,
+        )
+        seq.token_cost = token_cost(0 if request.adapter is None else self._slots.num_bytes(request.adapter))
+        seq.waiting_since_ns = self._time_ns
+        return seq
+
+    def finish(self, request_id: str, sample_index: int, reason: FinishReason) -> None:
+        """End a sequence for a reason found outside (a stop string). Nothing happens if it has ended."""
+        for seq in self._roster.requests.get(request_id, ()):
+            if seq.sample_index == sample_index and seq.state is not SequenceState.FINISHED:
+                self._roster.end(seq, Ending(reason))
+
+    def take_updates(self) -> tuple[SequenceUpdate, ...]:
+        """Endings that no commit has returned: of `finish`, of aborts, of requests that were over when they came."""
+        updates = tuple(self._roster.updates)
+        self._roster.updates.clear()
+        return updates
+
+    # --- adapters --------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, key: str, num_bytes: int) -> None:
+        """The host image of this adapter version is there. Raises: AdapterError if it was there with another size."""
+        self._slots.add(key, num_bytes)
+
+    def remove_adapter(self, key: str) -> bool:
+        """Forget an adapter. Returns: whether it is forgotten (or never was known), so that its host image may go.
+
+        False while a sequence or a plan in flight uses it. If it is only resident, the next plan evicts it; call
+        again when `droppable_adapters` names it.
+        """
+        if key not in self._slots:
+            return True
+        if key in self.droppable_adapters():
+            self._slots.remove(key)
+            return True
+        if self._slots.is_unused(key):
+            self._evictions[self._slots.evict(key)] = None
+        return False
+
+    def droppable_adapters(self) -> tuple[str, ...]:
+        """Adapters that no sequence uses, that are not resident, and that no plan in flight or to come names."""
+        named = {op.adapter for flight in self._in_flight for op in flight.plan.adapter_ops}
+        named.update(op.adapter for op in self._evictions)
+        return tuple(key for key in self._slots.idle() if key not in named)
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, events: StepEvents) -> StepPlan | None:
+        """The next step. None: nothing can be done now, or `pipeline_depth` plans are in flight.
+
+        A plan without rows loads or evicts adapters, or only asks whether a copy has finished (when nothing can run
+        before that): the runner may wait for one in `result()`.
+        """
+        self._take_note(events)
+        if len(self._in_flight) >= self.config.pipeline_depth:
+            return None
+        draft = PlanDraft(self._num_plans + 1, self.config.max_num_batched_tokens)
+        draft.adapter_ops.extend(self._evictions)
+        self._continue_running(draft)
+        self._admission.run(draft)
+        must_poll = not self._in_flight and len(self._queue) > 0 and self._slots.is_copying
+        if not (draft.has_rows or draft.adapter_ops or must_poll):
+            return None
+        flight = draft.build(self._roster.ends)
+        self._roster.ends.clear()
+        self._evictions.clear()
+        self._num_plans += 1
+        self._in_flight.append(flight)
+        return flight.plan
+
+    def _take_note(self, events: StepEvents) -> None:
+        self._time_ns = events.time_ns
+        for key in events.copied:
+            self._slots.copied(key)
+        for request_id in events.aborts:
+            self._roster.abort(request_id)
+
+    def _continue_running(self, draft: PlanDraft) -> None:
+        """Decode first, then prompts under way. Oldest first: whoever is preempted has no slice in the draft yet."""
+        prefills: list[Sequence] = []
+        for seq in tuple(self._roster.running):
+            num_rows = seq.num_to_compute
+            if num_rows > 1:
+                prefills.append(seq)
+            elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq):
+                draft.add(seq, 1)
+        for seq in prefills:
+            num_rows = min(seq.num_to_compute, draft.rows_left)
+            if num_rows and seq.state is SequenceState.RUNNING:
+                draft.add(seq, num_rows)
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """A block for the next token of `seq`, preempting the newest if need be. False: not in this step."""
+        while not self._kv.grow(seq):
+            if self._roster.retiring:
+                return False  # their blocks come back soon: nobody else has to go
+            victim = self._roster.running[-1]
+            victim.waiting_since_ns = self._time_ns
+            self._roster.preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def commit(self, plan: StepPlan, result: StepResult) -> tuple[SequenceUpdate, ...]:
+        """Take in what the oldest plan in flight produced. Returns: one update per sequence that gained a token."""
+        flight = self._in_flight.popleft()
+        assert flight.plan is plan, f"plan {plan.plan_id} is committed before plan {flight.plan.plan_id}"
+        assert result.plan_id == plan.plan_id, f"result of plan {result.plan_id} for plan {plan.plan_id}"
+        for key in result.copied:
+            self._slots.copied(key)
+        num_earlier = len(self._roster.updates)
+        samples = iter(result.samples)
+        for seq, piece in zip(flight.sequences, plan.slices, strict=True):
+            sample = next(samples) if piece.output is RowOutput.SAMPLE else None
+            seq.num_in_flight -= 1
+            if sample is not None:
+                assert sample.seq_id == piece.seq_id, "samples follow the order of the slices"
+                seq.drop_pending()
+            if seq.state is not SequenceState.FINISHED:  # else: found late; what it computed since does not count
+                seq.num_committed_tokens = piece.position + piece.num_rows
+                self._kv.publish(seq)
+                if sample is not None:
+                    self._take_sample(seq, sample)
+            self._roster.settle(seq)
+        self._kv.release(flight.held_blocks)
+        updates = tuple(self._roster.updates[num_earlier:])
+        del self._roster.updates[num_earlier:]
+        return updates
+
+    def _take_sample(self, seq: Sequence, sample: Sample) -> None:
+        if sample.error is not None:
+            error = OutputError(RequestFailed.code, sample.error)
+            self._roster.end(seq, Ending(FinishReason.ERROR), error=error)
+            return
+        assert len(sample.token_ids) == 1, "a slice without drafts yields one token"
+        seq.outputs.append(sample.token_ids[0])
+        self._queue.charge(seq.tenant, OUTPUT_WEIGHT * seq.token_cost)
+        ending = seq.ending(self.config.eos_token_ids)
+        update = seq.update(sample.token_ids, sample.logprobs, ending)
+        if ending is None:
+            self._roster.updates.append(update)
+        else:
+            self._roster.end(seq, ending, update)
+
+    def abandon(self, plan: StepPlan) -> None:
+        """The host failed before the device ran `plan`: it and all later plans are void.
+
+        Their sequences are preempted and tried again. The runner may or may not have begun with them, so the next plan
+        repeats their `ends` and evicts what they loaded: the runner must take such a repetition for done already.
+        """
+        assert any(flight.plan is plan for flight in self._in_flight), f"plan {plan.plan_id} is not in flight"
+        abandoned: list[Flight] = []
+        while not abandoned or abandoned[-1].plan is not plan:
+            abandoned.append(self._in_flight.pop())
+        for flight in abandoned:
+            for seq, piece in zip(flight.sequences, flight.plan.slices, strict=True):
+                seq.num_in_flight -= 1
+                seq.num_computed_tokens = piece.position
+                if piece.output is RowOutput.SAMPLE:
+                    seq.drop_pending()
+            self._kv.release(flight.held_blocks)
+        for seq in (seq for flight in abandoned for seq in flight.sequences):
+            if seq.state is SequenceState.RUNNING:
+                self._roster.preempt(seq)
+            self._roster.settle(seq)
+        for flight in abandoned:
+            self._roster.ends.update(dict.fromkeys(flight.plan.ends))
+            for op in reversed(flight.plan.adapter_ops):
+                for seq in self._queue.sequences():
+                    if seq.request.adapter == op.adapter:
+                        self._claims.drop(seq)
+                self._evictions[self._slots.undo(op)] = None
+
+    # --- what it tells ---------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether there is anything to schedule, to commit or to take."""
+        return bool(self._roster.requests or self._in_flight or self._roster.updates or self._evictions)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._roster.running)
+
+    def owners(self, plan: StepPlan) -> tuple[tuple[str, int], ...]:
+        """Request id and sample index of each slice of a plan in flight, in their order."""
+        flight = next(flight for flight in self._in_flight if flight.plan is plan)
+        return tuple((seq.request.request_id, seq.sample_index) for seq in flight.sequences)
+
+    def stats(self) -> SchedulerStats:
+        waiting = self._queue.sequences()
+        return SchedulerStats(
+            waiting=len(waiting),
+            running=len(self._roster.running),
+            in_flight=len(self._in_flight),
+            max_wait_ns=max((self._time_ns - seq.waiting_since_ns for seq in waiting), default=0),
+            free_blocks=self._kv.pool.num_free,
+            num_blocks=self.config.num_blocks - 1,
+            cached_blocks=self._kv.pool.num_cached,
+            resident_adapters=self._slots.resident(),
+            resident_bytes=self._slots.used_bytes,
+            preemptions=self._roster.num_preemptions,
+            prefix_hit_tokens=self._kv.hit_tokens,
+            prefix_lookup_tokens=self._kv.lookup_tokens,
+        )
+
+    def check_invariants(self) -> None:
+        """Asserts the invariants of every part: for tests, in O(everything)."""
+        assert len(self._in_flight) <= self.config.pipeline_depth
+        assert self._roster.num_seats_taken <= self.config.max_num_seqs
+        self._roster.check_invariants(self.config.block_size)
+        holders = [*self._roster.running, *self._roster.retiring.values()]
+        held_blocks = [block for flight in self._in_flight for block in flight.held_blocks]
+        self._kv.check_invariants(holders, held_blocks)
+        self._slots.check_invariants()
+        self._queue.check_invariants()
+        self._claims.check_invariants(self._queue.sequences())
+        in_flight = [seq.seq_id for flight in self._in_flight for seq in flight.sequences]
+        for seq in holders:
+            assert seq.num_in_flight == in_flight.count(seq.seq_id), seq

@@ -1,0 +1,234 @@
+"""Sequence: the progress of one sample of a request.
+
+WAITING ──► RUNNING ──► FINISHED          any state but FINISHED may end: abort, stop string, error
+             │   ▲
+             ▼   │
+           PREEMPTED                      its blocks were needed; it computes its tokens again later
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from engine.core.plan import SequenceStart, TokenRef
+from engine.request import FinishReason, OutputError, Request, TokenLogprobs
+
+Namespace = tuple[str, str, str | None]  # (base revision and KV scheme, tenant's salt, adapter key)
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
+    SequenceState.WAITING: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.RUNNING: frozenset({SequenceState.PREEMPTED, SequenceState.FINISHED}),
+    SequenceState.PREEMPTED: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.FINISHED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What one sequence gained. Exactly one update of each sequence has `finish_reason` set: its last."""
+
+    request_id: str
+    sample_index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token id that ended it
+    error: OutputError | None = None
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why the last token ends a sequence."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+class Sequence:
+    """One sample of a request. `seq_id` ascends in order of arrival and is never used again.
+
+    Tokens: prompt, then outputs, then `num_pending` samples that are still in flight.
+    Invariants:
+      - committed <= computed <= num_tokens (until it ends): computed counts what any plan has scheduled, committed
+        what has come back
+      - a sequence that waits holds no block, unless a plan in flight still names it
+      - block_table covers all computed tokens
+    """
+
+    __slots__ = (
+        "block_table",
+        "cache_parent",
+        "has_pin",
+        "is_started",
+        "last_sample",
+        "lora_slot",
+        "max_tokens_total",
+        "namespace",
+        "num_cached_tokens",
+        "num_committed_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_pending",
+        "num_published_blocks",
+        "outputs",
+        "overtaken",
+        "prompt",
+        "request",
+        "sample_index",
+        "seq_id",
+        "siblings",
+        "state",
+        "table",
+        "tenant",
+        "token_cost",
+        "waiting_since_ns",
+        "was_admitted",
+    )
+
+    def __init__(
+        self, seq_id: int, request: Request, sample_index: int, *, max_tokens_total: int, cache_namespace: str
+    ) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.sample_index = sample_index
+        self.max_tokens_total = max_tokens_total  # with this many tokens it ends by LENGTH
+        self.tenant = request.tenant or request.adapter or "base"
+        self.namespace: Namespace = (cache_namespace, request.cache_salt, request.adapter)
+        self.siblings: tuple[Sequence, ...] = ()  # all samples of the request, this one included
+        self.token_cost = 0  # what one prompt token costs the tenant, in units of fairness.py
+        self.state = SequenceState.WAITING
+        self.prompt = request.prompt_token_ids
+        self.outputs = list(request.resumed_output_token_ids)
+        self.num_cached_tokens = 0
+        self.was_admitted = False
+        self.waiting_since_ns = 0  # in the time of StepEvents
+        self.overtaken = 0  # admissions that passed it while no LoRA slot could be had for it
+        self.has_pin = False  # on its adapter: from the claim until the last plan that names it retires
+        self.is_started = False  # the runner keeps state for it
+        self.lora_slot = 0
+        self.num_in_flight = 0  # plans that name it
+        self.block_table: list[int] = []
+        self.table: tuple[int, ...] | None = None  # block_table as plans carry it; None: changed since
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Nothing is computed. Its blocks must have been given back, and no plan in flight may name it."""
+        self.num_computed_tokens = 0
+        self.num_committed_tokens = 0
+        self.num_pending = 0
+        self.last_sample: TokenRef | None = None
+        self.num_published_blocks = 0
+        self.cache_parent: int | Namespace = self.namespace
+
+    def move_to(self, state: SequenceState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"sequence {self.seq_id}: {self.state.value} -> {state.value} is not a transition")
+        self.state = state
+
+    def drop_pending(self) -> None:
+        """One sample in flight less."""
+        self.num_pending -= 1
+        if not self.num_pending:
+            self.last_sample = None
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt) + len(self.outputs)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.outputs) + self.num_pending
+
+    @property
+    def num_to_compute(self) -> int:
+        """Rows it wants next. None once the samples in flight are certain to end it by LENGTH."""
+        num_tokens = len(self.prompt) + len(self.outputs) + self.num_pending
+        return num_tokens - self.num_computed_tokens if num_tokens < self.max_tokens_total else 0
+
+    @property
+    def has_prompt_computed(self) -> bool:
+        """Its prompt's KV is there for every later plan."""
+        return self.state is SequenceState.RUNNING and self.num_computed_tokens >= len(self.prompt)
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, ...]:
+        """Known tokens at positions start .. end - 1."""
+        prompt_len = len(self.prompt)
+        if end <= prompt_len:
+            return self.prompt[start:end]
+        if start >= prompt_len:
+            return tuple(self.outputs[start - prompt_len : end - prompt_len])
+        return self.prompt[start:] + tuple(self.outputs[: end - prompt_len])
+
+    def next_inputs(self, num_rows: int) -> tuple[int | TokenRef, ...]:
+        """The next tokens to compute: the sample in flight by reference, or known ones."""
+        if self.last_sample is not None:
+            return (self.last_sample,)
+        start = self.num_computed_tokens
+        return self.tokens_between(start, start + num_rows)
+
+    def ending(self, eos_token_ids: tuple[int, ...]) -> Ending | None:
+        """Whether the last output ends it. The sampler bans these ids at output positions below min_tokens."""
+        params = self.request.params
+        if len(self.outputs) > params.min_tokens:
+            token = self.outputs[-1]
+            if token in params.stop_token_ids:
+                return Ending(FinishReason.STOP, token)
+            if token in eos_token_ids and not params.ignore_eos:
+                return Ending(FinishReason.STOP)
+        if len(self.prompt) + len(self.outputs) >= self.max_tokens_total:
+            return Ending(FinishReason.LENGTH)
+        return None
+
+    def start(self) -> SequenceStart:
+        """What the runner must know before the first slice."""
+        return SequenceStart(
+            seq_id=self.seq_id,
+            prompt_token_ids=self.prompt,
+            output_token_ids=tuple(self.outputs),
+            params=self.request.params,
+            seed=self.request.seed,
+            sample_index=self.sample_index,
+        )
+
+    def update(
+        self,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        ending: Ending | None = None,
+        error: OutputError | None = None,
+    ) -> SequenceUpdate:
+        return SequenceUpdate(
+            self.request.request_id,
+            self.sample_index,
+            token_ids,
+            logprobs,
+            ending.reason if ending else None,
+            ending.stop_token_id if ending else None,
+            error,
+            self.num_cached_tokens,
+        )
+
+    def check_invariants(self, block_size: int) -> None:
+        assert 0 <= self.num_committed_tokens <= self.num_computed_tokens, self
+        assert self.num_computed_tokens <= self.num_tokens or self.state is SequenceState.FINISHED, self
+        assert self.num_pending <= self.num_in_flight, self
+        assert self.num_computed_tokens <= len(self.block_table) * block_size, self
+        if self.state is not SequenceState.RUNNING and not self.num_in_flight:
+            held = (self.block_table, self.is_started, self.num_computed_tokens, self.num_pending)
+            assert not any(held), self
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.state.value}, tokens={len(self.prompt)}+{len(self.outputs)}"
+            f"+{self.num_pending}, computed={self.num_computed_tokens}, in_flight={self.num_in_flight})"
+        )

@@ -1,0 +1,106 @@
+"""The model's tokenizer: text to token ids and back, from a local folder, usable from many threads at once.
+
+Encoding goes to the Rust tokenizer behind the transformers one: that object is immutable after load and releases the
+interpreter lock, where the Python wrapper changes truncation and padding on every call.
+transformers (which imports torch) is imported at load, not when this module is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError, InvalidRequest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokenizer:
+    """Encodes prompts and decodes outputs. All methods may be called from any thread."""
+
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises: ConfigError when the tokenizer has no Rust backend."""
+        backend: RustTokenizer | None = getattr(hf_tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(
+                f"the tokenizer {type(hf_tokenizer).__name__} has no fast (Rust) backend; "
+                "save the model's tokenizer as tokenizer.json into its folder"
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        self._hf = hf_tokenizer
+        self.backend = backend
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Raises: ConfigError when the folder holds no tokenizer that can be loaded without running foreign code."""
+        if not Path(folder).is_dir():
+            raise ConfigError(f"tokenizer folder {str(folder)!r} does not exist; give a local folder")
+        from transformers import AutoTokenizer
+
+        try:
+            hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ConfigError(f"no tokenizer could be loaded from folder {str(folder)!r}: {error}") from error
+        return cls(hf_tokenizer)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token_id = self._hf.eos_token_id
+        return token_id if isinstance(token_id, int) else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of the tokens, without the clean-up of spaces that some tokenizers ask for (it loses text)."""
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it; None when there is none (models pad their vocabulary)."""
+        token: str | None = self.backend.id_to_token(token_id) if token_id >= 0 else None
+        return token
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_args: Any
+    ) -> str:
+        """The prompt text of a conversation. `template_args` go to the template (`tools`, or variables of its own).
+
+        Raises: InvalidRequest when the model has no template, or its template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequest(
+                "messages",
+                "this model has no chat template, so it cannot take messages; ask for a plain completion of a prompt, "
+                "or put a chat_template.jinja into the model's folder",
+            )
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_args,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            # Templates are programs: what they raise on messages they do not expect is not theirs to choose.
+            roles = [str(message.get("role")) for message in messages]
+            raise InvalidRequest("messages", f"the model's chat template refuses the roles {roles}: {error}") from error
+        return str(rendered)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
+        """Token ids of a conversation, ready to be continued; arguments and errors as in `render_chat`."""
+        # The template writes the special tokens itself.
+        return self.encode(self.render_chat(messages, **template_args), add_special_tokens=False)
