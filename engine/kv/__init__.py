@@ -1,0 +1,1 @@
+"""The KV cache's pages and the attention backends that read them."""

@@ -1,0 +1,57 @@
+"""What attention needs of a step, and the protocol of everything that computes it over the paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.kv.storage import KVStorage
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """Where the rows of a step belong: rows query_starts[s] .. query_starts[s+1] - 1 are the last rows of sequence s.
+
+    The host tuples and the device tensors say the same; kernels read the tensors, python reads the tuples.
+    """
+
+    slot_mapping: torch.Tensor  # [T] int64: KV slot each row is written to
+    block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0
+    cu_seqlens: torch.Tensor  # [S + 1] int32: query_starts
+    context_lens: torch.Tensor  # [S] int32: tokens of the sequence, those of this step included
+    query_starts: tuple[int, ...]  # S + 1
+    context_lengths: tuple[int, ...]  # S
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.context_lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What one attention layer asks for, besides q, k and v."""
+
+    index: int  # layer of the storage
+    scaling: float
+    sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: torch.Tensor | None = None  # [Hq]: logits that take part in the softmax and add nothing (gpt-oss)
+
+
+class AttentionBackend(Protocol):
+    """Causal attention of a step's rows over the cache. `plan` once per step, then `run` once per layer."""
+
+    storage: KVStorage
+
+    def plan(self, inputs: AttentionInputs) -> None:
+        """Take a step's metadata; valid until the next call."""
+        ...
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCall) -> torch.Tensor:
+        """Write k and v to their slots, then attend.
+
+        Shapes: q [T, Hq, D]; k, v [T, Hk, D]; returns [T, Hq, D] in q's dtype.
+        """
+        ...

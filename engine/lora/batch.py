@@ -1,0 +1,123 @@
+"""What the LoRA layers of one model share: which weights are bound to which slot, and which rows use which slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from engine.core.plan import NO_LORA, LoraSegment
+from engine.lora.storage import SiteWeights
+
+
+class BoundWeights:
+    """The LoRA weights of one site in one slot, as the layers multiply with them."""
+
+    __slots__ = ("a", "a_t", "b", "scaling")
+
+    def __init__(self, weights: SiteWeights) -> None:
+        self.a = weights.a
+        self.a_t = weights.a.t()
+        self.b = weights.b
+        self.scaling = weights.scaling
+
+
+class SegmentedRows:
+    """A step's rows cut into runs of one slot each, so that a layer cuts a tensor with one call.
+
+    `active` is false if no row uses LoRA.
+    """
+
+    __slots__ = ("_cuts", "_end", "_num_rows", "_sizes", "_slots", "active")
+
+    def __init__(self, segments: tuple[LoraSegment, ...] = ()) -> None:
+        sizes: list[int] = []
+        slots: list[int] = []
+        end = 0
+        for segment in segments:
+            if segment.row_start < end or segment.row_end <= segment.row_start:
+                raise ValueError(f"{segment} is empty or begins before row {end}: segments ascend and are disjoint")
+            if segment.row_start > end:
+                sizes.append(segment.row_start - end)
+                slots.append(NO_LORA)
+            sizes.append(segment.row_end - segment.row_start)
+            slots.append(segment.slot)
+            end = segment.row_end
+        self.active = bool(segments)
+        self._sizes, self._slots, self._end = sizes, slots, end
+        self._num_rows = -1
+        self._cuts: tuple[list[int], list[int]] = (sizes, slots)
+
+    def cuts(self, num_rows: int) -> tuple[list[int], list[int]]:
+        """Sizes of the runs and the slot of each (0: base model), covering exactly `num_rows` rows."""
+        if num_rows != self._num_rows:
+            rest = num_rows - self._end
+            if rest < 0:
+                raise ValueError(f"segments reach row {self._end}, the layer was given {num_rows} rows")
+            self._cuts = ([*self._sizes, rest], [*self._slots, NO_LORA]) if rest else (self._sizes, self._slots)
+            self._num_rows = num_rows
+        return self._cuts
+
+
+class LoraBatch:
+    """One object per model: the slot table (changes when adapters come and go) and this step's segments.
+
+    The runner calls `bind` / `unbind` for adapter operations and `set` before each forward.
+    """
+
+    def __init__(self) -> None:
+        self.rows = SegmentedRows()  # layers that see all rows of the step
+        self.sampled_rows = SegmentedRows()  # layers that see only the rows that are sampled (lm_head)
+        self._sites: dict[int, dict[int, BoundWeights]] = {}
+        self._bound: dict[int, tuple[int, ...]] = {}  # slot -> its sites
+
+    @property
+    def active(self) -> bool:
+        return self.rows.active
+
+    def site_weights(self, site: int) -> dict[int, BoundWeights]:
+        """slot -> weights of one site: a live table, which layers keep."""
+        return self._sites.setdefault(site, {})
+
+    def bind(self, slot: int, weights: Iterable[SiteWeights]) -> None:
+        """Put an adapter's weights into a free slot. Raises: ValueError if the slot is 0 or taken."""
+        if slot <= NO_LORA or slot in self._bound:
+            raise ValueError(f"LoRA slot {slot} cannot be bound: slots are 1 and up, and one adapter has each")
+        weights = tuple(weights)
+        for w in weights:
+            self.site_weights(w.site)[slot] = BoundWeights(w)
+        self._bound[slot] = tuple(w.site for w in weights)
+
+    def unbind(self, slot: int) -> None:
+        """Raises: KeyError if the slot is not bound."""
+        for site in self._bound.pop(slot):
+            del self._sites[site][slot]
+
+    def set(self, segments: tuple[LoraSegment, ...], sampled_segments: tuple[LoraSegment, ...] = ()) -> None:
+        """Say which rows of this step use which slot.
+
+        `segments` cut the step's rows, `sampled_segments` the rows that are sampled, numbered from 0. Both ascend
+        and are disjoint; rows in none are the base model's. Raises: ValueError if a slot is not bound.
+        """
+        for segment in (*segments, *sampled_segments):
+            if segment.slot not in self._bound:
+                raise ValueError(f"{segment} names a LoRA slot that is not bound")
+        self.rows = SegmentedRows(segments)
+        self.sampled_rows = SegmentedRows(sampled_segments)
+
+
+def add_lora(out: Tensor, x: Tensor, weights: BoundWeights) -> None:
+    """out += scaling * (x a^T) b, in place. Shapes: out [n, out_features], x [n, in_features].
+
+    In PEFT's order, result + B(A(x)) * scaling, and in the adapter's dtype; products are summed in float32 or better
+    by the matrix kernels, and the scaled sum is rounded once when it is added.
+    """
+    add_expanded(out, x.to(weights.b.dtype).mm(weights.a_t), weights.b, weights.scaling)
+
+
+def add_expanded(out: Tensor, low: Tensor, b: Tensor, scaling: float) -> None:
+    """out += scaling * low b, in place. Shapes: out [n, out_features], low [n, R], b [R, out_features]."""
+    if out.dtype == b.dtype:
+        out.addmm_(low, b, alpha=scaling)
+    else:
+        out.add_(low.mm(b), alpha=scaling)

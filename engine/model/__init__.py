@@ -1,0 +1,1 @@
+"""Loads a transformers model and swaps the layers that the engine replaces."""

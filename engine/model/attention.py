@@ -1,0 +1,83 @@
+"""The bridge to transformers' attention registry: a model's attention layers call the backend given to the forward.
+
+The backend travels as a forward keyword argument: two models in one process never meet. Only an attention function
+is registered, no mask function: transformers then builds no mask at all (`_preprocess_mask_arguments` returns early
+for a name it has no mask function for), which also spares a search for packed sequences that would wait for the
+device in every step. `probe.py` proves at load that what the mask would say is what the backend computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from engine.kv.backend import AttentionBackend, LayerCall
+
+ATTENTION_NAME = "chorus_paged"
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    attention_backend: AttentionBackend,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What a transformers attention layer calls in place of eager or SDPA attention.
+
+    The keyword arguments that end in `_` were all seen, and judged harmless, by the probe at load.
+    Shapes: query [1, Hq, T, D]; key, value [1, Hk, T, D]; returns [1, T, Hq, D].
+    """
+    layer = LayerCall(
+        index=module.layer_idx,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attention_backend.run(q, k, v, layer)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def forward_hidden(
+    model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, backend: AttentionBackend
+) -> torch.Tensor:
+    """Run the layers alone, for a step that samples nothing. Shapes: input_ids, positions [T]; returns [T, hidden]."""
+    inner: Callable[..., Any] = getattr(model, model.base_model_prefix)
+    output = inner(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, attention_backend=backend)
+    return output.last_hidden_state[0]
+
+
+def forward_logits(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    sampled_rows: torch.Tensor,
+    backend: AttentionBackend,
+) -> torch.Tensor:
+    """One flattened batch through the model; logits of some rows.
+
+    Shapes: input_ids, positions [T]; sampled_rows [N] int64; returns [N, V].
+    """
+    output = model(
+        input_ids=input_ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=sampled_rows,
+        attention_backend=backend,
+    )
+    return output.logits[0]

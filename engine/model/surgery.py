@@ -1,0 +1,105 @@
+"""Which modules of a model can carry LoRA, as one frozen, ordered tuple; and the swap of those modules."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from engine.lora.batch import LoraBatch
+from engine.lora.linear import LoraEmbedding, LoraLinear
+from engine.model.probe import NUM_ROWS, SAMPLED_ROWS, Trace
+from engine.site import LinearSite
+
+# How tensor parallelism would cut a layer, by the last part of its name (Megatron-LM, arXiv 1909.08053): layers that
+# write into the residual stream are cut along their inputs, the others along their outputs. A fused projection is not
+# cut by one split. `dense` is GPT-NeoX's output projection.
+_CUT_ALONG_INPUT = frozenset(
+    {"o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo"}
+)
+_FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj"})
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def find_sites(model: nn.Module, trace: Trace) -> tuple[LinearSite, ...]:
+    """Every nn.Linear, Conv1D and input embedding that saw exactly the step's rows (or its sampled rows) once.
+
+    What fails that is no site: a layer inside an expert sees only the rows routed to it, a vision tower none.
+    Order is that of `named_modules`, so it is the same on every machine. Sites that were given the same tensor form
+    a fusion group: q/k/v, gate/up, or all five where attention and MLP are parallel.
+    """
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if module is embeddings:
+            if isinstance(module, nn.Embedding):
+                found.append((name, module))
+        elif isinstance(module, nn.Linear | Conv1D) and _sees_all_rows(name, module is head, trace):
+            found.append((name, module))
+    groups = _fusion_groups([name for name, module in found if not isinstance(module, nn.Embedding)], trace)
+    return tuple(_site(index, name, module, groups.get(name)) for index, (name, module) in enumerate(found))
+
+
+def install_lora(model: nn.Module, sites: tuple[LinearSite, ...], batch: LoraBatch) -> None:
+    """Put a LoRA layer in the place of each site's module, around it."""
+    head = model.get_output_embeddings()
+    for site in sites:
+        parent_name, _, child = site.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        base = parent.get_submodule(child)
+        if site.kind == "embedding":
+            setattr(parent, child, LoraEmbedding(base, site, batch))
+        else:
+            setattr(parent, child, LoraLinear(base, site, batch, sampled=base is head))
+
+
+def _sees_all_rows(name: str, is_head: bool, trace: Trace) -> bool:
+    calls = trace.inputs.get(name, [])
+    if len(calls) != 1 or ".experts." in name:
+        return False
+    rows = calls[0].numel() // calls[0].shape[-1]
+    return bool(rows == (len(SAMPLED_ROWS) if is_head else NUM_ROWS))
+
+
+def _fusion_groups(names: list[str], trace: Trace) -> dict[str, str]:
+    readers: dict[int, list[str]] = {}
+    for name in names:
+        readers.setdefault(id(trace.inputs[name][0]), []).append(name)  # the trace keeps the tensors, so ids are unique
+    groups = {}
+    for members in readers.values():
+        if len(members) > 1:
+            parents = [name.split(".")[:-1] for name in members]
+            depth = next((i for i, parts in enumerate(zip(*parents, strict=False)) if len(set(parts)) > 1), None)
+            common = parents[0][:depth] if depth is not None else min(parents, key=len)
+            label = ".".join(common) + "." + "+".join(name.split(".")[-1] for name in members)
+            groups.update(dict.fromkeys(members, label))
+    return groups
+
+
+def _site(index: int, name: str, module: nn.Module, group: str | None) -> LinearSite:
+    layer = _LAYER.search(name)
+    leaf = name.rpartition(".")[2]
+    if isinstance(module, nn.Embedding):
+        return LinearSite(
+            index=index,
+            name=name,
+            in_features=module.num_embeddings,
+            out_features=module.embedding_dim,
+            kind="embedding",
+        )
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape  # stored transposed
+    else:
+        assert isinstance(module, nn.Linear)
+        in_features, out_features = module.in_features, module.out_features
+    return LinearSite(
+        index=index,
+        name=name,
+        in_features=in_features,
+        out_features=out_features,
+        layer=None if layer is None else int(layer[1]),
+        fusion_group=group,
+        shard_axis=None if leaf in _FUSED else "in" if leaf in _CUT_ALONG_INPUT else "out",
+    )

@@ -1,0 +1,1 @@
+"""Executes plans: inputs, the forward pass, sampling."""

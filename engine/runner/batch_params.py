@@ -1,0 +1,137 @@
+"""The sampling parameters of a batch, gathered into tensors once and kept while the batch stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams, TokenLogprobs
+from engine.runner.choice import Filters, top_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSampling:
+    """What the sampler keeps of one sequence."""
+
+    params: SamplingParams
+    seed: int  # as int64
+    sample_index: int
+    banned_token_ids: tuple[int, ...]  # until params.min_tokens
+    history: int | None  # row in the TokenHistory
+    error: str | None  # its parameters do not fit the model: each sample fails
+
+
+class Rows:
+    """Some rows of a batch. Taking all of them copies nothing."""
+
+    def __init__(self, rows: list[int], num_rows: int, device: torch.device) -> None:
+        self.rows = tuple(rows)
+        self.index = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._all = len(rows) == num_rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self._all else x[self.index]
+
+
+class BatchParams:
+    """Parameters of the rows of a batch. Shapes: S rows; tensors of parameters have one element per row they are for.
+
+    Every row is in exactly one of `greedy`, `plain` (temperature alone) and `filtered`.
+    """
+
+    def __init__(self, seq_ids: tuple[int, ...], sequences: list[SequenceSampling], device: torch.device) -> None:
+        self.seq_ids = seq_ids
+        self._device = device
+        self._params = [s.params for s in sequences]
+        self.errors = {row: s.error for row, s in enumerate(sequences) if s.error is not None}
+        rows = range(len(sequences))
+        self.greedy = self._rows([i for i in rows if self._params[i].greedy])
+        self.random = self._rows([i for i in rows if not self._params[i].greedy])
+        self.plain = self._rows([i for i in self.random.rows if not _filtered(self._params[i])])
+        self.filtered = self._rows([i for i in self.random.rows if _filtered(self._params[i])])
+        self.penalised = self._rows([i for i in rows if sequences[i].history is not None])
+        self.logprobs = self._rows([i for i in rows if self._params[i].logprobs is not None])
+        self._gather_random(sequences)
+        self._gather_changes(sequences)
+
+    def _rows(self, rows: list[int]) -> Rows:
+        return Rows(rows, len(self._params), self._device)
+
+    def _gather_random(self, sequences: list[SequenceSampling]) -> None:
+        drawn = [sequences[i] for i in self.random.rows]
+        self.seeds = self._ints([s.seed for s in drawn])
+        self.sample_index = self._ints([s.sample_index for s in drawn])
+        self.plain_temperature = self._filters(self.plain).temperature
+        self.filters = self._filters(self.filtered)
+
+    def _gather_changes(self, sequences: list[SequenceSampling]) -> None:
+        """What changes logits: biases, penalties, bans."""
+        bias = [(i, t, b) for i, p in enumerate(self._params) if i not in self.errors for t, b in p.logit_bias.items()]
+        self.bias_rows = self._ints([row for row, _, _ in bias])
+        self.bias_token_ids = self._ints([token_id for _, token_id, _ in bias])
+        self.biases = self._reals([value for _, _, value in bias])
+        punished = [sequences[i] for i in self.penalised.rows]
+        self.history = self._ints([s.history for s in punished if s.history is not None])
+        self.repetition = self._reals([s.params.repetition_penalty for s in punished])
+        self.presence = self._reals([s.params.presence_penalty for s in punished])
+        self.frequency = self._reals([s.params.frequency_penalty for s in punished])
+        self._bans = [
+            (i, s.params.min_tokens, s.banned_token_ids) for i, s in enumerate(sequences) if s.params.min_tokens
+        ]
+        self.changes_logits = bool(bias or punished or self._bans)
+
+    def banned(self, positions: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Rows and token ids that min_tokens still bans, given each row's output position."""
+        pairs = [(row, i) for row, until, ids in self._bans if positions[row] < until for i in ids]
+        return [row for row, _ in pairs], [token_id for _, token_id in pairs]
+
+    def pack_logprobs(self, raw: Tensor, chosen: Tensor) -> Tensor:
+        """Log-probabilities of the rows that ask, for one copy to the host.
+
+        Shapes: raw logits [L, V] of those rows, chosen [S] -> float64 [L, 2 + 2 k]: the chosen token id and its
+        log-probability, then k ids and their k log-probabilities (a float64 holds an id exactly).
+        """
+        most = max(self._params[i].logprobs or 0 for i in self.logprobs.rows)
+        ids, values, normaliser = top_logprobs(raw, min(most, raw.shape[1]))
+        token_ids = self.logprobs.take(chosen)[:, None]
+        logprobs = raw.gather(1, token_ids).double() - normaliser[:, None]
+        return torch.cat((token_ids.double(), logprobs, ids.double(), values), dim=1)
+
+    def unpack_logprobs(self, packed: Tensor) -> dict[int, TokenLogprobs]:
+        """Row -> log-probabilities, each with as many of the most likely tokens as it asked for."""
+        found = {}
+        most = (packed.shape[1] - 2) // 2
+        for row, numbers in zip(self.logprobs.rows, packed.tolist(), strict=True):
+            k = self._params[row].logprobs or 0
+            ids, values = numbers[2 : 2 + most], numbers[2 + most :]
+            top = tuple((int(i), v) for i, v in zip(ids[:k], values[:k], strict=True))
+            found[row] = TokenLogprobs(int(numbers[0]), numbers[1], top)
+        return found
+
+    def _filters(self, rows: Rows) -> Filters:
+        params = [self._params[i] for i in rows.rows]
+        nucleus = [i for i, p in enumerate(params) if p.top_k == 0 and p.top_p < 1.0]
+        tiny = torch.finfo(torch.float32).tiny  # a temperature that float32 would make 0 stays above it
+        return Filters(
+            temperature=self._reals([max(p.temperature, tiny) for p in params]),
+            top_k=self._ints([p.top_k for p in params]),
+            top_p=self._reals([p.top_p for p in params], torch.float64),
+            min_p=self._reals([p.min_p for p in params], torch.float64),
+            nucleus=None if len(nucleus) == len(params) else self._ints(nucleus),
+        )
+
+    def _ints(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _reals(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0

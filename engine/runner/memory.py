@@ -1,0 +1,99 @@
+"""From bytes to blocks: how many blocks of KV cache there are room for."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from engine.config import MIB, EngineConfig
+from engine.core.plan import RowOutput, SequenceSlice, StepPlan
+from engine.errors import ConfigError
+from engine.kv.storage import KVStorage
+from engine.kv.torch_cpu import TorchAttention
+from engine.model.attention import forward_logits
+from engine.model.loader import LoadedModel
+from engine.runner.inputs import build_inputs
+
+DEFAULT_CPU_BYTES = 256 * MIB
+CUDA_SHARE = 0.92  # of the whole memory: the rest is for fragments, other libraries' workspaces and the sampler
+_NULL_BLOCKS = 1  # block 0 is never handed out
+_COPY_BLOCKS = 1  # one more than the sequences need, for a copy-on-write
+
+
+def num_kv_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
+    """Blocks for `config`, never more than max_num_seqs sequences of max_model_len tokens can fill.
+
+    Raises: ConfigError if that is not enough for one sequence of max_model_len tokens.
+    """
+    shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
+    budget = config.kv_cache_bytes
+    if budget is None:
+        budget = DEFAULT_CPU_BYTES if loaded.device.type == "cpu" else _free_cuda_bytes(loaded, config)
+    per_sequence = -(-loaded.max_model_len // config.block_size)
+    most = config.max_num_seqs * per_sequence + _NULL_BLOCKS + _COPY_BLOCKS
+    least = per_sequence + _NULL_BLOCKS
+    num_blocks = min(budget // shape.block_bytes, most)
+    if num_blocks < least:
+        raise ConfigError(
+            f"{budget} bytes of KV cache are {num_blocks} blocks of {shape.block_bytes} bytes; one sequence of "
+            f"max_model_len={loaded.max_model_len} tokens needs {least}, with the null block: raise kv_cache_bytes to "
+            f"at least {least * shape.block_bytes}, or lower max_model_len"
+        )
+    return num_blocks
+
+
+def _free_cuda_bytes(loaded: LoadedModel, config: EngineConfig) -> int:
+    """What is left for the cache beside weights, the largest step and resident adapters."""
+    device = loaded.device
+    step_bytes = profile_step_bytes(loaded, config)
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    adapters = config.adapter_bytes if config.max_resident_adapters else 0
+    return max(0, int(free) - int(total * (1 - CUDA_SHARE)) - step_bytes - adapters)
+
+
+def profile_step_bytes(loaded: LoadedModel, config: EngineConfig) -> int:
+    """Peak bytes that the largest step needs beside weights and cache: measured, on CUDA, by running one."""
+    device = loaded.device
+    plan = _largest_step(loaded, config)
+    num_blocks = 1 + max(block for s in plan.slices for block in s.block_table)
+    storage = KVStorage(loaded.capabilities.kv_shape(config.block_size, loaded.dtype), num_blocks, device)
+    backend = TorchAttention(storage)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        inputs = build_inputs(plan, config.block_size, device, lambda ref: torch.zeros((), dtype=torch.long))
+        backend.plan(inputs.attention)
+        logits = forward_logits(loaded.model, inputs.input_ids, inputs.positions, inputs.sampled_rows, backend)
+        # The sampler works on a float32 copy of the logits and a few of its size.
+        logits_bytes = 4 * 4 * logits.numel()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before + logits_bytes)
+
+
+def _largest_step(loaded: LoadedModel, config: EngineConfig) -> StepPlan:
+    """max_num_batched_tokens rows in as few sequences as max_model_len allows, all of max_num_seqs sampling."""
+    block_size = config.block_size
+    rows_left, row, block = config.max_num_batched_tokens, 0, 0
+    slices: list[SequenceSlice] = []
+    while rows_left > 0 and len(slices) < config.max_num_seqs:
+        others = config.max_num_seqs - len(slices) - 1
+        rows = max(1, min(loaded.max_model_len, rows_left - others))
+        num_blocks = -(-rows // block_size)
+        slices.append(
+            SequenceSlice(
+                seq_id=len(slices),
+                row_start=row,
+                token_ids=(0,) * rows,
+                position=0,
+                block_table=tuple(range(block, block + num_blocks)),
+                lora_slot=0,
+                output=RowOutput.SAMPLE,
+                output_position=0,
+            )
+        )
+        rows_left, row, block = rows_left - rows, row + rows, block + num_blocks
+    return StepPlan(plan_id=0, slices=tuple(slices))

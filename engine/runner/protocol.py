@@ -1,0 +1,56 @@
+"""What the engine asks of whatever executes plans: a torch runner, a group of workers, or a fake in tests.
+
+Torch-free: the engine and the fakes import it without pulling torch in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from engine.core.plan import StepPlan, StepResult
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.lora.image import AdapterImage
+
+
+class StepNotLaunched(EngineError):
+    """A plan could not run, for want of memory: abandon it and the later ones, and go on.
+
+    It may have been begun: its ends and adapter operations may be done, its own KV slots written; it has no samples.
+    Any other exception of a runner is fatal: the device's state is not known any more.
+    """
+
+    code = "step_not_launched"
+    retryable = True
+
+
+class PendingStep(Protocol):
+    """A plan that was handed to the device."""
+
+    def result(self) -> StepResult:
+        """Block until the device is done. Raises: anything, and it is fatal."""
+        ...
+
+
+class Runner(Protocol):
+    """Executes plans, strictly in the order of their ids.
+
+    Ending a sequence or evicting an adapter that is gone already changes nothing: after an abandoned plan, the next
+    repeats its ends and evicts what it loaded.
+    """
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Execute `plan` after all earlier ones.
+
+        Raises: StepNotLaunched (abandon this plan and the later ones); anything else is fatal.
+        """
+        ...
+
+    def add_adapter(self, image: AdapterImage) -> None:
+        """Make a host image available to AdapterLoad operations of later plans."""
+        ...
+
+    def remove_adapter(self, key: str) -> None:
+        """Forget a host image. Only when it is not resident."""
+        ...

@@ -1,0 +1,151 @@
+"""The one that executes plans with torch: in order, on one device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core.plan import AdapterEvict, AdapterLoad, StepPlan, StepResult, TokenRef
+from engine.errors import AdapterError
+from engine.kv.backend import AttentionBackend
+from engine.kv.storage import KVStorage
+from engine.kv.torch_cpu import TorchAttention
+from engine.lora.batch import LoraBatch
+from engine.lora.image import AdapterImage
+from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
+from engine.model.attention import forward_hidden, forward_logits
+from engine.model.loader import LoadedModel
+from engine.model.surgery import install_lora
+from engine.runner.inputs import StepInputs, build_inputs
+from engine.runner.protocol import StepNotLaunched
+from engine.runner.sampler import SampledStep, Sampler
+
+
+class PendingTorchStep:
+    """A step whose kernels are queued (on the CPU: done)."""
+
+    def __init__(self, plan_id: int, sampled: SampledStep | None, copied: tuple[str, ...]) -> None:
+        self._plan_id = plan_id
+        self._sampled = sampled
+        self._copied = copied
+
+    def result(self) -> StepResult:
+        samples = () if self._sampled is None else self._sampled.samples
+        return StepResult(plan_id=self._plan_id, samples=samples, copied=self._copied)
+
+
+class TorchRunner:
+    """Runner over a loaded model, which it takes over: its linear layers become LoRA layers.
+
+    Not thread-safe: one thread submits. `add_adapter` and `remove_adapter` belong to the same thread.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, num_blocks: int) -> None:
+        if config.num_threads is not None and loaded.device.type == "cpu":
+            torch.set_num_threads(config.num_threads)
+        self.loaded = loaded
+        self.num_blocks = num_blocks
+        shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
+        self._storage = KVStorage(shape, num_blocks, loaded.device)
+        self._backend: AttentionBackend = TorchAttention(self._storage)
+        self._block_size = config.block_size
+        self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids)
+        self._images: dict[str, AdapterImage] = {}
+        self._slots: dict[str, int] = {}  # resident adapter -> LoRA slot
+        self._adapters: AdapterStorage
+        self._adapters = BorrowedStorage() if loaded.device.type == "cpu" else DeviceStorage(loaded.device)
+        self._batch = LoraBatch()
+        if config.adapter_bytes > 0 and config.max_resident_adapters > 0:
+            install_lora(loaded.model, loaded.sites, self._batch)
+        # Sampled tokens of the last plans, on the device: plan id -> (row -> index, tokens [N]).
+        self._sampled: OrderedDict[int, tuple[dict[int, int], torch.Tensor]] = OrderedDict()
+        self._max_plans_kept = config.pipeline_depth + 1
+        self._last_plan_id = -1
+
+    def add_adapter(self, image: AdapterImage) -> None:
+        """Adding a key again replaces its image, unless it is resident: a key names one version."""
+        if image.key not in self._slots:
+            self._images[image.key] = image
+
+    def remove_adapter(self, key: str) -> None:
+        """Raises: AdapterError if the adapter is resident."""
+        if key in self._slots:
+            raise AdapterError(f"adapter {key!r} is resident in slot {self._slots[key]}; evict it before removing it")
+        self._images.pop(key, None)
+
+    def submit(self, plan: StepPlan) -> PendingTorchStep:
+        """Execute a plan after all earlier ones.
+
+        Raises: StepNotLaunched when memory runs out. KV slots of the plan's own rows may have been written and its
+        adapter operations and ends done by then: a later plan computes the rows again, and may repeat the others.
+        Anything else is fatal.
+        """
+        if plan.plan_id <= self._last_plan_id:
+            raise ValueError(f"plan {plan.plan_id} comes after plan {self._last_plan_id}")
+        try:
+            with torch.inference_mode():
+                inputs, sampled = self._execute(plan)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise StepNotLaunched(
+                f"out of memory with {plan.num_rows} rows; lower max_num_batched_tokens or kv_cache_bytes: {error}"
+            ) from error
+        self._last_plan_id = plan.plan_id
+        if inputs is not None and sampled is not None:
+            rows = {s.row_end - 1: i for i, s in enumerate(inputs.sampling_slices)}
+            self._sampled[plan.plan_id] = (rows, sampled.token_ids)
+        while self._sampled and next(iter(self._sampled)) <= plan.plan_id - self._max_plans_kept:
+            self._sampled.popitem(last=False)
+        return PendingTorchStep(plan.plan_id, sampled, self._adapters.copied())
+
+    def close(self) -> None:
+        """Stop what runs beside the steps."""
+        if isinstance(self._adapters, DeviceStorage):
+            self._adapters.close()
+
+    def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None]:
+        for seq_id in plan.ends:
+            self._sampler.end(seq_id)
+        for op in plan.adapter_ops:
+            self._apply(op)
+        self._storage.copy_blocks([c.src for c in plan.block_copies], [c.dst for c in plan.block_copies])
+        for start in plan.starts:
+            self._sampler.start(start)
+        if not plan.slices:
+            return None, None
+        inputs = build_inputs(plan, self._block_size, self.loaded.device, self._resolve)
+        self._batch.set(inputs.segments, inputs.sampled_segments)
+        self._backend.plan(inputs.attention)
+        model = self.loaded.model
+        if not inputs.sampling_slices:
+            forward_hidden(model, inputs.input_ids, inputs.positions, self._backend)
+            return inputs, None
+        logits = forward_logits(model, inputs.input_ids, inputs.positions, inputs.sampled_rows, self._backend)
+        return inputs, self._sampler.sample(logits, inputs.sampling_slices)
+
+    def _apply(self, op: AdapterLoad | AdapterEvict) -> None:
+        """Raises: AdapterError if the plan and this runner disagree on what is resident."""
+        if isinstance(op, AdapterEvict):
+            # Repeated after a plan that was abandoned: done already, or never begun.
+            if self._slots.get(op.adapter) == op.lora_slot:
+                del self._slots[op.adapter]
+                self._batch.unbind(op.lora_slot)
+                self._adapters.evict(op.adapter)
+            return
+        image = self._images.get(op.adapter)
+        if image is None:
+            raise AdapterError(f"plan loads adapter {op.adapter!r}, whose image was never added")
+        self._batch.bind(op.lora_slot, self._adapters.load(image))
+        self._slots[op.adapter] = op.lora_slot
+
+    def _resolve(self, ref: TokenRef) -> torch.Tensor:
+        rows, tokens = self._sampled[ref.plan_id]
+        return tokens[rows[ref.row]]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it; the CPU allocator has a sentence."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

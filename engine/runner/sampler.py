@@ -1,0 +1,201 @@
+"""From logits to tokens: one batched pass over rows with different parameters.
+
+Order: logit_bias; repetition, presence and frequency penalties; the ban of min_tokens; temperature; top_k, top_p,
+min_p and the choice itself (`choice.py`), with one uniform number per row (`philox.py`) keyed by (seed, sample index,
+output position). A greedy row takes the most likely token after the ban, of equals the lowest id. So the token of a
+row is a function of its logits, its parameters and its history, never of the other rows or of their order.
+
+min_tokens bans stop_token_ids, and the end-of-sequence tokens unless ignore_eos says that they mean nothing. Should
+that be the whole vocabulary, nothing is banned: a token must come. A logit_bias of -100 only makes a token unlikely.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from engine.core.plan import Sample, SequenceSlice, SequenceStart
+from engine.request import SamplingParams, TokenLogprobs
+from engine.runner import choice
+from engine.runner.batch_params import BatchParams, SequenceSampling
+from engine.runner.penalties import TokenHistory, uses_history
+from engine.runner.philox import as_int64, uniform
+
+_NOT_FINITE = "the model's logits for this sequence were not finite (NaN or infinity)"
+_FAILED = -1  # in place of a token id
+
+
+class SampledStep:
+    """What one call of `Sampler.sample` produced.
+
+    token_ids: [S] int64 on the device, there at once, for the next plan's token references; a failed row has some
+    token of the vocabulary, which nobody may show.
+    """
+
+    def __init__(self, batch: BatchParams, chosen: Tensor, logprobs: Tensor | None) -> None:
+        self.token_ids = chosen.clamp(min=0)
+        self._batch = batch
+        self._chosen = _HostCopy(chosen)
+        self._logprobs = None if logprobs is None else _HostCopy(logprobs)
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """One per slice, in order. Waits for the device, but not for steps launched after this one."""
+        batch = self._batch
+        logprobs = {} if self._logprobs is None else batch.unpack_logprobs(self._logprobs.wait())
+        chosen: list[int] = self._chosen.wait().tolist()
+        return tuple(
+            self._sample(row, seq_id, token_id, logprobs.get(row))
+            for row, (seq_id, token_id) in enumerate(zip(batch.seq_ids, chosen, strict=True))
+        )
+
+    def _sample(self, row: int, seq_id: int, token_id: int, logprobs: TokenLogprobs | None) -> Sample:
+        error = self._batch.errors.get(row, _NOT_FINITE if token_id == _FAILED else None)
+        if error is not None:
+            return Sample(seq_id=seq_id, token_ids=(), error=error)
+        return Sample(seq_id=seq_id, token_ids=(token_id,), logprobs=None if logprobs is None else (logprobs,))
+
+
+class Sampler:
+    """Chooses tokens for sequences that `start` made known. One per model; used by the step thread alone."""
+
+    def __init__(
+        self, vocab_size: int, device: torch.device | str = "cpu", eos_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._eos_token_ids = eos_token_ids
+        self._sequences: dict[int, SequenceSampling] = {}
+        self._history = TokenHistory(vocab_size, self._device)
+        self._batch: BatchParams | None = None
+        # Takes the place of rows that are not finite, so that they go through the same kernels and break nothing.
+        self._stand_in = -torch.arange(vocab_size, dtype=torch.float32, device=self._device)
+
+    def start(self, start: SequenceStart) -> None:
+        """Remember a sequence. One that is known already starts anew, from the given output."""
+        self.end(start.seq_id)
+        params = start.params
+        history = None
+        if uses_history(params):
+            history = self._history.open(start.prompt_token_ids, start.output_token_ids)
+        self._sequences[start.seq_id] = SequenceSampling(
+            params=params,
+            seed=as_int64(start.seed),
+            sample_index=start.sample_index,
+            banned_token_ids=self._banned(params),
+            history=history,
+            error=self._misfit(params),
+        )
+
+    def end(self, seq_id: int) -> None:
+        """Forget a sequence; one that is not known is forgotten already."""
+        sequence = self._sequences.pop(seq_id, None)
+        if sequence is None:
+            return
+        if sequence.history is not None:
+            self._history.close(sequence.history)
+        if self._batch is not None and seq_id in self._batch.seq_ids:
+            self._batch = None
+
+    def sample(self, logits: Tensor, slices: tuple[SequenceSlice, ...]) -> SampledStep:
+        """One token for each slice.
+
+        logits: [S, V], row i for slices[i]; they may be overwritten. Raises: KeyError for a sequence that was not
+        started, ValueError if the shape does not fit.
+        """
+        if logits.shape != (len(slices), self._vocab_size):
+            raise ValueError(f"logits {tuple(logits.shape)} should be ({len(slices)}, {self._vocab_size})")
+        batch = self._batch_of(tuple(s.seq_id for s in slices))
+        with torch.inference_mode():
+            return self._run(logits, batch, [s.output_position for s in slices])
+
+    def _run(self, logits: Tensor, batch: BatchParams, positions: list[int]) -> SampledStep:
+        logits, finite = self._mend(logits.float())
+        raw = None
+        if batch.logprobs:
+            raw = batch.logprobs.take(logits)
+            raw = raw.clone() if raw is logits and batch.changes_logits else raw
+        if batch.changes_logits:
+            self._change(logits, batch, positions)
+        chosen = _choose(logits, batch, positions)
+        if batch.penalised:
+            self._history.add(batch.history, batch.penalised.take(chosen))
+        logprobs = None if raw is None else batch.pack_logprobs(raw, chosen)
+        return SampledStep(batch, chosen if finite is None else chosen.masked_fill(~finite, _FAILED), logprobs)
+
+    def _batch_of(self, seq_ids: tuple[int, ...]) -> BatchParams:
+        if self._batch is None or self._batch.seq_ids != seq_ids:
+            self._batch = BatchParams(seq_ids, [self._sequences[i] for i in seq_ids], self._device)
+        return self._batch
+
+    def _mend(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits with a stand-in for rows that are not finite, and which rows are; None: all."""
+        if logits.device.type == "cpu" and bool(logits.sum(-1).isfinite().all()):
+            return logits, None  # a sum is finite only if its terms are
+        finite = logits.isfinite().all(-1)
+        return torch.where(finite[:, None], logits, self._stand_in), finite
+
+    def _change(self, logits: Tensor, batch: BatchParams, positions: list[int]) -> None:
+        """Bias, penalties and bans, in place."""
+        if len(batch.biases):
+            logits.index_put_((batch.bias_rows, batch.bias_token_ids), batch.biases, accumulate=True)
+        if batch.penalised:
+            self._history.penalise(
+                logits, batch.penalised.index, batch.history, batch.repetition, batch.presence, batch.frequency
+            )
+        rows, token_ids = batch.banned(positions)
+        if rows:
+            banned = torch.tensor((rows, token_ids), device=self._device)
+            logits[banned[0], banned[1]] = -torch.inf
+
+    def _banned(self, params: SamplingParams) -> tuple[int, ...]:
+        ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos_token_ids))
+        banned = sorted(i for i in ids if 0 <= i < self._vocab_size)
+        return tuple(banned) if len(banned) < self._vocab_size else ()
+
+    def _misfit(self, params: SamplingParams) -> str | None:
+        unknown = [i for i in params.logit_bias if not 0 <= i < self._vocab_size]
+        if not unknown:
+            return None
+        return f"logit_bias names token {unknown[0]}, the model's tokens are 0 to {self._vocab_size - 1}"
+
+
+def _choose(logits: Tensor, batch: BatchParams, positions: list[int]) -> Tensor:
+    """[S, V] -> token ids [S]."""
+    blocks = choice.block_max(logits)
+    if not batch.random:
+        return choice.argmax(logits, blocks)
+    chosen = torch.empty(len(positions), dtype=torch.int64, device=logits.device)
+    if batch.greedy:
+        chosen[batch.greedy.index] = choice.argmax(batch.greedy.take(logits), batch.greedy.take(blocks))
+    place = torch.tensor([positions[i] for i in batch.random.rows], device=logits.device)
+    u = torch.empty(len(positions), dtype=torch.float64, device=logits.device)
+    u[batch.random.index] = uniform(batch.seeds, batch.sample_index, place)
+    if batch.plain:
+        chosen[batch.plain.index] = choice.choose(
+            batch.plain.take(logits), batch.plain.take(blocks), batch.plain.take(u), batch.plain_temperature
+        )
+    if batch.filtered:
+        chosen[batch.filtered.index] = choice.choose_filtered(
+            batch.filtered.take(logits), batch.filtered.take(blocks), batch.filtered.take(u), batch.filters
+        )
+    return chosen
+
+
+class _HostCopy:
+    """A tensor on its way to the host. `wait` waits for this copy and not for what was launched after it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor

@@ -1,0 +1,150 @@
+"""The fast attention path against the oracle, on odd shapes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from engine.kv.backend import AttentionInputs, LayerCall
+from engine.kv.reference import ReferenceAttention, attend
+from engine.kv.storage import KVShape, KVStorage
+from engine.kv.torch_cpu import TorchAttention
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# (rows of this step, tokens computed before) of each sequence
+DECODES = ((1, 0), (1, 1), (1, 15), (1, 16), (1, 63), (1, 7), (1, 30))
+PREFILLS = ((5, 0), (17, 0), (3, 13), (16, 16), (2, 31))
+MIXED = ((1, 9), (4, 0), (1, 0), (7, 5), (1, 33), (2, 1))
+
+
+def make_step(sequences: tuple[tuple[int, int], ...], block_size: int, num_blocks: int, seed: int) -> AttentionInputs:
+    blocks = list(range(num_blocks))
+    random.Random(seed).shuffle(blocks)
+    tables, slots, starts = [], [], [0]
+    for rows, before in sequences:
+        table = [blocks.pop() for _ in range(-(-(rows + before) // block_size))]
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(before, before + rows)]
+        tables.append(table)
+        starts.append(starts[-1] + rows)
+    width = max(map(len, tables))
+    contexts = tuple(rows + before for rows, before in sequences)
+    return AttentionInputs(
+        slot_mapping=torch.tensor(slots),
+        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables]),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        query_starts=tuple(starts),
+        context_lengths=contexts,
+    )
+
+
+def run_both(
+    sequences: tuple[tuple[int, int], ...],
+    *,
+    block_size: int = 4,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float32,
+    layer: LayerCall | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    step = make_step(sequences, block_size, 160, seed=3)
+    rows = step.query_starts[-1]
+    shape = KVShape(2, block_size, heads[1], head_dim, dtype)
+    past = draw(160, 2, 2, block_size, heads[1], head_dim)
+    q, k, v = draw(rows, heads[0], head_dim), draw(rows, heads[1], head_dim), draw(rows, heads[1], head_dim)
+    layer = layer or LayerCall(index=1, scaling=head_dim**-0.5)
+    outputs = []
+    for backend_class in (ReferenceAttention, TorchAttention):
+        storage = KVStorage(shape, 160)
+        storage.data.copy_(past)
+        backend = backend_class(storage)
+        backend.plan(step)
+        outputs.append(backend.run(q, k, v, layer))
+    assert outputs[1].dtype == dtype
+    return outputs[0].float(), outputs[1].float()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "block_size", "heads", "dtype"),
+    list(itertools.product((DECODES, PREFILLS, MIXED), (1, 4, 16), ((4, 2), (6, 1), (3, 3)), TOLERANCE)),
+)
+def test_fast_path_equals_the_oracle(sequences, block_size, heads, dtype) -> None:
+    expected, actual = run_both(sequences, block_size=block_size, heads=heads, head_dim=5, dtype=dtype)
+    assert (expected - actual).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("sequences", [DECODES, PREFILLS, MIXED])
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 9, 1000])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (1.5, False), (None, True), (0.7, True)])
+def test_windows_caps_and_sinks_are_those_of_the_oracle(sequences, window, softcap, sinks) -> None:
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None
+    layer = LayerCall(index=0, scaling=0.4, sliding_window=window, softcap=softcap, sinks=sink)
+    expected, actual = run_both(sequences, layer=layer)
+    assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
+
+
+def test_the_oracle_itself_is_causal_softmax_attention() -> None:
+    """Against torch's own, on a case it knows."""
+    q, k, v = (torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    ours = attend(q, k, v, torch.arange(6), LayerCall(index=0, scaling=0.5))
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=0.5
+    )
+    assert torch.allclose(ours, theirs[0].transpose(0, 1), atol=1e-6)
+
+
+def test_long_capped_prefill_is_cut_into_parts_without_a_seam(monkeypatch) -> None:
+    monkeypatch.setattr("engine.kv.torch_cpu._MAX_SCORES", 100)
+    expected, actual = run_both(PREFILLS, layer=LayerCall(index=0, scaling=0.4, softcap=2.0))
+    assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_another_sequence_left_in_a_block_is_never_seen(window) -> None:
+    """Not even as NaN: a sequence whose numbers broke must not break the next owner of its blocks."""
+    step = make_step(((1, 5), (1, 0), (1, 9), (3, 2)), 4, 32, seed=1)
+    layer = LayerCall(index=0, scaling=0.4, sliding_window=window)
+    q, k, v = (torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    outputs = []
+    for leavings in (0.0, float("nan")):
+        storage = KVStorage(KVShape(1, 4, 2, 4, torch.float32), 32)
+        storage.data.fill_(leavings)
+        for table, context in zip(step.block_tables.tolist(), step.context_lengths, strict=True):
+            for position in range(context):
+                storage.data[table[position // 4], :, :, position % 4] = 1.0
+        backend = TorchAttention(storage)
+        backend.plan(step)
+        outputs.append(backend.run(q, k, v, layer))
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_a_copied_block_has_all_layers_of_its_source() -> None:
+    storage = KVStorage(KVShape(3, 4, 2, 5, torch.float32), 6)
+    storage.data.normal_()
+    before = storage.data.clone()
+    storage.copy_blocks([1, 4], [4, 2])
+    assert torch.equal(storage.data[4], before[1])
+    assert torch.equal(storage.data[2], before[4])  # sources are read before targets are written
+    untouched = [0, 1, 3, 5]
+    assert torch.equal(storage.data[untouched], before[untouched])
+
+
+def test_a_block_costs_what_the_storage_allocates() -> None:
+    shape = KVShape(3, 4, 2, 5, torch.bfloat16)
+    storage = KVStorage(shape, 7)
+    assert storage.num_bytes == storage.data.numel() * storage.data.element_size() == 7 * shape.block_bytes
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_batch_cut_into_parts_has_no_seam(monkeypatch, dtype) -> None:
+    monkeypatch.setattr("engine.kv.torch_cpu._PART_BYTES", {"cpu": 1})
+    expected, actual = run_both((*DECODES, *DECODES), dtype=dtype)
+    assert (expected - actual).abs().max() <= TOLERANCE[dtype]
