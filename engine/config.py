@@ -34,6 +34,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = True  # off: a prompt is computed in one step or waits for a free one
     pipeline_depth: int = 1  # plans in flight
     num_threads: int | None = None  # of torch on the CPU; None: as torch finds the machine
+    step_timeout_s: float = 300.0  # a longer step is taken for a hanging device and ends the engine
 
     def validate(self) -> None:
         """Raises: ConfigError naming the setting, its value, the limit and the remedy."""
@@ -51,6 +52,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "a step must be able to decode every running sequence; raise the first or lower the second"
             )
+        if not self.step_timeout_s > 0:
+            raise ConfigError(f"step_timeout_s={self.step_timeout_s} must be more than 0")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device={self.device!r} is not one of 'cpu', 'cuda'")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):

@@ -1,0 +1,323 @@
+"""The engine for concurrent callers: any event loop asks, one thread steps, one thread writes text.
+
+    event loops ──commands──> engine thread ──updates──> output thread ──one wake-up per step and loop──> event loops
+                  (deque)     step()                     detokenise, stop strings
+
+Nothing slow is on the step: tokens become text on the output thread, and images are read in before they are handed
+over. A watchdog thread finds a step that does not come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from engine.engine import Engine
+from engine.errors import EngineDead, EngineError, QueueFull
+from engine.output import OutputProcessor
+from engine.request import FinishReason, OutputDelta, Request
+from engine.stats import EngineStats
+from engine.streams import Stream, wake_all
+
+if TYPE_CHECKING:
+    from engine.core.sequence import SequenceUpdate
+    from engine.lora.image import AdapterImage
+
+logger = logging.getLogger(__name__)
+
+STATS_INTERVAL_S = 0.1
+DRAIN_POLL_S = 0.05
+JOIN_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: Request
+    image: AdapterImage | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    request_id: str
+    sample_index: int
+
+
+_Command = _Add | _Abort | _Finish
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What one turn of the engine thread hands to the output thread."""
+
+    opened: list[Request] = field(default_factory=list)
+    refused: list[tuple[str, EngineError]] = field(default_factory=list)
+    updates: tuple[SequenceUpdate, ...] = ()
+    released: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.opened or self.refused or self.updates or self.released)
+
+
+class AsyncEngine:
+    """Streams requests through one `Engine`, which it owns from `start()` on.
+
+    A death (an error of the device, a step longer than `step_timeout_s`, a bug) is final: every waiter gets EngineDead,
+    `is_alive` is False, and `on_death(reason)` is called once so that the process can be replaced.
+    `on_adapter_released(key)` is called when the engine has dropped the image of an adapter version. Both callbacks
+    come from threads of this object and must be quick.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_adapter_released: Callable[[str], None] | None = None,
+        on_death: Callable[[str], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._on_adapter_released = on_adapter_released
+        self._on_death = on_death
+        self._processor = OutputProcessor(engine.tokenizer)
+        self._condition = threading.Condition()  # guards the next five
+        self._commands: deque[_Command] = deque()
+        self._streams: dict[str, Stream] = {}
+        self._draining = False
+        self._closing = False
+        self._dead_reason: str | None = None
+        self._turns: SimpleQueue[_Turn | None] = SimpleQueue()
+        self._prepared: set[str] = set()  # adapter keys whose image was read in
+        self._request_numbers = count()
+        self._threads: list[threading.Thread] = []
+        self._step_began_s: float | None = None  # written by the engine thread, read by the watchdog
+        self._stopped = threading.Event()
+        self._stats = engine.stats()
+        self._stats_taken_s = 0.0
+
+    # ---- for callers, on any event loop or thread
+
+    def start(self) -> None:
+        """Create the threads. `generate` does it when nobody has. Raises: EngineDead after a death or `close()`."""
+        with self._condition:
+            self._raise_if_gone()
+            if self._threads:
+                return
+            for name, target in (
+                ("chorus-engine", self._run_engine),
+                ("chorus-output", self._run_output),
+                ("chorus-watchdog", self._run_watchdog),
+            ):
+                self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+            for thread in self._threads:
+                thread.start()
+
+    async def generate(self, request: Request, image: AdapterImage | None = None) -> AsyncIterator[OutputDelta]:
+        """Stream the deltas of all samples of `request`; closing the generator aborts what is unfinished.
+
+        `image` must be given when `request.adapter` is set and the engine may not hold that version.
+
+        Raises: RequestError, AdapterError when the request is refused; EngineDead.
+        """
+        self.start()
+        if image is not None and image.key not in self._prepared:
+            from engine.lora.image import prepare
+
+            await asyncio.to_thread(prepare, image)
+            self._prepared.add(image.key)
+        stream = self._submit(request, image)
+        num_unfinished = request.params.n
+        try:
+            while num_unfinished:
+                for delta in await stream.take():
+                    num_unfinished -= delta.finish_reason is not None
+                    yield delta
+        finally:
+            self._leave(stream, abort=num_unfinished > 0)
+
+    async def drain(self) -> None:
+        """Refuse new requests (QueueFull) and wait until every accepted one has ended."""
+        with self._condition:
+            self._draining = True
+        while self._streams:
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    def close(self) -> None:
+        """Stop after the current step and join the threads. Requests still running get EngineDead."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        self._stopped.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(JOIN_TIMEOUT_S)
+        self._fail_all("the engine was closed")
+
+    def stats(self) -> EngineStats:
+        """As of at most about STATS_INTERVAL_S ago, exact when idle. Never waits for the step."""
+        return self._stats
+
+    @property
+    def is_alive(self) -> bool:
+        return self._dead_reason is None and not self._closing
+
+    @property
+    def dead_reason(self) -> str | None:
+        return self._dead_reason
+
+    def check(self) -> None:
+        """For health checks. Raises: EngineDead with the reason."""
+        with self._condition:
+            self._raise_if_gone()
+
+    def _raise_if_gone(self) -> None:
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+        if self._closing:
+            raise EngineDead("the engine was closed")
+
+    def _submit(self, request: Request, image: AdapterImage | None) -> Stream:
+        # An id of our own: the caller may ask again under the same id while the engine still aborts the first.
+        own = replace(request, request_id=f"{request.request_id}#{next(self._request_numbers)}")
+        stream = Stream(own, request.request_id, asyncio.get_running_loop())
+        with self._condition:
+            self._raise_if_gone()
+            if self._draining:
+                raise QueueFull("the engine is draining and takes no new requests; send it to another replica")
+            self._streams[own.request_id] = stream
+            self._commands.append(_Add(own, image))
+            self._condition.notify_all()
+        return stream
+
+    def _leave(self, stream: Stream, *, abort: bool) -> None:
+        with self._condition:
+            self._streams.pop(stream.request.request_id, None)
+            if abort:
+                self._commands.append(_Abort(stream.request.request_id))
+                self._condition.notify_all()
+
+    # ---- the engine thread
+
+    def _run_engine(self) -> None:
+        try:
+            while (commands := self._wait_for_work()) is not None:
+                self._turn(commands)
+        except BaseException as error:
+            self._die(str(error) if isinstance(error, EngineDead) else f"{type(error).__name__}: {error}", error)
+        finally:
+            self._turns.put(None)
+
+    def _wait_for_work(self) -> list[_Command] | None:
+        """Commands to apply before the next step (maybe none); None: stop."""
+        with self._condition:
+            while not (self._commands or self._engine.has_work or self._closing or self._dead_reason):
+                self._condition.wait()
+            if self._closing or self._dead_reason:
+                return None
+            commands = list(self._commands)
+            self._commands.clear()
+            return commands
+
+    def _turn(self, commands: list[_Command]) -> None:
+        turn = _Turn()
+        self._step_began_s = time.monotonic()
+        for command in commands:
+            self._apply(command, turn)
+        turn.updates = self._engine.step()
+        turn.released = self._engine.released_adapters()
+        self._engine.take_ended()  # their metrics are in the totals of the stats
+        self._step_began_s = None
+        now_s = time.monotonic()
+        if now_s - self._stats_taken_s >= STATS_INTERVAL_S or not self._engine.has_work:
+            self._stats, self._stats_taken_s = self._engine.stats(), now_s
+        if turn:
+            self._turns.put(turn)
+
+    def _apply(self, command: _Command, turn: _Turn) -> None:
+        match command:
+            case _Add(request, image):
+                try:
+                    self._engine.add_request(request, image)
+                except EngineDead:
+                    raise
+                except EngineError as error:
+                    turn.refused.append((request.request_id, error))
+                else:
+                    turn.opened.append(request)
+            case _Abort(request_id):
+                self._engine.abort(request_id)
+            case _Finish(request_id, sample_index):
+                self._engine.finish(request_id, sample_index, FinishReason.STOP)
+
+    # ---- the output thread
+
+    def _run_output(self) -> None:
+        try:
+            while (turn := self._turns.get()) is not None:
+                self._deliver(turn)
+        except BaseException as error:
+            self._die(f"the output thread failed: {type(error).__name__}: {error}", error)
+
+    def _deliver(self, turn: _Turn) -> None:
+        touched: dict[str, Stream] = {}
+        for request_id, error in turn.refused:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.fail(error)
+                touched[request_id] = stream
+        deltas = [self._processor.open(request) for request in turn.opened]
+        deltas += [self._processor.process(update) for update in turn.updates]
+        for delta in deltas:
+            if delta is not None and (stream := self._streams.get(delta.request_id)) is not None:
+                stream.put(delta)
+                touched[delta.request_id] = stream
+        self._command(_Finish(*key) for key in self._processor.take_finishes())
+        for stream in wake_all(touched.values()):
+            self._leave(stream, abort=True)
+        for key in turn.released:
+            self._prepared.discard(key)
+            if self._on_adapter_released is not None:
+                self._on_adapter_released(key)
+
+    def _command(self, commands: Iterable[_Command]) -> None:
+        with self._condition:
+            self._commands.extend(commands)
+            self._condition.notify_all()
+
+    # ---- endings
+
+    def _run_watchdog(self) -> None:
+        limit_s = self._engine.config.step_timeout_s
+        while not self._stopped.wait(min(1.0, limit_s / 4)):
+            began_s = self._step_began_s
+            if began_s is not None and time.monotonic() - began_s > limit_s:
+                self._die(f"a step took longer than step_timeout_s={limit_s}; the device hangs or the limit is too low")
+
+    def _die(self, reason: str, cause: BaseException | None = None) -> None:
+        with self._condition:
+            if self._dead_reason is not None:
+                return
+            self._dead_reason = reason
+            self._condition.notify_all()
+        self._stopped.set()
+        logger.error("the engine died: %s", reason, exc_info=cause)
+        self._fail_all(reason)
+        if self._on_death is not None:
+            self._on_death(reason)
+
+    def _fail_all(self, reason: str) -> None:
+        with self._condition:
+            streams = list(self._streams.values())
+        for stream in streams:
+            stream.fail(EngineDead(reason))
+        wake_all(streams)

@@ -1,0 +1,322 @@
+"""The synchronous engine: one scheduler, one runner, and the loop that ties them. Used by one thread at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+from engine.core.adapter_slots import AdapterSlots
+from engine.core.limits import SchedulerConfig
+from engine.core.plan import StepEvents, StepPlan
+from engine.core.refusals import check_request
+from engine.core.scheduler import Scheduler
+from engine.core.sequence import SequenceUpdate
+from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
+from engine.request import FinishReason, OutputError, Request
+from engine.runner.protocol import PendingStep, Runner, StepNotLaunched
+from engine.stats import EngineStats, RequestClock, RequestMetrics, Totals
+from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.lora.image import AdapterImage
+    from engine.site import ImageSpec
+
+LAUNCH_RETRIES = 2
+"""So often a step that did not launch is scheduled anew; then it loses one sequence with each further failure."""
+MAX_IDLE_STEPS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What an engine is made of, once the model is loaded."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    image_spec: ImageSpec
+    num_blocks: int  # of the KV cache
+    max_model_len: int  # tokens of prompt and output
+    vocab_size: int  # of the model's input embedding: ids beyond it cannot be computed
+    eos_token_ids: tuple[int, ...]
+    cache_namespace: str  # base revision and KV scheme
+
+
+def load_parts(config: EngineConfig) -> EngineParts:
+    """Load the model and size what depends on it. Imports torch. Raises: ConfigError, ModelNotSupported."""
+    from engine.model.loader import load_model
+    from engine.runner.memory import num_kv_blocks
+    from engine.runner.runner import TorchRunner
+
+    tokenizer = Tokenizer.load(config.tokenizer or config.model)
+    loaded = load_model(config)
+    num_blocks = num_kv_blocks(loaded, config)
+    return EngineParts(
+        runner=TorchRunner(loaded, config, num_blocks),
+        tokenizer=tokenizer,
+        image_spec=loaded.image_spec(),
+        num_blocks=num_blocks,
+        max_model_len=loaded.max_model_len,
+        vocab_size=loaded.capabilities.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        cache_namespace=loaded.fingerprint,
+    )
+
+
+def _limits(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_blocks=parts.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=parts.max_model_len,
+        max_queued_requests=config.max_queued_requests,
+        adapter_bytes=config.adapter_bytes,
+        max_resident_adapters=config.max_resident_adapters,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        pipeline_depth=config.pipeline_depth,
+        eos_token_ids=parts.eos_token_ids,
+        cache_namespace=parts.cache_namespace,
+    )
+
+
+class Engine:
+    """Runs requests to their end, one step at a time. Not thread-safe.
+
+    `step` schedules up to `pipeline_depth` plans ahead and commits the oldest. What goes wrong:
+    - StepNotLaunched: nothing ran. The plan is abandoned, its sequences are preempted and scheduled again. When that
+      has failed LAUNCH_RETRIES times in a row, each further failure ends the sequence with the most rows of the failed
+      plan with `request_failed`, so that the step becomes smaller until it launches.
+    - anything else a runner raises is fatal: `step` raises EngineDead, now and ever after.
+    """
+
+    def __init__(self, config: EngineConfig, *, parts: EngineParts | None = None) -> None:
+        """Loads the model, unless `parts` are given. Raises: ConfigError, ModelNotSupported."""
+        config.validate()
+        self.config = config
+        parts = parts or load_parts(config)
+        self.tokenizer = parts.tokenizer
+        self.image_spec = parts.image_spec
+        self.limits = _limits(config, parts)
+        self._vocab_size = parts.vocab_size
+        self._runner = parts.runner
+        self._scheduler = Scheduler(self.limits)
+        self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
+        self._images: set[str] = set()  # keys whose image the runner holds
+        self._released: list[str] = []
+        self._aborts: list[str] = []
+        self._clocks: dict[str, RequestClock] = {}  # of live requests
+        self._ended: list[tuple[str, RequestMetrics]] = []
+        self._failures: dict[tuple[str, int], OutputError] = {}
+        self._num_failed_launches = 0  # in a row
+        self._num_idle_steps = 0  # in a row
+        self._dead_reason: str | None = None
+        self._totals = Totals()
+
+    # ---- requests
+
+    def check_request(self, request: Request, image: AdapterImage | None = None) -> None:
+        """Whether a request could run on the idle engine, without queueing it.
+
+        Raises: InvalidRequest naming the field, PromptTooLong, AdapterTooLarge.
+        """
+        self._check_token_ids(request)
+        num_bytes = image.num_bytes if image is not None else 0
+        slots = AdapterSlots(self.limits.max_resident_adapters, self.limits.adapter_bytes)
+        if request.adapter is not None:
+            slots.add(request.adapter, num_bytes)
+        check_request(request, self.limits, slots)
+
+    def add_request(self, request: Request, image: AdapterImage | None = None) -> None:
+        """Queue a request. `image` is needed unless the engine still holds that adapter version.
+
+        Raises: InvalidRequest naming the field, PromptTooLong, QueueFull, AdapterError, AdapterTooLarge.
+        """
+        self._raise_if_dead()
+        self._check_token_ids(request)
+        if request.adapter is not None and request.adapter not in self._images:
+            self._add_image(request.adapter, image)
+        self._scheduler.add(request)
+        self._clocks[request.request_id] = RequestClock(
+            request.params.n, len(request.prompt_token_ids), time.monotonic()
+        )
+
+    def _check_token_ids(self, request: Request) -> None:
+        params = request.params
+        for param, token_ids in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("resumed_output_token_ids", request.resumed_output_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", tuple(params.logit_bias)),
+        ):
+            if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
+                wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
+                raise InvalidRequest(param, f"token id {wrong} is outside the vocabulary [0, {self._vocab_size - 1}]")
+
+    def _add_image(self, key: str, image: AdapterImage | None) -> None:
+        if image is None:
+            raise AdapterError(f"adapter {key!r} is not known to this engine; give its image with the request")
+        if image.key != key:
+            raise AdapterError(f"the request names adapter {key!r}, but the image is that of {image.key!r}")
+        self._runner.add_adapter(image)
+        self._scheduler.add_adapter(key, image.num_bytes)
+        self._images.add(key)
+
+    def abort(self, request_id: str) -> None:
+        """End all samples of a request in the next step. Nothing happens if it has ended or never was."""
+        if request_id in self._clocks:
+            self._aborts.append(request_id)
+
+    def finish(self, request_id: str, sample_index: int, reason: FinishReason) -> None:
+        """End one sample for a reason found outside (a stop string). Nothing happens if it has ended."""
+        self._scheduler.finish(request_id, sample_index, reason)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` must be called again."""
+        return bool(self._aborts) or bool(self._in_flight) or self._scheduler.has_work()
+
+    # ---- a step
+
+    def step(self) -> tuple[SequenceUpdate, ...]:
+        """Schedule, launch and commit one step; what its sequences gained.
+
+        Raises: EngineDead when the runner failed in a way that leaves the device in an unknown state.
+        """
+        self._raise_if_dead()
+        try:
+            updates = [*self._launch(), *self._retire()]
+        except Exception as error:
+            self._dead_reason = f"a step failed: {type(error).__name__}: {error}"
+            raise EngineDead(self._dead_reason) from error
+        except BaseException:
+            self._dead_reason = "a step was interrupted, so that nobody knows how far it came; make a new engine"
+            raise
+        self._drop_images()
+        return tuple(self._account(update) for update in updates)
+
+    def _launch(self) -> list[SequenceUpdate]:
+        """Fill the pipeline. Returns: updates of sequences that ended without a step."""
+        updates: list[SequenceUpdate] = []
+        while len(self._in_flight) < self.limits.pipeline_depth:
+            aborts, self._aborts = tuple(self._aborts), []
+            plan = self._scheduler.schedule(StepEvents(time_ns=time.monotonic_ns(), aborts=aborts))
+            updates.extend(self._scheduler.take_updates())
+            if plan is None:
+                self._check_progress(bool(updates))
+                break
+            self._num_idle_steps = 0
+            self._note_starts(plan)
+            try:
+                pending = self._runner.submit(plan)
+            except StepNotLaunched as error:
+                self._abandon(plan, error)
+                break
+            self._num_failed_launches = 0
+            self._in_flight.append((plan, pending))
+        return updates
+
+    def _check_progress(self, has_updates: bool) -> None:
+        """A scheduler that has work and no plan for it would be asked for ever."""
+        is_idle = not (has_updates or self._in_flight) and self._scheduler.has_work()
+        self._num_idle_steps = self._num_idle_steps + 1 if is_idle else 0
+        if self._num_idle_steps > MAX_IDLE_STEPS:
+            raise RuntimeError(f"the scheduler has work but planned nothing {self._num_idle_steps} times in a row")
+
+    def _retire(self) -> tuple[SequenceUpdate, ...]:
+        """Wait for the oldest plan in flight and take in its result."""
+        if not self._in_flight:
+            return ()
+        plan, pending = self._in_flight.popleft()
+        result = pending.result()
+        self._totals.steps += 1
+        return self._scheduler.commit(plan, result)
+
+    def _abandon(self, plan: StepPlan, error: StepNotLaunched) -> None:
+        self._totals.abandoned_steps += 1
+        self._num_failed_launches += 1
+        victim: tuple[str, int] | None = None
+        if self._num_failed_launches > LAUNCH_RETRIES and plan.slices:
+            sizes = [piece.num_rows for piece in plan.slices]
+            victim = self._scheduler.owners(plan)[sizes.index(max(sizes))]
+        self._scheduler.abandon(plan)
+        if victim is not None:
+            reason = f"it was part of {self._num_failed_launches} steps in a row that could not be launched: {error}"
+            self._failures[victim] = OutputError(RequestFailed.code, reason)
+            self._scheduler.finish(*victim, FinishReason.ERROR)
+        elif self._num_failed_launches > LAUNCH_RETRIES:
+            raise error  # a step without rows has nobody to give up
+
+    def _drop_images(self) -> None:
+        for key in self._scheduler.droppable_adapters():
+            if self._scheduler.remove_adapter(key):
+                self._runner.remove_adapter(key)
+                self._images.discard(key)
+                self._released.append(key)
+
+    def _raise_if_dead(self) -> None:
+        if self._dead_reason is not None:
+            raise EngineDead(self._dead_reason)
+
+    # ---- what it tells of itself
+
+    def released_adapters(self) -> tuple[str, ...]:
+        """Adapter versions whose image was dropped since the last call: their memory may go."""
+        released, self._released = tuple(self._released), []
+        return released
+
+    def take_ended(self) -> tuple[tuple[str, RequestMetrics], ...]:
+        """Requests of which every sample has ended since the last call."""
+        ended, self._ended = tuple(self._ended), []
+        return ended
+
+    def stats(self) -> EngineStats:
+        now, totals = self._scheduler.stats(), self._totals
+        return EngineStats(
+            waiting=now.waiting,
+            running=now.running,
+            free_blocks=now.free_blocks,
+            num_blocks=now.num_blocks,
+            cached_blocks=now.cached_blocks,
+            max_wait_s=now.max_wait_ns / 1e9,
+            resident_adapters=now.resident_adapters,
+            resident_adapter_bytes=now.resident_bytes,
+            total_preemptions=now.preemptions,
+            total_prefix_hit_tokens=now.prefix_hit_tokens,
+            total_prefix_lookup_tokens=now.prefix_lookup_tokens,
+            total_steps=totals.steps,
+            total_abandoned_steps=totals.abandoned_steps,
+            total_generated_tokens=totals.generated_tokens,
+            total_requests=totals.requests,
+            total_queue_s=totals.queue_s,
+            total_ttft_s=totals.ttft_s,
+            total_decode_s=totals.decode_s,
+        )
+
+    def _note_starts(self, plan: StepPlan) -> None:
+        if plan.starts:
+            now_s = time.monotonic()
+            for request_id, _ in self._scheduler.owners(plan):
+                self._clocks[request_id].started(now_s)
+
+    def _account(self, update: SequenceUpdate) -> SequenceUpdate:
+        """Count what an update brings; the update, with the engine's own error if it is the cause."""
+        self._totals.generated_tokens += len(update.token_ids)
+        clock = self._clocks[update.request_id]
+        clock.gained(
+            len(update.token_ids),
+            update.num_cached_tokens,
+            ended=update.finish_reason is not None,
+            now_s=time.monotonic(),
+        )
+        if clock.num_samples_left == 0:
+            del self._clocks[update.request_id]
+            metrics = clock.metrics()
+            self._ended.append((update.request_id, metrics))
+            self._totals.add(metrics)
+        if update.finish_reason is None:
+            return update
+        failure = self._failures.pop((update.request_id, update.sample_index), None)
+        return update if failure is None else replace(update, error=failure)

@@ -1,0 +1,307 @@
+"""Offline generation: prompts in, outputs back, in order. No server, no threads, no Ray.
+
+This is a composition root: it alone in the engine packs adapters with `adapter_store.image`; a server gets its images
+from the adapter store.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import AdapterError, InvalidRequest
+from engine.output import OutputProcessor, merge
+from engine.request import FinishReason, OutputDelta, OutputError, Request, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.lora.image import AdapterImage
+    from engine.stats import EngineStats, RequestMetrics
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOutput:
+    """One sample of a prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: OutputError | None = None  # set exactly when finish_reason is ERROR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOutput:
+    """What became of one prompt. The short properties speak of the first sample."""
+
+    prompt: str | None  # None: it was given as token ids
+    prompt_token_ids: tuple[int, ...]
+    adapter: str | None  # name
+    samples: tuple[SampleOutput, ...]
+    metrics: RequestMetrics
+
+    @property
+    def text(self) -> str:
+        return self.samples[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.samples[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.samples[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        return self.samples[0].logprobs
+
+    @property
+    def error(self) -> OutputError | None:
+        return self.samples[0].error
+
+
+class LLM:
+    """A base model and its adapters. Not thread-safe: use `AsyncEngine` for concurrent callers.
+
+    >>> llm = LLM("demo/base", adapters={"upper": "demo/adapters/upper"})  # doctest: +SKIP
+    >>> llm.generate("hello\\n", SamplingParams(max_tokens=8), adapters="upper")[0].text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        **settings: Any,
+    ) -> None:
+        """`settings` are fields of `EngineConfig`.
+
+        Raises: TypeError for a setting that does not exist; ConfigError, ModelNotSupported; AdapterError.
+        """
+        self._engine = Engine(EngineConfig(model=os.fspath(model), **_known(settings)))
+        self._outputs = OutputProcessor(self._engine.tokenizer)
+        self._images: dict[str, AdapterImage] = {}
+        self._request_ids = count()
+        for name, path in (adapters or {}).items():
+            self.add_adapter(name, path)
+
+    def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Make the PEFT adapter in folder `path` available under `name`; a name given before now means this one.
+
+        Raises: AdapterError when the folder holds no adapter that fits this model.
+        """
+        self._images[name] = _pack(name, Path(path), self._engine)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._images)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[GenerationOutput]:
+        """Continue every prompt; the outputs are in the order of the prompts.
+
+        A prompt is text or a list of token ids. `params` and `adapters` are one for all or one per prompt; an adapter
+        is a name, None is the base model.
+
+        Raises: InvalidRequest, PromptTooLong, AdapterError before anything runs. What fails while running is an output
+        with `finish_reason` ERROR and `error` set.
+        """
+        prompt_list: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        jobs = [
+            self._job(prompt, one_params, adapter)
+            for prompt, one_params, adapter in zip(
+                prompt_list,
+                _per_prompt("params", params or SamplingParams(), len(prompt_list), SamplingParams),
+                _per_prompt("adapters", adapters, len(prompt_list), str | None),
+                strict=True,
+            )
+        ]
+        for job in jobs:
+            self._engine.check_request(job.request, job.image)
+        return self._run(jobs, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = False,
+        **template_args: Any,
+    ) -> list[GenerationOutput]:
+        """Answer one conversation or several, written with the model's chat template. Otherwise as `generate`."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Any = messages if several else [messages]
+        template = self._engine.tokenizer.apply_chat_template
+        prompts = [template(conversation, **template_args) for conversation in conversations]
+        return self.generate(prompts, params, adapters, use_tqdm)
+
+    def _job(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Job:
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self._engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        image = self._image_of(adapter) if adapter is not None else None
+        request = Request(
+            request_id=f"offline-{next(self._request_ids)}",
+            prompt_token_ids=tuple(token_ids),
+            params=params,
+            seed=params.seed if params.seed is not None else secrets.randbits(64),
+            adapter=image.key if image else None,
+        )
+        return _Job(request, text, adapter, image)
+
+    def _image_of(self, name: str) -> AdapterImage:
+        if name in self._images:
+            return self._images[name]
+        close = difflib.get_close_matches(name, self._images, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are: {sorted(self._images)}"
+        raise AdapterError(f"there is no adapter named {name!r}; {hint} Add it with add_adapter(name, path)")
+
+    def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[GenerationOutput]:
+        engine = self._engine
+        waiting = list(reversed(jobs))
+        running: dict[str, _Job] = {}
+        metrics: dict[str, RequestMetrics] = {}
+        try:
+            with tqdm(total=len(jobs), desc="prompts", disable=not use_tqdm) as progress:
+                while waiting or running or engine.has_work:
+                    # The engine's queue has a limit; a list of prompts has none.
+                    while waiting and len(running) < engine.config.max_queued_requests:
+                        job = waiting.pop()
+                        engine.add_request(job.request, job.image)
+                        self._outputs.open(job.request)
+                        running[job.request.request_id] = job
+                    self._step(running)
+                    metrics.update(engine.take_ended())
+                    progress.update(len(jobs) - len(waiting) - len(running) - progress.n)
+        except BaseException:
+            self._abort(running)
+            raise
+        return [job.output(metrics[job.request.request_id]) for job in jobs]
+
+    def _step(self, running: dict[str, _Job]) -> None:
+        for update in self._engine.step():
+            delta = self._outputs.process(update)
+            if delta is not None:
+                job = running[delta.request_id]
+                job.add(delta)
+                if job.done:
+                    del running[delta.request_id]
+        for request_id, sample_index in self._outputs.take_finishes():
+            self._engine.finish(request_id, sample_index, FinishReason.STOP)
+        self._engine.released_adapters()  # their images stay here, to be given with the next request
+
+    def _abort(self, running: dict[str, _Job]) -> None:
+        """After an interrupt between steps the engine stays usable; its next step frees what these requests hold."""
+        for request_id, job in running.items():
+            self._outputs.drop(job.request)
+            self._engine.abort(request_id)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt under way: its request, and the deltas of each sample so far."""
+
+    request: Request
+    prompt: str | None
+    adapter: str | None
+    image: AdapterImage | None
+    deltas: dict[int, list[OutputDelta]] = field(default_factory=dict)
+    num_ended: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.num_ended == self.request.params.n
+
+    def add(self, delta: OutputDelta) -> None:
+        self.deltas.setdefault(delta.sample_index, []).append(delta)
+        self.num_ended += delta.finish_reason is not None
+
+    def output(self, metrics: RequestMetrics) -> GenerationOutput:
+        return GenerationOutput(
+            prompt=self.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            adapter=self.adapter,
+            samples=tuple(_sample(merge(self.deltas[index])) for index in sorted(self.deltas)),
+            metrics=metrics,
+        )
+
+
+def _sample(delta: OutputDelta) -> SampleOutput:
+    assert delta.finish_reason is not None, "a job is read out only when each sample has its terminal delta"
+    return SampleOutput(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        finish_reason=delta.finish_reason,
+        stop_reason=delta.stop_reason,
+        logprobs=delta.logprobs,
+        error=delta.error,
+    )
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+def _per_prompt(param: str, value: Any, num_prompts: int, kind: Any) -> list[Any]:
+    """`value` for every prompt, whether it was one for all or a list. Raises: InvalidRequest naming `param`."""
+    values = [value] * num_prompts if isinstance(value, kind) else list(value)
+    if len(values) != num_prompts:
+        raise InvalidRequest(param, f"{len(values)} values for {num_prompts} prompts; give one for all or one for each")
+    for item in values:
+        if not isinstance(item, kind):
+            raise InvalidRequest(param, f"{item!r} is a {type(item).__name__}")
+    return values
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    names = EngineConfig.field_names()
+    for name in settings:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(names)}"
+            raise TypeError(f"LLM() got an unexpected setting {name!r}; {hint}")
+    return settings
+
+
+def _pack(name: str, folder: Path, engine: Engine) -> AdapterImage:
+    """The adapter in `folder` as an image for this engine, keyed by the content of its files."""
+    from adapter_store.errors import StoreError
+    from adapter_store.image import pack_folder
+    from engine.lora.image import AdapterImage, AdapterManifest
+
+    try:
+        packed = pack_folder(folder, engine.image_spec.to_dict())
+        key = _digest(folder)
+    except (StoreError, OSError) as error:
+        raise AdapterError(f"adapter {name!r} in {str(folder)!r} cannot be used: {error}") from error
+    manifest = AdapterManifest.from_dict(packed.manifest, engine.image_spec)
+    return AdapterImage(key=key, manifest=manifest, data=packed.data)
+
+
+def _digest(folder: Path) -> str:
+    """sha256 (hex) over the names and contents of the two files that make an adapter."""
+    digest = hashlib.sha256()
+    for file_name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (folder / file_name).open("rb") as file:
+            digest.update(f"{file_name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

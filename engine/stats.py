@@ -1,0 +1,97 @@
+"""What the engine tells of itself: frozen ints and seconds. Turning them into metrics is the caller's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """One moment of an engine. `total_` fields only grow: differences of two snapshots are rates."""
+
+    waiting: int  # sequences that hold no blocks
+    running: int
+    free_blocks: int  # includes blocks that only the prefix cache holds
+    num_blocks: int
+    cached_blocks: int  # findable by their prefix, in use or free
+    max_wait_s: float  # of the sequence that waits longest
+    resident_adapters: tuple[str, ...]  # keys of the versions in LoRA slots
+    resident_adapter_bytes: int
+    total_preemptions: int
+    total_prefix_hit_tokens: int
+    total_prefix_lookup_tokens: int
+    total_steps: int
+    total_abandoned_steps: int  # failed on the host, before launch
+    total_generated_tokens: int
+    total_requests: int  # that ended, however they did
+    total_queue_s: float  # summed over those requests: the metrics of each are RequestMetrics
+    total_ttft_s: float
+    total_decode_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """Where the time of one request went. A phase that was not reached took 0 s."""
+
+    queue_s: float  # from arrival to the first step that computed something of it
+    ttft_s: float  # from arrival to the first token of its first sample
+    decode_s: float  # from the first token to the last of all samples
+    num_prompt_tokens: int
+    num_output_tokens: int  # of all samples; with those computed before a stop string was noticed
+    num_cached_tokens: int  # of the prompt, taken from the prefix cache
+
+
+class RequestClock:
+    """When things happened to one request, on the monotonic clock."""
+
+    def __init__(self, num_samples: int, num_prompt_tokens: int, arrival_s: float) -> None:
+        self.num_samples_left = num_samples
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_output_tokens = 0
+        self._num_cached_tokens = 0
+        self._arrival_s = arrival_s
+        self._start_s: float | None = None
+        self._first_token_s: float | None = None
+        self._last_token_s: float | None = None
+
+    def started(self, now_s: float) -> None:
+        if self._start_s is None:
+            self._start_s = now_s
+
+    def gained(self, num_tokens: int, num_cached_tokens: int, *, ended: bool, now_s: float) -> None:
+        """One sample gained tokens, or ended, or both."""
+        if num_tokens:
+            self._first_token_s = self._first_token_s or now_s
+            self._last_token_s = now_s
+            self._num_output_tokens += num_tokens
+        self._num_cached_tokens = max(self._num_cached_tokens, num_cached_tokens)
+        self.num_samples_left -= ended
+
+    def metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            queue_s=(self._start_s or self._arrival_s) - self._arrival_s,
+            ttft_s=(self._first_token_s or self._arrival_s) - self._arrival_s,
+            decode_s=(self._last_token_s or 0.0) - (self._first_token_s or 0.0),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums since the engine was made; the fields of EngineStats with `total_` before their names."""
+
+    steps: int = 0
+    abandoned_steps: int = 0
+    generated_tokens: int = 0
+    requests: int = 0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+
+    def add(self, metrics: RequestMetrics) -> None:
+        self.requests += 1
+        self.queue_s += metrics.queue_s
+        self.ttft_s += metrics.ttft_s
+        self.decode_s += metrics.decode_s

@@ -1,0 +1,43 @@
+"""Running an AsyncEngine over the alphabet, and reading its streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from engine.async_engine import AsyncEngine
+from engine.request import OutputDelta
+from tests.engine_api.alphabet import AlphabetRunner, make_engine
+
+PATIENCE_S = 60.0  # a test that hangs fails
+
+
+@contextmanager
+def running(runner: AlphabetRunner | None = None, **settings: Any) -> Iterator[AsyncEngine]:
+    runner = runner or AlphabetRunner()
+    callbacks = {name: settings.pop(name) for name in ("on_adapter_released", "on_death") if name in settings}
+    engine = AsyncEngine(make_engine(runner, **settings), **callbacks)
+    try:
+        yield engine
+    finally:
+        runner.gate.set()
+        engine.close()
+
+
+def wait_for(main: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(main, PATIENCE_S))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def collect(stream: AsyncIterator[OutputDelta]) -> list[OutputDelta]:
+    return [delta async for delta in stream]
+
+
+async def text_of(stream: AsyncIterator[OutputDelta]) -> str:
+    return "".join(delta.text for delta in await collect(stream))

@@ -1,0 +1,212 @@
+"""The engine for concurrent callers: streams, callers that go away, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from engine.async_engine import AsyncEngine
+from engine.errors import AdapterError, InvalidRequest
+from engine.lora.image import AdapterImage
+from engine.request import FinishReason, OutputDelta
+from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
+from tests.engine_api.async_help import PATIENCE_S, collect, running, text_of, until, wait_for
+
+
+def test_many_requests_stream_at_once_and_each_gets_its_own_text() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        prompts = [chr(ord("a") + i % 20) for i in range(40)]
+        requests = [make_request(f"r{i}", prompt, max_tokens=3) for i, prompt in enumerate(prompts)]
+        texts = await asyncio.gather(*[text_of(engine.generate(request)) for request in requests])
+        assert texts == ["".join(chr(ord(prompt) + k) for k in (1, 2, 3)) for prompt in prompts]
+
+    with running(max_queued_requests=64) as engine:
+        wait_for(main(engine))
+
+
+def test_deltas_carry_the_caller_s_request_id_and_end_with_one_finish_reason_per_sample() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        deltas = await collect(engine.generate(make_request("mine", n=3)))
+        assert {delta.request_id for delta in deltas} == {"mine"}
+        for index in range(3):
+            own = [delta for delta in deltas if delta.sample_index == index]
+            assert "".join(delta.text for delta in own) == "bcdefghi"
+            assert [delta.finish_reason for delta in own if delta.finish_reason] == [FinishReason.LENGTH]
+            assert own[-1].finish_reason is FinishReason.LENGTH
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+def test_a_slow_consumer_gets_all_tokens_since_its_last_delta_as_one() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        stream = engine.generate(make_request(max_tokens=30, logprobs=None))
+        deltas = [await anext(stream)]
+        await until(lambda: engine.stats().total_generated_tokens == 30)
+        deltas += await collect(stream)
+        assert len(deltas) < 10  # all but the last few were merged while nobody took them
+        assert sum(len(delta.token_ids) for delta in deltas) == 30
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+def test_the_event_loop_is_woken_once_per_step_however_many_streams_it_has() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        loop = asyncio.get_running_loop()
+        wake_ups = []
+        call_soon = loop.call_soon_threadsafe
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            wake_ups.append(args)
+            return call_soon(*args, **kwargs)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        requests = [make_request(str(i), max_tokens=30) for i in range(8)]
+        texts = await asyncio.gather(*[text_of(engine.generate(request)) for request in requests])
+        assert len(set(texts)) == 1
+        await until(lambda: engine.stats().total_generated_tokens == 240)
+        assert 0 < len(wake_ups) <= engine.stats().total_steps
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+def test_an_image_is_read_in_once_and_not_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[tuple[str, str]] = []
+
+    def record(image: AdapterImage) -> None:
+        prepared.append((image.key, threading.current_thread().name))
+
+    async def main(engine: AsyncEngine) -> None:
+        for _ in range(2):
+            for key in ("k1", "k2"):
+                assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
+
+    monkeypatch.setattr("engine.lora.image.prepare", record)
+    with running() as engine:
+        wait_for(main(engine))
+    assert [key for key, _ in prepared] == ["k1", "k2"]
+    assert "chorus-engine" not in {thread for _, thread in prepared}
+
+
+def test_two_callers_may_use_the_same_request_id() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        streams = [engine.generate(make_request("same", prompt)) for prompt in "ab"]
+        assert await asyncio.gather(*map(text_of, streams)) == ["bcdefghi", "cdefghij"]
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+def test_streams_may_belong_to_different_event_loops() -> None:
+    with running() as engine:
+        texts: dict[str, str] = {}
+
+        def in_a_loop_of_its_own(prompt: str) -> None:
+            texts[prompt] = wait_for(text_of(engine.generate(make_request(prompt, prompt))))
+
+        threads = [threading.Thread(target=in_a_loop_of_its_own, args=(prompt,)) for prompt in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert texts == {"a": "bcdefghi", "b": "cdefghij", "c": "defghijk", "d": "efghijkl"}
+
+
+def test_a_stop_string_ends_the_stream_and_the_sequence() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        deltas = await collect(engine.generate(make_request(stop=("fg",), max_tokens=100)))
+        assert "".join(delta.text for delta in deltas) == "bcde"
+        assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, "fg")
+        await until(lambda: engine.stats().running == 0)
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+def test_a_resumed_request_streams_only_what_is_new() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        request = make_request(resumed_output_token_ids=tuple(b"bcd"), stop=("def",), max_tokens=20)
+        assert await text_of(engine.generate(request)) == ""
+        request = make_request(resumed_output_token_ids=tuple(b"bcd"), max_tokens=6)
+        assert await text_of(engine.generate(request)) == "efg"
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+# ---- callers that go away
+
+
+@pytest.mark.parametrize("how", ["aclose", "cancel"])
+def test_a_caller_that_goes_away_frees_its_blocks(how: str) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        free_blocks = engine.stats().free_blocks
+        stream = engine.generate(make_request(max_tokens=None))
+        await anext(stream)
+        await until(lambda: engine.stats().free_blocks < free_blocks)
+        runner.gate.clear()
+        if how == "aclose":
+            await stream.aclose()
+        else:
+            task = asyncio.ensure_future(collect(stream))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        num_plans = len(runner.plans)
+        runner.gate.set()
+        await until(lambda: engine.stats().free_blocks == free_blocks)
+        # The plan that waited at the gate, and at most one that was scheduled before the abort was seen.
+        assert len(runner.plans) <= num_plans + 1
+
+    runner = AlphabetRunner()
+    with running(runner, enable_prefix_caching=False, max_model_len=100_000, num_blocks=10_000) as engine:
+        wait_for(main(engine))
+
+
+def test_a_caller_whose_event_loop_is_gone_is_taken_for_gone() -> None:
+    async def leave_behind(engine: AsyncEngine) -> AsyncIterator[OutputDelta]:
+        stream = engine.generate(make_request(max_tokens=None))
+        await anext(stream)
+        return stream
+
+    with running(max_model_len=100_000, num_blocks=10_000) as engine:
+        loop = asyncio.new_event_loop()
+        stream = loop.run_until_complete(leave_behind(engine))
+        loop.close()
+        wait_for(until(lambda: engine.stats().running == 0))
+        assert engine.is_alive
+        del stream
+
+
+# ---- refusals
+
+
+def test_a_refused_request_raises_at_the_first_item_and_the_engine_goes_on() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        with pytest.raises(InvalidRequest, match="stop_token_ids"):
+            await anext(engine.generate(make_request(stop_token_ids=(900,))))
+        with pytest.raises(AdapterError, match="unknown-key"):
+            await anext(engine.generate(make_request(adapter="unknown-key")))
+        assert await text_of(engine.generate(make_request())) == "bcdefghi"
+
+    with running() as engine:
+        wait_for(main(engine))
+
+
+def test_released_adapters_are_reported_by_key() -> None:
+    released: list[str] = []
+
+    async def main(engine: AsyncEngine) -> None:
+        for key in ("k1", "k2", "k3"):
+            assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
+        await until(lambda: released == ["k1", "k2"])
+
+    with running(max_resident_adapters=1, on_adapter_released=released.append) as engine:
+        wait_for(main(engine))
