@@ -1,0 +1,79 @@
+"""Adapter images for tests, packed by hand with numpy: nothing here is shared with the store's packer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.lora.image import AdapterImage, AdapterManifest
+from engine.site import ImageSpec, LinearSite
+
+_ALIGNMENT = 64
+
+
+def linear_sites(*widths: tuple[int, int]) -> tuple[LinearSite, ...]:
+    """Sites layers.0.linear_i of one decoder layer with the given (in, out) widths."""
+    return tuple(
+        LinearSite(index=i, name=f"layers.0.linear_{i}", in_features=n, out_features=m, layer=0)
+        for i, (n, m) in enumerate(widths)
+    )
+
+
+def spec_of(sites: tuple[LinearSite, ...], dtype: str = "float32") -> ImageSpec:
+    return ImageSpec(base_fingerprint="tests", dtype=dtype, sites=sites)  # type: ignore[arg-type]
+
+
+def pack(key: str, spec: ImageSpec, weights: Mapping[int, tuple[np.ndarray, np.ndarray, float]]) -> AdapterImage:
+    """An image out of {site: (a, b, scaling)}, float32 arrays in the image's own orientation."""
+    manifest, data = pack_parts(spec, weights)
+    return AdapterImage(key, AdapterManifest.from_dict(manifest, spec), data)
+
+
+def pack_parts(
+    spec: ImageSpec, weights: Mapping[int, tuple[np.ndarray, np.ndarray, float]]
+) -> tuple[dict[str, Any], bytes]:
+    data = bytearray()
+    entries = []
+    for site in sorted(weights):
+        a, b, scaling = weights[site]
+        entry = {"site": site, "rank": int(b.shape[0]), "scaling": scaling}
+        for name, array in (("a_offset", a), ("b_offset", b)):
+            entry[name] = len(data)
+            data += _bytes(array, spec.dtype)
+            data += bytes(-len(data) % _ALIGNMENT)
+        entries.append(entry)
+    rank = max((e["rank"] for e in entries), default=0)
+    manifest = {
+        "format": 1,
+        "spec": spec.digest,
+        "dtype": spec.dtype,
+        "num_bytes": len(data),
+        "rank": rank,
+        "entries": entries,
+    }
+    return manifest, bytes(data)
+
+
+def random_weights(
+    sites: tuple[LinearSite, ...], rank: int, seed: int, only: tuple[int, ...] | None = None
+) -> dict[int, tuple[np.ndarray, np.ndarray, float]]:
+    """Weights for all sites (or those in `only`), of a size that makes the adapter count as much as the base."""
+    rng = np.random.default_rng(seed)
+    chosen = {}
+    for site in sites:
+        if only is None or site.index in only:
+            shape = (site.in_features, rank) if site.kind == "embedding" else (rank, site.in_features)
+            a = rng.standard_normal(shape).astype(np.float32) / np.float32(site.in_features**0.5)
+            b = rng.standard_normal((rank, site.out_features)).astype(np.float32)
+            chosen[site.index] = (a, b, 0.5 + 0.25 * (seed % 5))
+    return chosen
+
+
+def _bytes(array: np.ndarray, dtype: str) -> bytes:
+    if dtype == "bfloat16":
+        bits = array.astype("<f4").view("<u4").astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+        return rounded.astype("<u2").tobytes()
+    return array.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()

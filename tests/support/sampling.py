@@ -1,0 +1,62 @@
+"""Driving the sampler the way the runner does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.core.plan import RowOutput, Sample, SequenceSlice, SequenceStart
+from engine.request import SamplingParams
+from engine.runner.sampler import Sampler
+from tests.support.sampling_oracle import Row
+
+
+def start_of(seq_id: int, row: Row) -> SequenceStart:
+    return SequenceStart(
+        seq_id=seq_id,
+        prompt_token_ids=row.prompt,
+        output_token_ids=row.output,
+        params=row.params,
+        seed=row.seed,
+        sample_index=row.sample_index,
+    )
+
+
+def slice_of(seq_id: int, output_position: int, row_start: int = 0) -> SequenceSlice:
+    return SequenceSlice(
+        seq_id=seq_id,
+        row_start=row_start,
+        token_ids=(0,),
+        position=0,
+        block_table=(),
+        lora_slot=0,
+        output=RowOutput.SAMPLE,
+        output_position=output_position,
+    )
+
+
+def sample(rows: Sequence[Row], order: Sequence[int] | None = None) -> list[Sample]:
+    """Start every row as sequence 0, 1, ... and sample once; the result is in the order of `rows`."""
+    order = list(range(len(rows))) if order is None else list(order)
+    logits = logits_of([rows[i] for i in order])
+    sampler = Sampler(logits.shape[1], "cpu", rows[0].eos)
+    for seq_id, row in enumerate(rows):
+        sampler.start(start_of(seq_id, row))
+    step = sampler.sample(logits, tuple(slice_of(i, len(rows[i].output), at) for at, i in enumerate(order)))
+    assert all(s.error or s.token_ids == (t,) for s, t in zip(step.samples, step.token_ids.tolist(), strict=True))
+    by_sequence = {s.seq_id: s for s in step.samples}
+    return [by_sequence[i] for i in range(len(rows))]
+
+
+def logits_of(rows: Sequence[Row]) -> Tensor:
+    return torch.stack([torch.as_tensor(row.logits, dtype=torch.float32) for row in rows])
+
+
+def one(
+    logits: Sequence[float], *, output: tuple[int, ...] = (), eos: tuple[int, ...] = (), **params: object
+) -> Sample:
+    """The sample of a single row."""
+    row = Row(logits, SamplingParams(max_tokens=None, **params), output=output, eos=eos)  # type: ignore[arg-type]
+    return sample([row])[0]
