@@ -59,8 +59,9 @@ class Roster:
         seq.move_to(SequenceState.RUNNING)
         insort(self.running, seq, key=_arrival)
 
-    def preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence, time_ns: int) -> None:
         """A running sequence goes back to the queue, and computes its tokens again later."""
+        seq.waiting_since_ns = time_ns
         self.running.remove(seq)
         seq.move_to(SequenceState.PREEMPTED)
         self.num_preemptions += 1

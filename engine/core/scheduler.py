@@ -184,8 +184,7 @@ class Scheduler:
             if self._roster.retiring:
                 return False  # their blocks come back soon: nobody else has to go
             victim = self._roster.running[-1]
-            victim.waiting_since_ns = self._time_ns
-            self._roster.preempt(victim)
+            self._roster.preempt(victim, self._time_ns)
             if victim is seq:
                 return False
         return True
@@ -250,7 +249,7 @@ class Scheduler:
             self._kv.release(flight.held_blocks)
         for seq in (seq for flight in abandoned for seq in flight.sequences):
             if seq.state is SequenceState.RUNNING:
-                self._roster.preempt(seq)
+                self._roster.preempt(seq, self._time_ns)
             self._roster.settle(seq)
         for flight in abandoned:
             self._roster.ends.update(dict.fromkeys(flight.plan.ends))

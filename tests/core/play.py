@@ -1,0 +1,237 @@
+"""Plays a workload against a scheduler and the KV-checking device, and compares every text with the oracle."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.core.limits import SchedulerConfig
+from engine.core.plan import StepEvents, StepPlan
+from engine.core.scheduler import Scheduler
+from engine.core.sequence import SequenceUpdate
+from engine.errors import AdapterTooLarge, InvalidRequest, PromptTooLong, QueueFull
+from engine.request import FinishReason, Request
+from tests.support.kv_checking_runner import FinishedStep, KVCheckingRunner
+from tests.support.strategies import ADAPTERS, Workload, expected_output
+
+
+@dataclass(frozen=True)
+class Image:
+    key: str
+    num_bytes: int
+
+
+@dataclass
+class Text:
+    """What came of one sample."""
+
+    request: Request
+    sample: int  # 0 .. n - 1
+    tokens: list[int] = field(default_factory=list)
+    finish: SequenceUpdate | None = None
+    was_stopped_outside: bool = False
+
+
+class Player:
+    """One engine's life: `play()` returns how often what happened (so that a test can tell that it did happen)."""
+
+    def __init__(self, workload: Workload, make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler) -> None:
+        self.workload = workload
+        self.rng = random.Random(workload.seed)
+        self.scheduler = make_scheduler(workload.config)
+        self.runner = KVCheckingRunner(
+            workload.config,
+            copy_steps=workload.copy_steps,
+            end_percent=workload.end_percent,
+            error_seeds=workload.error_seeds,
+        )
+        self.in_flight: deque[tuple[StepPlan, FinishedStep]] = deque()
+        self.texts: dict[tuple[str, int], Text] = {}
+        self.counts: Counter[str] = Counter()
+        self.plans: list[StepPlan] = []
+        self._arrivals = deque(workload.requests)
+        self._aborts: list[str] = []
+        self._refused: list[Request] = []
+
+    def play(self) -> Counter[str]:
+        step = 0
+        while self._arrivals or self.scheduler.has_work():
+            self._happen(step)
+            num_plans = self._launch()
+            self.scheduler.check_invariants()
+            is_stuck = not num_plans and not self.in_flight and self.scheduler.has_work()
+            assert not is_stuck, "there is work, and nothing is scheduled or in flight"
+            self._drop_idle_adapters()
+            if self.in_flight and (num_plans == 0 or self.rng.random() < 0.7):
+                self._retire()
+                self.scheduler.check_invariants()
+            step += 1
+            assert step < self._max_steps(), f"not done after {step} steps"
+        self._check_all_is_free()
+        assert all(self._can_never_run(request) for request in self._refused), self._refused
+        for text in self.texts.values():
+            self._check_text(text)
+        stats = self.scheduler.stats()
+        self.counts.update(steps=step, preemptions=stats.preemptions, hits=stats.prefix_hit_tokens)
+        return self.counts
+
+    def _max_steps(self) -> int:
+        """Far more than needed one after the other, so that only what hangs or starves gets there."""
+        sequences = sum(request.params.n for _, request in self.workload.requests)
+        alone = self.workload.config.max_model_len + self.workload.copy_steps + 5
+        patience = 12 + self.counts["abandoned"]
+        return 40 + 4 * patience * sequences * alone
+
+    # --- what comes from outside -----------------------------------------------------------------------------------
+
+    def _happen(self, step: int) -> None:
+        while self._arrivals and self._arrivals[0][0] <= step:
+            self._arrive(self._arrivals.popleft()[1])
+        self._aborts = [name for at, name in self.workload.aborts if at == step]
+        for at, name, sample_index in self.workload.finishes:
+            text = next((t for (n, i), t in self.texts.items() if (n, i) == (name, sample_index)), None)
+            if at == step and text is not None and text.finish is None:
+                text.was_stopped_outside = True
+                self.scheduler.finish(name, sample_index, FinishReason.STOP)
+                self.scheduler.finish(name, sample_index, FinishReason.STOP)  # again changes nothing
+
+    def _arrive(self, request: Request) -> None:
+        key = request.adapter
+        if key is not None and key not in self.runner.images:
+            self.runner.add_adapter(Image(key, ADAPTERS[key]))
+            self.scheduler.add_adapter(key, ADAPTERS[key])
+        try:
+            self.scheduler.add(request)
+        except QueueFull:
+            self.counts["queue_full"] += 1
+            return
+        except (PromptTooLong, AdapterTooLarge, InvalidRequest):
+            self.counts["refused"] += 1
+            self._refused.append(request)
+            return
+        assert not self._can_never_run(request), request
+        for sample in range(request.params.n):
+            self.texts[request.request_id, request.sample_index + sample] = Text(request, sample)
+
+    def _can_never_run(self, request: Request) -> bool:
+        config = self.workload.config
+        num_tokens = len(request.prompt_token_ids)
+        return (
+            num_tokens + 1 > config.max_model_len
+            or num_tokens > (config.num_blocks - 1) * config.block_size
+            or (not config.enable_chunked_prefill and num_tokens > config.max_num_batched_tokens)
+            or (request.adapter is not None and ADAPTERS[request.adapter] > config.adapter_bytes)
+            or len(request.resumed_output_token_ids) > self._max_output(request)
+        )
+
+    def _max_output(self, request: Request) -> int:
+        config = self.workload.config
+        limit = min(config.max_model_len, (config.num_blocks - 1) * config.block_size + 1)
+        room = limit - len(request.prompt_token_ids)
+        return room if request.params.max_tokens is None else min(room, request.params.max_tokens)
+
+    def _drop_idle_adapters(self) -> None:
+        if self.rng.random() < 0.2:
+            for key in ADAPTERS:
+                if key in self.runner.images and self.scheduler.remove_adapter(key):
+                    self.runner.remove_adapter(key)
+
+    # --- the engine's loop -----------------------------------------------------------------------------------------
+
+    def _launch(self) -> int:
+        """Fill the pipeline. Returns: the number of plans, those that the host gave up at once included."""
+        num_plans = 0
+        while True:
+            copied = self.runner.copied() if self.rng.random() < 0.1 else ()
+            plan = self.scheduler.schedule(StepEvents(aborts=tuple(self._aborts), copied=copied))
+            self._aborts.clear()
+            self._take(self.scheduler.take_updates())
+            if plan is None:
+                return num_plans
+            num_plans += 1
+            self.plans.append(plan)
+            self._count(plan)
+            if self._chance(self.workload.abandon_percent):
+                self._abandon(plan)
+                return num_plans
+            self.in_flight.append((plan, self.runner.submit(plan)))
+            if self._chance(self.workload.abandon_percent) and self._chance(30):
+                self._abandon(self.in_flight[self.rng.randrange(len(self.in_flight))][0])
+                return num_plans
+            if self.rng.random() < 0.2:
+                return num_plans
+
+    def _abandon(self, plan: StepPlan) -> None:
+        """`plan` was submitted, or could not be; the later ones go with it."""
+        self.counts["abandoned"] += 1
+        given_up = [p for p, _ in self.in_flight if p.plan_id >= plan.plan_id]
+        for _ in given_up:
+            self.in_flight.pop()
+        self.runner.abandon(given_up or [plan])
+        self.scheduler.abandon(plan)
+
+    def _retire(self) -> None:
+        plan, pending = self.in_flight.popleft()
+        self._take(self.scheduler.commit(plan, pending.result()))
+
+    def _take(self, updates: tuple[SequenceUpdate, ...]) -> None:
+        for update in updates:
+            text = self.texts[update.request_id, update.sample_index]
+            assert text.finish is None, f"{update} after {text.finish}"
+            text.tokens.extend(update.token_ids)
+            if update.finish_reason is not None:
+                text.finish = update
+                self.counts[update.finish_reason] += 1
+
+    def _chance(self, percent: int) -> bool:
+        return percent > 0 and self.rng.random() * 100 < percent
+
+    def _count(self, plan: StepPlan) -> None:
+        self.counts["copies"] += len(plan.block_copies)
+        self.counts["adapter_ops"] += len(plan.adapter_ops)
+        self.counts["mixed"] += len({piece.lora_slot for piece in plan.slices}) > 1
+        self.counts["polls"] += not (plan.slices or plan.adapter_ops)
+
+    # --- what must hold in the end ---------------------------------------------------------------------------------
+
+    def _check_all_is_free(self) -> None:
+        stats = self.scheduler.stats()
+        assert (stats.waiting, stats.running, stats.in_flight) == (0, 0, 0), stats
+        assert stats.free_blocks == stats.num_blocks, stats
+        assert self.scheduler.num_waiting == self.scheduler.num_running == 0
+        self.scheduler.schedule(StepEvents(copied=tuple(self.runner.images)))  # copies nobody waits for any more
+        for key in tuple(self.runner.images):
+            if self.scheduler.remove_adapter(key):
+                self.runner.remove_adapter(key)
+        if (plan := self.scheduler.schedule(StepEvents())) is not None:
+            self.scheduler.commit(plan, self.runner.submit(plan).result())
+            assert not self.runner.sequences, f"the runner still knows {list(self.runner.sequences)}"
+        for key in tuple(self.runner.images):
+            assert self.scheduler.remove_adapter(key), f"adapter {key} is held by nobody and cannot be removed"
+            self.runner.remove_adapter(key)
+        self.scheduler.check_invariants()
+
+    def _check_text(self, text: Text) -> None:
+        request, reason = text.request, text.finish.finish_reason if text.finish else None
+        limit = self._max_output(request)
+        expected = expected_output(request, limit, self.workload.end_percent, text.sample)
+        tokens = [*request.resumed_output_token_ids, *text.tokens]
+        assert tokens == expected[: len(tokens)], f"{text}: expected {expected}"
+        if reason in (FinishReason.ABORT, FinishReason.ERROR):
+            return
+        if text.was_stopped_outside:
+            assert reason in (FinishReason.STOP, FinishReason.LENGTH), text
+            return
+        assert tokens == expected, f"{text}: expected {expected}"
+        is_stopped = len(tokens) > request.params.min_tokens and tokens[-1] in _end_ids(request)
+        assert reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH), text
+
+
+def _end_ids(request: Request) -> set[int]:
+    return {*request.params.stop_token_ids, *(() if request.params.ignore_eos else (2,))}
+
+
+def play(workload: Workload, make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler) -> Counter[str]:
+    return Player(workload, make_scheduler).play()

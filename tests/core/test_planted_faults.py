@@ -1,0 +1,214 @@
+"""The property of test_text_is_invariant catches the classic mistakes: each is planted here, and must be found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from engine.core.adapter_slots import AdapterSlots
+from engine.core.block_pool import BlockPool
+from engine.core.draft import PlanDraft
+from engine.core.kv_blocks import KVBlocks, Placement
+from engine.core.plan import AdapterEvict, BlockCopy, SequenceSlice, SequenceStart, TokenRef
+from engine.core.prefix_cache import PrefixCache, PrefixMatch
+from engine.core.roster import Roster
+from engine.core.sequence import Sequence
+from tests.core.play import play
+from tests.support.strategies import random_workload
+
+MAX_WORKLOADS = 600
+
+Patch = pytest.MonkeyPatch
+
+
+def unchained_prefix_key(patch: Patch) -> None:
+    """A block is found by its own tokens, whatever came before."""
+
+    def match(self: PrefixCache, namespace: tuple[str, ...], tokens: tuple[int, ...]) -> PrefixMatch:
+        blocks = []
+        for start in range(0, (len(tokens) - 1) // self._block_size * self._block_size, self._block_size):
+            block = self._pool.find((namespace, tokens[start : start + self._block_size]))
+            if block is None:
+                break
+            blocks.append(block)
+        return PrefixMatch(tuple(blocks), 1)
+
+    original = PrefixCache.publish
+
+    def publish(self: KVBlocks, seq: Sequence) -> None:
+        size = self._block_size
+        while self._caching and (seq.num_published_blocks + 1) * size <= seq.num_committed_tokens:
+            index = seq.num_published_blocks
+            tokens = seq.tokens_between(index * size, (index + 1) * size)
+            if not self.pool.is_cached(seq.block_table[index]):
+                original(self.cache, seq.namespace, tokens, seq.block_table[index])
+            seq.num_published_blocks += 1
+
+    patch.setattr(PrefixCache, "match", match)
+    patch.setattr(KVBlocks, "publish", publish)
+
+
+def whole_prompt_matched(patch: Patch) -> None:
+    """The last full block is taken from the cache too, and no token is left to compute."""
+    original = PrefixCache.match
+    patch.setattr(PrefixCache, "match", lambda self, namespace, tokens: original(self, namespace, (*tokens, 0)))
+
+
+def adapter_missing_from_the_namespace(patch: Patch) -> None:
+    original = Sequence.rewind
+
+    def rewind(self: Sequence) -> None:
+        self.namespace = (*self.namespace[:2], None)
+        original(self)
+
+    patch.setattr(Sequence, "rewind", rewind)
+
+
+def blocks_freed_while_a_plan_in_flight_names_them(patch: Patch) -> None:
+    original = Roster.settle
+
+    def settle(self: Roster, seq: Sequence) -> None:
+        num_in_flight, seq.num_in_flight = seq.num_in_flight, 0
+        original(self, seq)
+        seq.num_in_flight = num_in_flight
+
+    patch.setattr(Roster, "settle", settle)
+
+
+def reference_lost_when_a_block_is_shared(patch: Patch) -> None:
+    original = BlockPool.share
+
+    def share(self: BlockPool, block: int) -> None:
+        if self.ref_count(block) != 1:
+            original(self, block)
+
+    patch.setattr(BlockPool, "share", share)
+
+
+def shared_block_written_without_a_copy(patch: Patch) -> None:
+    original = KVBlocks.take
+
+    def take(self: KVBlocks, seq: Sequence, placement: Placement) -> BlockCopy | None:
+        copy = original(self, seq, placement)
+        if copy is not None:
+            seq.block_table[len(placement.shared)] = copy.src
+            self.pool.release(copy.dst)
+        return None
+
+    patch.setattr(KVBlocks, "take", take)
+
+
+def copy_forgotten(patch: Patch) -> None:
+    original = KVBlocks.take
+
+    def take(self: KVBlocks, seq: Sequence, placement: Placement) -> BlockCopy | None:
+        copy = original(self, seq, placement)
+        if copy is not None:
+            self.pool.release(copy.src)
+        return None
+
+    patch.setattr(KVBlocks, "take", take)
+
+
+def published_before_commit(patch: Patch) -> None:
+    original = KVBlocks.take
+
+    def take(self: KVBlocks, seq: Sequence, placement: Placement) -> BlockCopy | None:
+        copy = original(self, seq, placement)
+        committed, seq.num_committed_tokens = seq.num_committed_tokens, seq.num_known_tokens
+        self.publish(seq)
+        seq.num_committed_tokens = committed
+        return copy
+
+    patch.setattr(KVBlocks, "take", take)
+    patch.setattr(KVBlocks, "check_invariants", lambda *args: None)  # the text alone must tell
+
+
+def stale_content_of_a_block_handed_out_again(patch: Patch) -> None:
+    def allocate(self: BlockPool) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._ref_counts[block] = 1
+        return block
+
+    patch.setattr(BlockPool, "allocate", allocate)
+    patch.setattr(KVBlocks, "check_invariants", lambda *args: None)  # the text alone must tell
+
+
+def pinned_slot_given_to_another_adapter(patch: Patch) -> None:
+    patch.setattr(AdapterSlots, "_evictable", lambda self: iter(list(self._placed.values())))
+
+    def evict(self: AdapterSlots, key: str) -> AdapterEvict:
+        return AdapterEvict(key, self._displace(self._adapters[key]))
+
+    patch.setattr(AdapterSlots, "evict", evict)
+
+
+def wrong_row_referenced(patch: Patch) -> None:
+    original = PlanDraft._slice
+
+    def piece_of(self: PlanDraft, seq: Sequence, num_rows: int, row: int, lora_slot: int) -> SequenceSlice:
+        piece = original(self, seq, num_rows, row, lora_slot)
+        if seq.last_sample is not None:
+            seq.last_sample = TokenRef(self.plan_id, row)
+        return piece
+
+    patch.setattr(PlanDraft, "_slice", piece_of)
+
+
+def outputs_forgotten_when_a_sequence_joins_again(patch: Patch) -> None:
+    original = Sequence.start
+
+    def start(self: Sequence) -> SequenceStart:
+        return dataclasses.replace(original(self), output_token_ids=())
+
+    patch.setattr(Sequence, "start", start)
+
+
+def abandoned_load_taken_for_done(patch: Patch) -> None:
+    original = AdapterSlots.undo
+
+    def undo(self: AdapterSlots, op: object) -> object:
+        used_bytes, placed = self.used_bytes, dict(self._placed)
+        evict = original(self, op)  # type: ignore[arg-type]
+        for slot, adapter in placed.items():
+            if slot not in self._placed:
+                self._free_slots.remove(slot)
+                self._placed[slot], adapter.slot, adapter.state = adapter, slot, type(adapter.state).RESIDENT
+                self.used_bytes = used_bytes
+        return evict
+
+    patch.setattr(AdapterSlots, "undo", undo)
+
+
+FAULTS: list[Callable[[Patch], None]] = [
+    unchained_prefix_key,
+    whole_prompt_matched,
+    adapter_missing_from_the_namespace,
+    blocks_freed_while_a_plan_in_flight_names_them,
+    reference_lost_when_a_block_is_shared,
+    shared_block_written_without_a_copy,
+    copy_forgotten,
+    published_before_commit,
+    stale_content_of_a_block_handed_out_again,
+    pinned_slot_given_to_another_adapter,
+    wrong_row_referenced,
+    outputs_forgotten_when_a_sequence_joins_again,
+    abandoned_load_taken_for_done,
+]
+
+
+def first_failure() -> int | None:
+    for seed in range(MAX_WORKLOADS):
+        try:
+            play(random_workload(seed))
+        except (AssertionError, KeyError, IndexError):
+            return seed
+    return None
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    fault(monkeypatch)
+    assert first_failure() is not None, f"{fault.__name__} went unnoticed in {MAX_WORKLOADS} workloads"

@@ -1,0 +1,47 @@
+"""The text of a request does not depend on what else runs, nor on how its tokens are cut into steps and blocks.
+
+Ten thousand random workloads over tiny pools, with every text compared to that of the request alone. To look at one:
+    python -c "from tests.core.play import play; from tests.support.strategies import random_workload as w; play(w(7))"
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core.play import Player, play
+from tests.support.strategies import draw_workload, random_workload
+
+NUM_SHARDS = 10
+WORKLOADS_PER_SHARD = 1000
+
+
+@pytest.mark.parametrize("shard", range(NUM_SHARDS))
+def test_text_is_invariant_under_everything_the_scheduler_does(shard: int) -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(shard * WORKLOADS_PER_SHARD, (shard + 1) * WORKLOADS_PER_SHARD):
+        try:
+            counts.update(play(random_workload(seed)))
+        except Exception as error:
+            raise AssertionError(f"workload {seed}: {error}") from error
+    happened = {name for name, count in counts.items() if count >= 20}
+    interesting = {"preemptions", "hits", "copies", "adapter_ops", "mixed", "abandoned", "polls", "refused"}
+    assert happened >= interesting | {"queue_full", "stop", "length", "abort", "error"}, counts
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rng=st.randoms(use_true_random=False), seed=st.integers(0, 5))
+def test_text_is_invariant_in_small_workloads(rng: random.Random, seed: int) -> None:
+    play(draw_workload(rng, seed))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_same_calls_give_the_same_plans(seed: int) -> None:
+    first, second = Player(random_workload(seed)), Player(random_workload(seed))
+    first.play()
+    second.play()
+    assert first.plans == second.plans

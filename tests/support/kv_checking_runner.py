@@ -1,0 +1,309 @@
+"""A device without tensors that knows whether the KV it reads is the right one. Standard library only.
+
+Each KV slot holds a digest of (the digest in the slot before it *as read through the block table*, the token, the
+adapter bound to the LoRA slot at that moment), as real KV depends on its whole prefix. A sampled token is a hash of all
+slots the sequence reads, its parameters, and the outputs the sampler remembers of it. So a wrong block, a block that
+was reused too early, a wrong adapter or a lost token changes the text; `expected_tokens` is what it should be.
+
+A plan that breaks a rule is refused with an AssertionError that names the plan.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.core.limits import SchedulerConfig
+from engine.core.plan import (
+    NO_LORA,
+    AdapterEvict,
+    AdapterLoad,
+    LoraSegment,
+    RowOutput,
+    Sample,
+    SequenceSlice,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    TokenRef,
+)
+
+EOS = 2
+STOP = 3
+FIRST_WORD = 10
+NUM_WORDS = 1000
+ROOT = 17  # what the first token of a sequence finds before it
+
+
+def adapter_digest(adapter: str | None) -> int:
+    return 0 if adapter is None else zlib.crc32(adapter.encode())
+
+
+def choose_token(
+    digests: Sequence[int], seed: int, sample_index: int, outputs: Sequence[int], min_tokens: int, end_percent: int
+) -> int:
+    """The next token: a pure function of what was read and of what the sampler remembers."""
+    value = hash((tuple(digests), seed, sample_index, tuple(outputs), len(outputs)))
+    if len(outputs) >= min_tokens and value % 101 < end_percent:
+        return EOS if value % 2 else STOP
+    return FIRST_WORD + (value >> 16) % NUM_WORDS
+
+
+def expected_tokens(
+    prompt: Sequence[int],
+    adapter: str | None,
+    seed: int,
+    sample_index: int,
+    num_tokens: int,
+    *,
+    end_ids: Collection[int] = (),
+    min_tokens: int = 0,
+    end_percent: int = 0,
+) -> list[int]:
+    """The oracle: the output of one sequence alone."""
+    outputs: list[int] = []
+    digests: list[int] = []
+    while len(outputs) < num_tokens and not (len(outputs) > min_tokens and outputs[-1] in end_ids):
+        for token in [*prompt, *outputs][len(digests) :]:
+            digests.append(hash((digests[-1] if digests else ROOT, token, adapter_digest(adapter))))
+        outputs.append(choose_token(digests, seed, sample_index, outputs, min_tokens, end_percent))
+    return outputs
+
+
+class HostImage(Protocol):
+    """What this device needs to know of an adapter's image."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass
+class _SamplerState:
+    start: SequenceStart
+    outputs: list[int]
+
+
+class FinishedStep:
+    """A plan whose result can be had."""
+
+    def __init__(self, runner: KVCheckingRunner, plan: StepPlan, samples: tuple[Sample, ...]) -> None:
+        self._runner = runner
+        self._plan = plan
+        self._samples = samples
+
+    def result(self) -> StepResult:
+        oldest = self._runner.in_flight.popleft()
+        assert oldest is self._plan, f"result of plan {self._plan.plan_id} taken before that of plan {oldest.plan_id}"
+        return StepResult(plan_id=self._plan.plan_id, samples=self._samples, copied=self._runner.copied())
+
+
+class KVCheckingRunner:
+    """Runner of plans for one scheduler. A copy of an adapter is done `copy_steps` plans after the one that loads it.
+
+    A plan is in flight from `submit` until its result is taken: what it names must not be reused before that.
+    `error_seeds`: sequences with one of these seeds fail at their second output token.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        copy_steps: int = 0,
+        end_percent: int = 0,
+        error_seeds: Collection[int] = (),
+    ) -> None:
+        self.config = config
+        self.copy_steps = copy_steps
+        self.end_percent = end_percent
+        self.error_seeds = frozenset(error_seeds)
+        self.images: dict[str, int] = {}  # adapter -> bytes, on the host
+        self.bound: dict[int, str] = {}  # LoRA slot -> adapter
+        self.in_flight: deque[StepPlan] = deque()
+        self.sequences: dict[int, _SamplerState] = {}
+        self.num_steps = 0
+        self._copying: dict[str, int] = {}  # adapter -> step in which its copy is done
+        self._fresh: list[str] = []  # copied, and not reported yet
+        self._kv: dict[int, int] = {}
+        self._writer: dict[int, int] = {}  # block -> sequence that wrote it last
+        self._sampled: dict[TokenRef, int] = {}
+        self._last_plan_id = 0
+        self._repeated_ends: set[int] = set()
+        self._repeated_evictions: set[AdapterEvict] = set()
+
+    # --- the protocol ----------------------------------------------------------------------------------------------
+
+    def add_adapter(self, image: HostImage) -> None:
+        self.images[image.key] = image.num_bytes
+
+    def remove_adapter(self, key: str) -> None:
+        assert key not in self.bound.values(), f"adapter {key} is removed while it is resident"
+        del self.images[key]
+
+    def submit(self, plan: StepPlan) -> FinishedStep:
+        assert plan.plan_id > self._last_plan_id, f"plan {plan.plan_id} after plan {self._last_plan_id}"
+        self._last_plan_id = plan.plan_id
+        self.num_steps += 1
+        try:
+            self._bookkeeping(plan)
+            self._check_rows(plan)
+            samples = self._forward(plan)
+        except (AssertionError, KeyError) as error:
+            raise AssertionError(f"{error!r} in {plan}") from error
+        self.in_flight.append(plan)
+        self._repeated_ends.clear()
+        self._repeated_evictions.clear()
+        return FinishedStep(self, plan, samples)
+
+    def abandon(self, plans: list[StepPlan]) -> None:
+        """The host gave these up, oldest first, submitted or not: the next plan may repeat what they did."""
+        for plan in plans:
+            if plan in self.in_flight:
+                self.in_flight.remove(plan)
+            self._repeated_ends.update(plan.ends, (start.seq_id for start in plan.starts))
+            self._repeated_evictions.update(AdapterEvict(op.adapter, op.lora_slot) for op in plan.adapter_ops)
+
+    def copied(self) -> tuple[str, ...]:
+        fresh, self._fresh = tuple(self._fresh), []
+        return fresh
+
+    # --- steps 1 to 4 of a plan ------------------------------------------------------------------------------------
+
+    def _bookkeeping(self, plan: StepPlan) -> None:
+        for seq_id in plan.ends:
+            assert not any(seq_id == s.seq_id for p in self.in_flight for s in p.slices), f"{seq_id} ends in flight"
+            if self.sequences.pop(seq_id, None) is None:
+                assert seq_id in self._repeated_ends, f"sequence {seq_id} ends and never started"
+        for op in plan.adapter_ops:
+            self._apply(op)
+        for key in [key for key, step in self._copying.items() if step <= self.num_steps]:
+            del self._copying[key]
+            self._fresh.append(key)
+        self._copy_blocks(plan)
+        for start in plan.starts:
+            known = self.sequences.get(start.seq_id)
+            assert known is None or start.seq_id in self._repeated_ends, f"sequence {start.seq_id} starts twice"
+            self.sequences[start.seq_id] = _SamplerState(start, list(start.output_token_ids))
+        assert len(self.sequences) <= self.config.max_num_seqs, f"{len(self.sequences)} sequences are started"
+
+    def _apply(self, op: AdapterLoad | AdapterEvict) -> None:
+        named = any(op.lora_slot == s.lora_slot for p in self.in_flight for s in p.slices)
+        assert not named, f"slot {op.lora_slot} changes while a plan in flight names it"
+        if isinstance(op, AdapterEvict):
+            if self.bound.get(op.lora_slot) != op.adapter:
+                assert op in self._repeated_evictions, f"{op}, but the slot holds {self.bound.get(op.lora_slot)}"
+                return
+            del self.bound[op.lora_slot]
+            self._copying.pop(op.adapter, None)
+            self._fresh = [key for key in self._fresh if key != op.adapter]
+            return
+        assert 1 <= op.lora_slot <= self.config.max_resident_adapters, op
+        assert op.lora_slot not in self.bound, f"{op}, but the slot holds {self.bound[op.lora_slot]}"
+        assert op.adapter not in self.bound.values(), f"{op}, but it is resident"
+        self.bound[op.lora_slot] = op.adapter
+        self._copying[op.adapter] = self.num_steps + self.copy_steps
+        num_bytes = sum(self.images[adapter] for adapter in self.bound.values())
+        assert num_bytes <= self.config.adapter_bytes, f"{num_bytes} bytes are resident"
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        size = self.config.block_size
+        targets = [copy.dst for copy in plan.block_copies]
+        assert len(set(targets)) == len(targets), "a block is the target of two copies"
+        assert not set(targets) & {copy.src for copy in plan.block_copies}, "a block is source and target"
+        for copy in plan.block_copies:
+            self._check_writable({copy.dst}, owner=None)
+            for offset in range(size):
+                if copy.src * size + offset in self._kv:
+                    self._kv[copy.dst * size + offset] = self._kv[copy.src * size + offset]
+
+    def _check_writable(self, blocks: set[int], owner: int | None) -> None:
+        """No plan in flight reads these blocks, but for slices of their owner."""
+        assert 0 not in blocks, "the null block is written"
+        for plan in self.in_flight:
+            for copy in plan.block_copies:
+                is_reused = copy.src in blocks and self._writer.get(copy.src) != owner
+                assert not is_reused, f"block {copy.src} is handed out while plan {plan.plan_id} copies it"
+            for piece in plan.slices:
+                if piece.seq_id != owner:
+                    num_read = -(-(piece.position + piece.num_rows) // self.config.block_size)
+                    shared = blocks.intersection(piece.block_table[:num_read])
+                    assert not shared, f"blocks {shared} are written while plan {plan.plan_id} reads them"
+
+    # --- step 5: rows ----------------------------------------------------------------------------------------------
+
+    def _check_rows(self, plan: StepPlan) -> None:
+        row = 0
+        for piece in plan.slices:
+            assert piece.row_start == row, f"row {row} is in no slice"
+            assert piece.num_rows, f"the slice of sequence {piece.seq_id} has no rows"
+            row = piece.row_end
+        assert row <= self.config.max_num_batched_tokens, f"{row} rows"
+        ids = [piece.seq_id for piece in plan.slices]
+        assert len(set(ids)) == len(ids) <= self.config.max_num_seqs, f"slices of {ids}"
+        expected: list[LoraSegment] = []
+        for piece in plan.slices:
+            if expected and piece.lora_slot == expected[-1].slot and expected[-1].row_end == piece.row_start:
+                expected[-1] = LoraSegment(expected[-1].row_start, piece.row_end, piece.lora_slot)
+            elif piece.lora_slot != NO_LORA:
+                expected.append(LoraSegment(piece.row_start, piece.row_end, piece.lora_slot))
+        assert plan.lora_segments == tuple(expected), f"segments should be {expected}"
+        assert len({segment.slot for segment in expected}) == len(expected), "an adapter's rows are not neighbours"
+
+    def _forward(self, plan: StepPlan) -> tuple[Sample, ...]:
+        written: set[int] = set()
+        tokens_of: list[tuple[int, ...]] = []
+        for piece in plan.slices:  # all slices look at the KV as it was before this forward, but for their own rows
+            assert piece.seq_id in self.sequences, f"sequence {piece.seq_id} has not started"
+            tokens = tuple(self._sampled[t] if isinstance(t, TokenRef) else t for t in piece.token_ids)
+            tokens_of.append(tokens)
+            written |= self._check_slots(piece, written)
+        before = dict(self._kv)
+        samples = []
+        for piece, tokens in zip(plan.slices, tokens_of, strict=True):
+            digests = self._attend(piece, tokens, before)
+            if piece.output is RowOutput.SAMPLE:
+                samples.append(self._sample(plan.plan_id, piece, digests))
+        return tuple(samples)
+
+    def _check_slots(self, piece: SequenceSlice, written: set[int]) -> set[int]:
+        size = self.config.block_size
+        end = piece.position + piece.num_rows
+        assert end < self.config.max_model_len + 1, f"sequence {piece.seq_id} has {end} tokens"
+        slots = {piece.block_table[p // size] * size + p % size for p in range(piece.position, end)}
+        assert len(slots) == piece.num_rows, "a slice writes a slot twice"
+        assert not slots & written, f"slots {slots & written} are written twice"
+        self._check_writable({slot // size for slot in slots}, owner=piece.seq_id)
+        return slots
+
+    def _attend(self, piece: SequenceSlice, tokens: tuple[int, ...], before: dict[int, int]) -> list[int]:
+        """Write the slice's slots. Returns: what all slots up to its last token hold, as read through the table."""
+        size, table = self.config.block_size, piece.block_table
+        adapter = None
+        if piece.lora_slot != NO_LORA:
+            adapter = self.bound[piece.lora_slot]
+            assert adapter not in self._copying, f"adapter {adapter} is used before its copy is done"
+        key = adapter_digest(adapter)
+        digests = [before[table[p // size] * size + p % size] for p in range(piece.position)]
+        for position, token in enumerate(tokens, piece.position):
+            digests.append(hash((digests[-1] if digests else ROOT, token, key)))
+            self._kv[table[position // size] * size + position % size] = digests[-1]
+            self._writer[table[position // size]] = piece.seq_id
+        return digests
+
+    def _sample(self, plan_id: int, piece: SequenceSlice, digests: list[int]) -> Sample:
+        state = self.sequences[piece.seq_id]
+        start, outputs = state.start, state.outputs
+        assert piece.output_position == len(outputs), f"output {piece.output_position}, {len(outputs)} are remembered"
+        token = choose_token(
+            digests, start.seed, start.sample_index, outputs, start.params.min_tokens, self.end_percent
+        )
+        outputs.append(token)
+        self._sampled[TokenRef(plan_id, piece.row_end - 1)] = token
+        if start.seed in self.error_seeds and len(outputs) > 1:
+            return Sample(piece.seq_id, (), error="the logits are not finite")
+        return Sample(piece.seq_id, (token,))

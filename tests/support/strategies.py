@@ -1,0 +1,130 @@
+"""Random workloads for the scheduler: so small and so alike that collisions are the norm."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from engine.core.limits import SchedulerConfig
+from engine.request import Request, SamplingParams
+from tests.support.kv_checking_runner import EOS, STOP, expected_tokens
+
+ADAPTER_UNIT = 1 << 20  # so that loads and ranks count in the fairness
+ADAPTERS = {"ada": 1 * ADAPTER_UNIT, "bob": 2 * ADAPTER_UNIT, "cyd": 3 * ADAPTER_UNIT, "dan": 5 * ADAPTER_UNIT}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that happens from outside, by step. `seed` also drives the chances taken while it is played."""
+
+    seed: int
+    config: SchedulerConfig
+    requests: tuple[tuple[int, Request], ...]  # (step of arrival, request), ascending
+    aborts: tuple[tuple[int, str], ...] = ()
+    finishes: tuple[tuple[int, str, int], ...] = ()  # (step, request id, sample index)
+    abandon_percent: int = 0
+    copy_steps: int = 0
+    end_percent: int = 0
+    error_seeds: frozenset[int] = field(default_factory=frozenset)
+
+
+def random_config(rng: random.Random) -> SchedulerConfig:
+    max_num_seqs = rng.randint(1, 5)
+    return SchedulerConfig(
+        num_blocks=1 + rng.choice((3, 4, 6, 9, 14)),
+        block_size=rng.randint(1, 4),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice((0, 1, 3, 12)),
+        max_model_len=rng.randint(6, 20),
+        max_queued_requests=rng.choice((2, 50, 50, 50)),
+        adapter_bytes=rng.choice((4, 6, 11)) * ADAPTER_UNIT,
+        max_resident_adapters=rng.randint(1, 3),
+        enable_prefix_caching=rng.random() < 0.8,
+        enable_chunked_prefill=rng.random() < 0.7,
+        pipeline_depth=rng.randint(1, 3),
+        eos_token_ids=(EOS,),
+        cache_namespace="base",
+    )
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    max_tokens = rng.choice((None, 1, 2, 4, 4, 8))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=rng.choice((0, 0, 0, min(2, max_tokens or 2))),
+        n=rng.choice((1, 1, 1, 2, 3)),
+        ignore_eos=rng.random() < 0.2,
+        stop_token_ids=(STOP,) if rng.random() < 0.5 else (),
+    )
+
+
+def random_prompt(rng: random.Random) -> tuple[int, ...]:
+    """Alphabet of two; most begin alike."""
+    length = rng.choice((1, 2, 3, 4, 4, 5, 6, 8, 8, 11))
+    start = rng.choice(((0,) * length, (0, 1) * length))
+    tail = tuple(rng.randint(0, 1) for _ in range(rng.randint(0, 2)))
+    return start[: max(1, length - len(tail))] + tail
+
+
+def random_request(rng: random.Random, name: str, *, end_percent: int) -> Request:
+    params = random_params(rng)
+    request = Request(
+        request_id=name,
+        prompt_token_ids=random_prompt(rng),
+        params=params,
+        seed=rng.randint(0, 3),
+        adapter=rng.choice((None, *ADAPTERS)),
+        tenant=rng.choice(("", "", "x", "y")),
+        cache_salt=rng.choice(("", "", "salt")),
+        sample_index=rng.choice((0, 0, 2)),
+    )
+    if params.n > 1 or rng.random() < 0.8:
+        return request
+    resumed = expected_output(request, rng.randint(1, 4), end_percent)
+    return Request(**{**_fields(request), "resumed_output_token_ids": tuple(resumed)})
+
+
+def _fields(request: Request) -> dict[str, object]:
+    return {name: getattr(request, name) for name in request.__slots__}
+
+
+def expected_output(request: Request, num_tokens: int, end_percent: int, sample: int = 0) -> list[int]:
+    """What sample number `sample` of a request must say, alone, in at most `num_tokens` tokens."""
+    params = request.params
+    end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
+    return expected_tokens(
+        request.prompt_token_ids,
+        request.adapter,
+        request.seed,
+        request.sample_index + sample,
+        num_tokens if params.max_tokens is None else min(num_tokens, params.max_tokens),
+        end_ids=end_ids,
+        min_tokens=params.min_tokens,
+        end_percent=end_percent,
+    )
+
+
+def random_workload(seed: int) -> Workload:
+    return draw_workload(random.Random(seed), seed)
+
+
+def draw_workload(rng: random.Random, seed: int) -> Workload:
+    """A workload drawn from `rng`; `seed` is for the chances taken while it is played."""
+    end_percent = rng.choice((0, 0, 10, 30))
+    num_requests = rng.randint(1, 7)
+    steps = sorted(rng.choice((0, 0, 0, 1, 2, 4, 7, 12)) for _ in range(num_requests))
+    requests = [(step, random_request(rng, f"r{index}", end_percent=end_percent)) for index, step in enumerate(steps)]
+    is_rough = rng.random() < 0.4
+    aborts = [(step + rng.randint(0, 9), r.request_id) for step, r in requests if is_rough and rng.random() < 0.2]
+    finishes = [(step + rng.randint(1, 9), r.request_id, r.sample_index) for step, r in requests if rng.random() < 0.1]
+    return Workload(
+        seed=seed,
+        config=random_config(rng),
+        requests=tuple(requests),
+        aborts=tuple(aborts),
+        finishes=tuple(finishes),
+        abandon_percent=rng.choice((0, 0, 0, 5, 20)),
+        copy_steps=rng.choice((0, 0, 1, 3)),
+        end_percent=end_percent,
+        error_seeds=frozenset({3}) if rng.random() < 0.1 else frozenset(),
+    )
