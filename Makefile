@@ -1,0 +1,81 @@
+# Everything a developer runs. `make` alone lists it.
+#
+# TORCH_INDEX names a package index to take torch from. Without it torch comes from wherever pip is configured to look;
+# from PyPI on Linux that is the CUDA build and several gigabytes. For a machine without a GPU name the index of CPU wheels
+# that pytorch.org's installation page gives:
+#     make serve TORCH_INDEX=URL
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+LORAX_CLIENT := 0.6.3
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+TORCH = $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve test test-slow test-gpu lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+serve: export RAY_USAGE_STATS_ENABLED ?= 0
+serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 1
+serve: .venv/.serve ## serve serve_config.yaml until Ctrl-C (exit 0, no process left)
+	@exec .ci/foreground $(BIN)/serve run serve_config.yaml
+
+test: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the default tests, with the seconds each folder took
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the tests marked slow
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: .venv/.test ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: .venv/.lint ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: .venv/.lint ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the virtual environments and every cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- environments: a stamp stands for "installed as pyproject.toml said", so nothing is installed twice
+
+.venv/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Chorus needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.11" >&2; \
+	  exit 1; }
+	@echo "making .venv (the first time takes a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) --upgrade 'pip>=25'  # pip 23 spends minutes on what pip 25 resolves in half of one
+	@touch $@
+
+.venv/.serve: pyproject.toml .venv/.pip
+	@$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) '$(TORCH)')
+	@$(INSTALL) --editable .
+	@touch $@
+
+.venv/.test: .venv/.serve
+	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+.venv/.lint: .venv/.test
+	@$(INSTALL) --editable '.[test,lint]'
+	@touch $@
+
+# lorax-client pins certifi and huggingface-hub to versions that transformers refuses: it lives alone.
+.venv-lorax/.lorax-client-$(LORAX_CLIENT):
+	@$(PYTHON) -m venv .venv-lorax
+	@.venv-lorax/bin/python -m pip install -qq --disable-pip-version-check 'lorax-client==$(LORAX_CLIENT)'
+	@touch $@

@@ -1,0 +1,70 @@
+"""What every test run shares: few threads, nothing from outside, fast folders first, seconds by folder at the end."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch, Ray or boto3: they read these once.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1" if os.environ.get(name) == "1" else "2"
+os.environ |= {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # No test may find real credentials, nor go looking for a cloud's metadata service.
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
+# (folders, seconds on two cores), in the order in which they run. Reported, not asserted: a test that asserts the time
+# fails on a busy machine.
+BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
+    (("core",), 90),
+    (("store",), 60),
+    (("model", "runner", "lora", "quant", "kv"), 100),
+    (("text", "engine_api"), 60),
+    (("manifests", "."), 30),
+    (("equality",), 120),
+    (("demo",), 60),
+    (("serving",), 60),
+    (("e2e",), 130),
+)
+_RANK = {folder: rank for rank, (folders, _) in enumerate(BUDGETS) for folder in folders}
+_seconds: defaultdict[str, float] = defaultdict(float)
+
+
+def folder_of(nodeid: str) -> str:
+    """'tests/core/test_x.py::test_y' -> 'core'; a file directly under tests -> '.'."""
+    parts = Path(nodeid.split("::", 1)[0]).parts
+    return parts[1] if len(parts) > 2 else "."
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _RANK.get(folder_of(item.nodeid), len(BUDGETS) - 1))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[folder_of(report.nodeid)] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    groups = [*BUDGETS, *(((folder,), 0) for folder in _seconds if folder not in _RANK)]
+    rows = [(folders, sum(_seconds.get(f, 0.0) for f in folders), budget) for folders, budget in groups]
+    terminalreporter.section("seconds per folder, against the budget on two cores")
+    for folders, seconds, budget in rows:
+        if any(folder in _seconds for folder in folders):
+            over = "   over" if budget and seconds > budget else ""
+            terminalreporter.write_line(f"{' + '.join(folders):35} {seconds:6.1f} of {budget or '?':>4}{over}")
+    terminalreporter.write_line(f"{'all':35} {sum(_seconds.values()):6.1f} of {sum(b for _, b in BUDGETS):>4}")
