@@ -1,0 +1,34 @@
+"""What every API is translated to: prompts, parameters, an adapter. Plain data, no HTTP, no engine objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, as the model's chat template takes it."""
+
+    messages: tuple[Mapping[str, Any], ...]
+
+
+Prompt = str | tuple[int, ...] | Chat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One HTTP request after its fields were checked."""
+
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    adapter: str | None = None
+    adapter_source: str | None = None
+    cache_salt: str = ""
+    user: str = ""
+    truncate: int | None = None  # keep the last so many prompt tokens
+    prompt_param: str = "prompt"  # what the API calls the prompt, for error messages
+    model_param: str = "model"  # and the adapter

@@ -1,0 +1,78 @@
+"""What passes between a router and a replica: plain frozen data that pickles, standard library only.
+
+A router sends a `Call` and receives a stream of `StreamItem`s. Errors travel as data (`Fault`), so that their stable
+codes survive the trip; an exception that arrives from Ray means that the replica itself is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from engine.request import OutputDelta, SamplingParams
+
+PREFIX_TOKENS = (64, 256, 1024)
+"""Prompt lengths, in tokens, at which a hint is taken for cache-aware placement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Why a request failed. `code` is stable and decides the HTTP status; `param` names the field, if one is wrong."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Refused(Exception):
+    """A request failed with a `Fault` that its caller must be told."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.fault = fault
+
+    def __str__(self) -> str:
+        return f"{self.fault.code}: {self.fault.message}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One prompt for one replica. `adapter` is a name as the caller wrote it; the replica finds its version."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    adapter: str | None = None
+    adapter_source: str | None = None  # name of a source; None: any
+    adapter_version: str | None = None  # pinned when a cut-off answer goes on
+    tenant: str = ""
+    cache_salt: str = ""
+    sample_index: int = 0
+    resumed_output_token_ids: tuple[int, ...] = ()
+    prefix_hints: tuple[int, ...] = ()
+    avoid: tuple[str, ...] = ()  # replicas that just failed this request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamItem:
+    """All that a request gained since its last item. `fault` set: it failed, and nothing follows."""
+
+    replica: str
+    adapter_version: str | None = None
+    deltas: tuple[OutputDelta, ...] = ()
+    fault: Fault | None = None
+
+
+def prefix_hints(adapter: str | None, cache_salt: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Stable 64-bit digests of (adapter, salt, first k tokens) for each k of `PREFIX_TOKENS` that the prompt reaches.
+
+    Two prompts with equal hints share at least k tokens of prefix cache if they meet on one replica.
+    """
+    hints = []
+    for length in PREFIX_TOKENS:
+        if len(token_ids) < length:
+            break
+        key = repr((adapter, cache_salt, token_ids[:length])).encode()
+        hints.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
+    return tuple(hints)

@@ -1,0 +1,95 @@
+"""The Router deployment: the HTTP API in front of the replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.api import create_api
+from deployments.auth import ApiKeys
+from deployments.calls import Call, Fault, Refused, StreamItem
+from deployments.gateway import Gateway
+from deployments.prompts import Prompts
+from deployments.settings import AppArgs
+from deployments.store_actor import connect
+from deployments.store_client import StoreClient
+from deployments.streams import ReplicaLost
+
+logger = logging.getLogger("ray.serve")
+
+PING_TIMEOUT_S = 2.0
+STATS_TIMEOUT_S = 5.0
+
+
+class ServeBackend:
+    """The replicas behind a deployment handle. Ray's exceptions end here."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
+        """See `deployments.streams.Backend`."""
+        # In a context of its own: calls made within one HTTP request would share its internal id, by which Serve tells
+        # waiting calls apart, and all but the first would wait for ever.
+        response: Any = contextvars.Context().run(self._streaming.generate.remote, call)
+        try:
+            async for item in response:
+                yield item
+        except RayActorError as error:
+            raise ReplicaLost(f"{type(error).__name__} in request {call.request_id}") from error
+        except BackPressureError as error:
+            raise Refused(Fault(code="queue_full", message="all replicas are full; try again later")) from error
+        finally:
+            response.cancel()  # aborts what still runs; nothing to a finished call
+
+    async def ping(self) -> None:
+        """Raises: Refused when no replica answers in time."""
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                await self._handle.ping.remote()
+        except Exception as error:
+            message = f"no replica answered within {PING_TIMEOUT_S:g} s ({type(error).__name__})"
+            raise Refused(Fault(code="engine_dead", message=message)) from error
+
+    async def stats(self) -> list[dict[str, object]]:
+        """What each replica says; one that does not answer in time is left out."""
+        response = await asyncio.to_thread(self._handle.broadcast, "stats")
+        return list(await asyncio.wait_for(response.results_async(), STATS_TIMEOUT_S))
+
+
+@serve.ingress()
+class Router:
+    """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
+
+    async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        """Raises: ConfigError; ValueError when the API keys are missing."""
+        self._keys = ApiKeys.from_env(args.api_keys_env)
+        self._limits = args.limits
+        tokenizer = args.engine_config().tokenizer
+        prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
+        store = StoreClient(functools.partial(connect, args.adapters), wait_s=args.adapters.store_wait_s)
+        await store.start()
+        self._gateway = Gateway(
+            backend=ServeBackend(replicas),
+            adapters=store,
+            prompts=prompts,
+            model_id=args.model_id,
+            sources=args.adapters.source_names,
+            allowed=args.adapters.allowed,
+            max_resumes=args.max_resumes,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return create_api(self._gateway, self._keys, self._limits)

@@ -1,0 +1,1 @@
+"""The LoRAX API: wire models, translation to engine requests, replies and streams."""

@@ -1,0 +1,1 @@
+"""The OpenAI API: wire models, translation to engine requests, replies and streams."""

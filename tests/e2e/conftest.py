@@ -1,0 +1,60 @@
+"""One real server for all end-to-end tests: S3 from moto, demo adapters and bad ones from a folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.e2e.bad_adapters import write_bad_adapters
+from tests.e2e.server import ROOT, Server
+
+BUCKET = "chorus-e2e"
+ADAPTERS = ROOT / "demo" / "adapters"
+
+
+class Bucket:
+    """Adapters in S3."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        self._client.create_bucket(Bucket=BUCKET)
+
+    def upload(self, name: str, folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            self._client.upload_file(str(path), BUCKET, f"{name}/{path.name}")
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Bucket]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield Bucket(f"http://{host}:{port}")
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(ADAPTERS, folder, dirs_exist_ok=True)
+    write_bad_adapters(ADAPTERS / "upper", folder)
+    bucket.upload("remote", ADAPTERS / "upper")
+    running = Server(folder, bucket.endpoint, BUCKET)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.remove()

@@ -1,0 +1,135 @@
+"""A real server for the tests: `serve run` in a session of its own, its processes, and its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).parents[2]
+KEY = "e2e-key-0123456789abcdef"
+START_S = 240.0
+STOP_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """`serve run` of serve_config.yaml, changed only in ports, sources and limits."""
+
+    def __init__(self, adapters: Path, s3_endpoint: str, bucket: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))  # Ray's socket paths must be short
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+        config["http_options"]["port"] = self.port
+        args = config["applications"][0]["args"]
+        args["api_keys_env"] = "CHORUS_E2E_KEYS"
+        args["engine"] |= {"max_num_seqs": 16, "max_queued_requests": 24}
+        args["adapters"] |= {
+            "refresh_s": 2.0,
+            "sources": [
+                {"kind": "file", "path": str(adapters)},
+                {"kind": "s3", "bucket": bucket, "endpoint_url": s3_endpoint, "addressing_style": "path"},
+            ],
+        }
+        self._config = self._folder / "config.yaml"
+        self._config.write_text(yaml.safe_dump(config))
+        self.log = self._folder / "log.txt"
+        self.client = httpx.Client(
+            base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60.0, trust_env=False
+        )
+
+    def start(self) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environment |= {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": str(self._folder),
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+            "CHORUS_E2E_KEYS": f"{KEY},another-key-0123456789",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [str(ROOT / ".venv/bin/serve"), "run", str(self._config)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        self.wait_until(self.is_healthy, START_S)
+        self.wait_until(lambda: len(self.stats()["replicas"]) == 2, START_S)
+
+    def is_healthy(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"serve run ended with {self._process.returncode}:\n{self.log.read_text()[-4000:]}")
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_until(self, condition: Any, limit_s: float) -> float:
+        """Seconds until `condition()` held."""
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > limit_s:
+                raise TimeoutError(f"not within {limit_s} s; the server's log ends:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    def stats(self) -> dict[str, Any]:
+        response = self.client.get("/stats")
+        body: dict[str, Any] = response.json() if response.status_code == 200 else {"replicas": []}
+        return body
+
+    def in_engines(self) -> int:
+        """Sequences that the engines hold, waiting or running."""
+        return sum(r["engine"]["waiting"] + r["engine"]["running"] for r in self.stats()["replicas"])
+
+    def processes(self, title: str = "") -> dict[int, str]:
+        """Living processes of the server's session whose command line holds `title`."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except OSError:
+                continue  # it ended meanwhile
+            if int(fields[3]) == self._process.pid and fields[0] != "Z" and title in command:
+                found[int(entry.name)] = command
+        return found
+
+    def stop(self) -> int:
+        """Ctrl-C. Returns the exit code."""
+        self.client.close()
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(STOP_S)
+
+    def remove(self) -> None:
+        """Whatever a failed test left behind."""
+        self.client.close()
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,173 @@
+"""Which adapter images a replica holds, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapter_store.errors import AdapterNotFound
+from adapter_store.records import AdapterRecord, Lease
+from deployments.adapters import HeldAdapters
+from deployments.calls import Fault, Refused
+from engine.site import ImageSpec
+
+SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
+MANIFEST: dict[str, Any] = {
+    "format": 1, "spec": SPEC.digest, "dtype": "float32", "num_bytes": 0, "rank": 0, "entries": []
+}  # fmt: skip
+
+
+@dataclass
+class FakeStore:
+    version: str = "v1"
+    away: bool = False
+    leases: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    pause: asyncio.Event | None = None
+
+    async def resolve(self, name: str, source: str | None = None, *, wait_s: float | None = None) -> AdapterRecord:
+        self._check(name)
+        return AdapterRecord(name=name, source="local", version=self.version)
+
+    async def lease(self, name: str, source: str | None, version: str | None) -> tuple[Lease, object]:
+        self._check(name)
+        if self.pause is not None:
+            await self.pause.wait()
+        version = version or self.version
+        self.leases.append(version)
+        lease = Lease(
+            name=name, version=version, source="local", owner="r", spec_digest=SPEC.digest, manifest=MANIFEST,
+            image=None, num_bytes=0, rank=0, ttl_s=30.0,
+        )  # fmt: skip
+        return lease, np.zeros(0, np.uint8)
+
+    async def release(self, version: str) -> None:
+        self.released.append(version)
+
+    def _check(self, name: str) -> None:
+        if self.away:
+            raise Refused(Fault(code="store_unavailable", message="away"))
+        if name == "missing":
+            raise AdapterNotFound(name, ("local",))
+
+
+@dataclass
+class Rig:
+    store: FakeStore
+    held: HeldAdapters
+    now_s: float = 0.0
+
+    async def use(self, name: str = "a", version: str | None = None, *, accepted: bool = True) -> str:
+        async with self.held.borrowed(name, None, version) as held:
+            held.in_engine = held.in_engine or accepted
+            return held.version
+
+    async def drop(self, version: str) -> None:
+        self.held.dropped(version)
+        await asyncio.sleep(0.01)
+
+
+def _run(test: Callable[[Rig], Awaitable[None]]) -> None:
+    async def main() -> None:
+        rig = Rig(FakeStore(), None)  # type: ignore[arg-type]
+        rig.held = HeldAdapters(rig.store, SPEC, refresh_s=5.0, clock=lambda: rig.now_s)
+        await test(rig)
+
+    asyncio.run(main())
+
+
+def test_a_held_version_is_leased_once_and_released_when_the_engine_drops_it():
+    async def test(rig: Rig) -> None:
+        for _ in range(3):
+            assert await rig.use() == "v1"
+        assert rig.store.leases == ["v1"]
+        assert rig.held.versions == ("v1",)
+        await rig.drop("v1")
+        assert (rig.held.versions, rig.store.released) == ((), ["v1"])
+
+    _run(test)
+
+
+def test_a_version_in_use_is_not_released_until_its_last_user_is_gone():
+    async def test(rig: Rig) -> None:
+        async with rig.held.borrowed("a", None, None):
+            await rig.drop("v1")
+            assert rig.store.released == []
+        await asyncio.sleep(0.01)
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_a_version_that_the_engine_never_took_is_released_at_once():
+    async def test(rig: Rig) -> None:
+        await rig.use(accepted=False)
+        await asyncio.sleep(0.01)
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_a_new_upload_is_used_after_refresh_and_the_old_version_can_still_be_asked_for():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.version = "v2"
+        assert await rig.use() == "v1"
+        rig.now_s = 6.0
+        assert await rig.use() == "v2"
+        assert await rig.use(version="v1") == "v1"
+        assert rig.store.leases == ["v1", "v2"]
+
+    _run(test)
+
+
+def test_held_versions_are_served_while_the_store_is_away_and_others_are_not():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.away = True
+        rig.now_s = 100.0
+        assert await rig.use() == "v1"
+        with pytest.raises(Refused):
+            await rig.use("b")
+
+    _run(test)
+
+
+def test_many_requests_for_a_cold_adapter_make_one_lease_and_one_that_leaves_stops_nobody():
+    async def test(rig: Rig) -> None:
+        rig.store.pause = asyncio.Event()
+        waiting = [asyncio.ensure_future(rig.use()) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        waiting[0].cancel()
+        rig.store.pause.set()
+        assert await asyncio.gather(*waiting[1:]) == ["v1"] * 4
+        assert rig.store.leases == ["v1"]
+
+    _run(test)
+
+
+def test_a_lease_that_nobody_waits_for_any_more_is_given_back():
+    async def test(rig: Rig) -> None:
+        rig.store.pause = asyncio.Event()
+        waiting = asyncio.ensure_future(rig.use())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        rig.store.pause.set()
+        await asyncio.sleep(0.01)
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_an_unknown_adapter_is_told_to_everyone_who_asked():
+    async def test(rig: Rig) -> None:
+        for _ in range(2):
+            with pytest.raises(AdapterNotFound):
+                await rig.use("missing")
+
+    _run(test)
