@@ -320,4 +320,5 @@ class AsyncEngine:
             streams = list(self._streams.values())
         for stream in streams:
             stream.fail(EngineDead(reason))
-        wake_all(streams)
+        for stream in wake_all(streams):
+            self._leave(stream, abort=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import UnionType
 from typing import Literal
 
 from engine.errors import ConfigError
@@ -38,6 +39,7 @@ class EngineConfig:
 
     def validate(self) -> None:
         """Raises: ConfigError naming the setting, its value, the limit and the remedy."""
+        self._check_types()
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -59,11 +61,30 @@ class EngineConfig:
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
 
+    def _check_types(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            kind, description = _KINDS.get(setting.name, (int, "a whole number"))
+            # bool is an int to Python, and nobody means max_num_seqs=True.
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits and not (value is None and setting.default is None):
+                raise ConfigError(f"{setting.name}={value!r} must be {description}")
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         return tuple(f.name for f in dataclasses.fields(cls))
 
 
+# Those that are no whole number.
+_KINDS: dict[str, tuple[type | UnionType, str]] = {
+    "model": (str, "the path of a folder"),
+    "tokenizer": (str, "the path of a folder"),
+    "device": (str, "'cpu' or 'cuda'"),
+    "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
+    "enable_prefix_caching": (bool, "True or False"),
+    "enable_chunked_prefill": (bool, "True or False"),
+    "step_timeout_s": (int | float, "a number of seconds"),
+}
 _POSITIVE = (
     "max_model_len",
     "block_size",

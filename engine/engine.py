@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
@@ -38,17 +39,18 @@ class EngineParts:
     image_spec: ImageSpec
     num_blocks: int  # of the KV cache
     max_model_len: int  # tokens of prompt and output
-    vocab_size: int  # of the model's input embedding: ids beyond it cannot be computed
+    vocab_size: int  # columns of the logits: ids beyond it are refused
     eos_token_ids: tuple[int, ...]
     cache_namespace: str  # base revision and KV scheme
 
 
 def load_parts(config: EngineConfig) -> EngineParts:
     """Load the model and size what depends on it. Imports torch. Raises: ConfigError, ModelNotSupported."""
-    from engine.model.loader import load_model
+    from engine.model.loader import check_folder, load_model
     from engine.runner.memory import num_kv_blocks
     from engine.runner.runner import TorchRunner
 
+    check_folder(Path(config.model))
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     loaded = load_model(config)
     num_blocks = num_kv_blocks(loaded, config)
@@ -135,6 +137,8 @@ class Engine:
         Raises: InvalidRequest naming the field, PromptTooLong, QueueFull, AdapterError, AdapterTooLarge.
         """
         self._raise_if_dead()
+        if request.request_id in self._clocks:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
         self._check_token_ids(request)
         if request.adapter is not None and request.adapter not in self._images:
             self._add_image(request.adapter, image)

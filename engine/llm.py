@@ -127,12 +127,12 @@ class LLM:
         Raises: InvalidRequest, PromptTooLong, AdapterError before anything runs. What fails while running is an output
         with `finish_reason` ERROR and `error` set.
         """
-        prompt_list: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        prompt_list = _prompt_list(prompts)
         jobs = [
             self._job(prompt, one_params, adapter)
             for prompt, one_params, adapter in zip(
                 prompt_list,
-                _per_prompt("params", params or SamplingParams(), len(prompt_list), SamplingParams),
+                _per_prompt("params", SamplingParams() if params is None else params, len(prompt_list), SamplingParams),
                 _per_prompt("adapters", adapters, len(prompt_list), str | None),
                 strict=True,
             )
@@ -150,7 +150,7 @@ class LLM:
         **template_args: Any,
     ) -> list[GenerationOutput]:
         """Answer one conversation or several, written with the model's chat template. Otherwise as `generate`."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        several = isinstance(messages, list | tuple) and len(messages) > 0 and isinstance(messages[0], list | tuple)
         conversations: Any = messages if several else [messages]
         template = self._engine.tokenizer.apply_chat_template
         prompts = [template(conversation, **template_args) for conversation in conversations]
@@ -173,7 +173,7 @@ class LLM:
         if name in self._images:
             return self._images[name]
         close = difflib.get_close_matches(name, self._images, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are: {sorted(self._images)}"
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are: {sorted(self._images)}."
         raise AdapterError(f"there is no adapter named {name!r}; {hint} Add it with add_adapter(name, path)")
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[GenerationOutput]:
@@ -183,6 +183,8 @@ class LLM:
         metrics: dict[str, RequestMetrics] = {}
         try:
             with tqdm(total=len(jobs), desc="prompts", disable=not use_tqdm) as progress:
+                while engine.has_work:  # what an interrupted call has left is in the queue until the next step
+                    self._step(running)
                 while waiting or running or engine.has_work:
                     # The engine's queue has a limit; a list of prompts has none.
                     while waiting and len(running) < engine.config.max_queued_requests:
@@ -258,19 +260,31 @@ def _sample(delta: OutputDelta) -> SampleOutput:
     )
 
 
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+def _prompt_list(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list. Raises: InvalidRequest for what is neither text nor a list."""
+    if isinstance(prompts, str) or (_is_list(prompts) and len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]
+    for prompt in prompts if _is_list(prompts) else [prompts]:
+        if not isinstance(prompt, str) and not _is_list(prompt):
+            raise InvalidRequest(
+                "prompts", f"a prompt is a text or a list of token ids, and {prompt!r} is a {type(prompt).__name__}"
+            )
+    return list(prompts)
 
 
 def _per_prompt(param: str, value: Any, num_prompts: int, kind: Any) -> list[Any]:
     """`value` for every prompt, whether it was one for all or a list. Raises: InvalidRequest naming `param`."""
-    values = [value] * num_prompts if isinstance(value, kind) else list(value)
-    if len(values) != num_prompts:
-        raise InvalidRequest(param, f"{len(values)} values for {num_prompts} prompts; give one for all or one for each")
+    values = [value] * num_prompts if isinstance(value, kind) else list(value) if _is_list(value) else [value]
     for item in values:
         if not isinstance(item, kind):
             raise InvalidRequest(param, f"{item!r} is a {type(item).__name__}")
+    if len(values) != num_prompts:
+        raise InvalidRequest(param, f"{len(values)} values for {num_prompts} prompts; give one for all or one for each")
     return values
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:

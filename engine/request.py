@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from engine.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+MAX_TOP_K = 2**31 - 1  # more than any vocabulary
+MAX_SEED = 2**64 - 1
+MAX_REPETITION_PENALTY = 1e6  # a float32 logit times it is finite
 
 
 class FinishReason(StrEnum):
@@ -50,57 +53,89 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most likely
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in self.logit_bias.items()})
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise InvalidRequest("stop", "a stop string must be a non-empty string")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest("logit_bias", f"{self.logit_bias!r} does not map token ids to numbers")
+        _token_ids("logit_bias", tuple(self.logit_bias))
         self._check_counts()
         self._check_reals()
+        object.__setattr__(self, "logit_bias", {i: float(bias) for i, bias in self.logit_bias.items()})
 
     def _check_counts(self) -> None:
-        _in_range("max_tokens", self.max_tokens, 1, None)
-        _in_range("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _in_range("top_k", self.top_k, 0, None)
-        _in_range("n", self.n, 1, MAX_N)
-        _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _in_range("seed", self.seed, 0, 2**64 - 1)
-        _in_range("stop", len(self.stop), 0, MAX_STOP_STRINGS, what="number of stop strings")
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise InvalidRequest("stop", "a stop string must be a non-empty string")
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, None)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _whole("top_k", self.top_k, 0, MAX_TOP_K)
+        _whole("n", self.n, 1, MAX_N)
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("stop", len(self.stop), 0, MAX_STOP_STRINGS, what="number of stop strings")
+        for name, flag in (
+            ("ignore_eos", self.ignore_eos),
+            ("include_stop_str_in_output", self.include_stop_str_in_output),
+        ):
+            if not isinstance(flag, bool):
+                raise InvalidRequest(name, f"{flag!r} is neither True nor False")
 
     def _check_reals(self) -> None:
-        _in_range("temperature", self.temperature, 0.0, 100.0)
-        _in_range("top_p", self.top_p, 0.0, 1.0, exclusive_low=True)
-        _in_range("min_p", self.min_p, 0.0, 1.0)
-        _in_range("repetition_penalty", self.repetition_penalty, 0.0, None, exclusive_low=True)
-        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _real("temperature", self.temperature, 0.0, 100.0)
+        _real("top_p", self.top_p, 0.0, 1.0, exclusive_low=True)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY, exclusive_low=True)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for token_id, bias in self.logit_bias.items():
-            _in_range("logit_bias", bias, -100.0, 100.0, what=f"bias of token {token_id}")
+            _real("logit_bias", bias, -100.0, 100.0, what=f"bias of token {token_id}")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
 
-def _in_range(
-    param: str,
-    value: float | None,
-    low: float,
-    high: float | None,
-    *,
-    exclusive_low: bool = False,
-    what: str = "value",
-) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequest(param, f"{what} {value!r} is not a finite number")
-    if value < low or (exclusive_low and value == low) or (high is not None and value > high):
-        opening = "(" if exclusive_low else "["
+def _whole(param: str, value: object, low: int, high: int | None, *, what: str = "value") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(param, f"{what} {value!r} is not a whole number")
+    if value < low or (high is not None and value > high):
         closing = "inf)" if high is None else f"{high}]"
-        raise InvalidRequest(param, f"{what} {value} is outside {opening}{low}, {closing}")
+        raise InvalidRequest(param, f"{what} {_shown(value)} is outside [{low}, {closing}")
+
+
+def _real(
+    param: str, value: object, low: float, high: float, *, exclusive_low: bool = False, what: str = "value"
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise InvalidRequest(param, f"{what} {value!r} is not a number")
+    if not low <= value <= high or (exclusive_low and value == low):
+        opening = "(" if exclusive_low else "["
+        raise InvalidRequest(param, f"{what} {_shown(value)} is outside {opening}{low}, {high}]")
+
+
+def _shown(value: float) -> str:
+    """The number, unless it has more digits than anyone would read (Python refuses to write out the largest)."""
+    return f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 128 else str(value)
+
+
+def _items(param: str, values: object) -> tuple[Any, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise InvalidRequest(param, f"{values!r} is not a list")
+    return tuple(values)
+
+
+def _token_ids(param: str, values: object) -> tuple[int, ...]:
+    """A tuple of ints; whether the model has such tokens is the engine's to say."""
+    token_ids = _items(param, values)
+    if not set(map(type, token_ids)) <= {int}:
+        wrong = next(i for i in token_ids if type(i) is not int)
+        raise InvalidRequest(param, f"{wrong!r} is a {type(wrong).__name__}, not a token id")
+    if token_ids and max(max(token_ids), -min(token_ids)).bit_length() > 63:
+        raise InvalidRequest(param, "a number of more than 63 bits is no token id of any model")
+    return token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +156,20 @@ class Request:
     cache_salt: str = ""  # prefix blocks are shared only between equal salts
     sample_index: int = 0  # of the first sample; the others follow
     resumed_output_token_ids: tuple[int, ...] = ()  # only with params.n == 1
+
+    def __post_init__(self) -> None:
+        """Raises: InvalidRequest naming a field of the wrong type: nothing later looks at types any more."""
+        for name in ("prompt_token_ids", "resumed_output_token_ids"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
+        if not isinstance(self.params, SamplingParams):
+            raise InvalidRequest("params", f"{self.params!r} is not a SamplingParams")
+        _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("sample_index", self.sample_index, 0, 2**32 - 1)
+        for name in ("request_id", "tenant", "cache_salt"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidRequest(name, f"{getattr(self, name)!r} is not a string")
+        if self.adapter is not None and not (isinstance(self.adapter, str) and self.adapter):
+            raise InvalidRequest("adapter", f"{self.adapter!r} is not the key of an adapter version; None: the base")
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,9 +84,6 @@ class AdapterSlots:
         del self._idle[key]
         del self._adapters[key]
 
-    def is_idle(self, key: str) -> bool:
-        return key in self._idle
-
     def idle(self) -> Iterator[str]:
         return iter(self._idle)
 

@@ -24,10 +24,6 @@ class AttentionInputs:
     query_starts: tuple[int, ...]  # S + 1
     context_lengths: tuple[int, ...]  # S
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.context_lengths)
-
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:

@@ -71,10 +71,6 @@ class LoraBatch:
         self._sites: dict[int, dict[int, BoundWeights]] = {}
         self._bound: dict[int, tuple[int, ...]] = {}  # slot -> its sites
 
-    @property
-    def active(self) -> bool:
-        return self.rows.active
-
     def site_weights(self, site: int) -> dict[int, BoundWeights]:
         """slot -> weights of one site: a live table, which layers keep."""
         return self._sites.setdefault(site, {})

@@ -51,6 +51,8 @@ def judge(model: nn.Module, trace: Trace, max_model_len: int) -> Capabilities:
     """Raises: ModelNotSupported naming the first layer or module that cannot be served, and why."""
     names = {id(module): name for name, module in model.named_modules()}
     calls = _one_call_per_layer(model, trace, names)
+    if not calls:
+        raise ModelNotSupported(f"{type(model).__name__} has no attention layer: num_hidden_layers is less than 1")
     layers = tuple(_judge_call(call, names[id(call.module)], max_model_len) for call in calls)
     for layer in layers[1:]:
         if (layer.num_kv_heads, layer.head_dim) != (layers[0].num_kv_heads, layers[0].head_dim):

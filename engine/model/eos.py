@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.errors import ConfigError
+
 
 def eos_token_ids(folder: Path, tokenizer_folder: Path) -> tuple[int, ...]:
-    """Ids, ascending. Each file may give an int, a list or nothing; the tokenizer config gives the token's text."""
+    """Ids, ascending. Each file may give an int, a list or nothing; the tokenizer config gives the token's text.
+
+    Raises: ConfigError naming the file that cannot be read.
+    """
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         config = _read(folder / name)
-        ids.update(_as_ids(config.get("eos_token_id")))
-        if isinstance(config.get("text_config"), dict):
-            ids.update(_as_ids(config["text_config"].get("eos_token_id")))
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                ids.update(_as_ids(part.get("eos_token_id"), folder / name))
     token = _read(tokenizer_folder / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None:
@@ -22,10 +27,12 @@ def eos_token_ids(folder: Path, tokenizer_folder: Path) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _as_ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+def _as_ids(value: Any, path: Path) -> list[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for i in ids:
+        if type(i) is not int:
+            raise ConfigError(f"{path}: eos_token_id={value!r} is neither a token id nor a list of them")
+    return ids
 
 
 def _look_up(text: str, folder: Path) -> list[int]:
@@ -41,4 +48,12 @@ def _look_up(text: str, folder: Path) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not an object")
+    return values

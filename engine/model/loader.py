@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,11 +52,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     Raises: ConfigError (folder, device, dtype or length cannot work), ModelNotSupported (names what is missing).
     """
-    folder = _check_folder(Path(config.model))
+    folder = check_folder(Path(config.model))
     device = _check_device(config.device)
     hf_config = _read_config(folder)
     max_model_len = resolve_max_model_len(hf_config, config.max_model_len)
     dtype = _resolve_dtype(config.dtype, hf_config)
+    eos = eos_token_ids(folder, Path(config.tokenizer or folder))
     model = _read_weights(folder, hf_config, dtype, device)
     try:
         trace = probe(model)
@@ -71,12 +73,13 @@ def load_model(config: EngineConfig) -> LoadedModel:
         fingerprint=base_fingerprint(folder, sites),
         dtype=dtype,
         device=device,
-        eos_token_ids=eos_token_ids(folder, Path(config.tokenizer or folder)),
+        eos_token_ids=eos,
         max_model_len=max_model_len,
     )
 
 
-def _check_folder(folder: Path) -> Path:
+def check_folder(folder: Path) -> Path:
+    """Raises: ConfigError if this cannot be the folder of a checkpoint."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model={str(folder)!r} is not a folder with a config.json; models are read from disk only")
     if (folder / "adapter_config.json").exists():
@@ -95,7 +98,7 @@ def _check_device(name: str) -> torch.device:
 def _read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # a broken file fails wherever transformers first trips over it
         raise ModelNotSupported(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     kind = f"{type(config).__name__} (model_type {config.model_type!r})"
     if config.is_encoder_decoder:
@@ -172,7 +175,7 @@ def _read_weights(folder: Path, hf_config: Any, dtype: torch.dtype, device: torc
             output_loading_info=True,
             **({"device_map": {"": device}} if straight_to_device else {}),
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelNotSupported(f"transformers cannot load {folder}: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:

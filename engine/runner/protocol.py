@@ -8,21 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import EngineError
 
 if TYPE_CHECKING:
     from engine.lora.image import AdapterImage
 
 
-class StepNotLaunched(EngineError):
+class StepNotLaunched(Exception):
     """A plan could not run, for want of memory: abandon it and the later ones, and go on.
 
     It may have been begun: its ends and adapter operations may be done, its own KV slots written; it has no samples.
-    Any other exception of a runner is fatal: the device's state is not known any more.
+    Any other exception of a runner is fatal: the device's state is not known any more. No EngineError, because it
+    never leaves the engine.
     """
-
-    code = "step_not_launched"
-    retryable = True
 
 
 class PendingStep(Protocol):

@@ -101,11 +101,6 @@ class TorchRunner:
             self._sampled.popitem(last=False)
         return PendingTorchStep(plan.plan_id, sampled, self._adapters.copied())
 
-    def close(self) -> None:
-        """Stop what runs beside the steps."""
-        if isinstance(self._adapters, DeviceStorage):
-            self._adapters.close()
-
     def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None]:
         for seq_id in plan.ends:
             self._sampler.end(seq_id)

@@ -45,7 +45,7 @@ class Tokenizer:
 
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # the Rust side raises bare exceptions
             raise ConfigError(f"no tokenizer could be loaded from folder {str(folder)!r}: {error}") from error
         return cls(hf_tokenizer)
 
@@ -59,7 +59,11 @@ class Tokenizer:
         return bool(self._hf.chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises: InvalidRequest if `text` is not Unicode: half of a surrogate pair stands for no character."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise InvalidRequest("prompt", f"it is not text that can be encoded: {error}") from error
         return ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -79,6 +83,8 @@ class Tokenizer:
 
         Raises: InvalidRequest when the model has no template, or its template refuses the messages.
         """
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequest("messages", "a conversation is a list of mappings, each with a role and a content")
         if not self.has_chat_template:
             raise InvalidRequest(
                 "messages",

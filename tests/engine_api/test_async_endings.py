@@ -32,6 +32,21 @@ def test_draining_refuses_new_requests_and_waits_for_the_accepted() -> None:
         wait_for(main(engine))
 
 
+def test_a_stream_whose_event_loop_is_gone_holds_up_no_drain() -> None:
+    runner = AlphabetRunner()
+    runner.gate.clear()
+    with running(runner) as engine:
+        loop = asyncio.new_event_loop()
+        stream = engine.generate(make_request(max_tokens=None))
+        reader = loop.create_task(anext(stream))  # type: ignore[arg-type]
+        loop.run_until_complete(until(lambda: len(runner.plans) == 1))
+        loop.close()
+        engine._die("as if the device had failed")
+        wait_for(engine.drain())
+        runner.gate.set()
+        del reader, stream
+
+
 def test_closing_ends_the_threads_and_fails_what_is_left() -> None:
     async def main(engine: AsyncEngine) -> None:
         stream = engine.generate(make_request(max_tokens=None))

@@ -79,6 +79,18 @@ def test_an_aborted_request_ends_and_frees_its_blocks_within_a_step() -> None:
     assert engine.stats().free_blocks == free_blocks
 
 
+def test_an_id_is_free_again_only_when_the_end_of_its_request_was_reported() -> None:
+    engine = make_engine()
+    engine.add_request(make_request("r"))
+    engine.step()
+    engine.finish("r", 0, FinishReason.STOP)
+    with pytest.raises(InvalidRequest, match="request_id"):
+        engine.add_request(make_request("r"))
+    run(engine)
+    engine.add_request(make_request("r"))
+    assert run(engine) == {("r", 0): "bcdefghi"}
+
+
 def test_aborting_a_request_that_is_over_or_never_was_does_nothing() -> None:
     engine = make_engine()
     engine.abort("never")

@@ -110,6 +110,16 @@ def test_an_interrupt_between_steps_leaves_nothing_running(llm: LLM, monkeypatch
     assert (llm.stats().running, llm.stats().total_requests) == (0, 3)
 
 
+def test_what_an_interrupt_left_in_the_queue_takes_no_room_from_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.engine, "load_parts", lambda config: make_parts(AlphabetRunner()))
+    llm = LLM("alphabet", max_num_seqs=1, block_size=4, max_queued_requests=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputProcessor, "process", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a", "b"], GREEDY)
+    assert [output.text for output in llm.generate(["a", "b", "c"], GREEDY)] == ["bcde", "cdef", "defg"]
+
+
 def test_an_interrupt_within_a_step_is_the_end_of_the_engine(llm: LLM, runner: AlphabetRunner) -> None:
     runner.fails_with = interrupted
     with pytest.raises(KeyboardInterrupt):

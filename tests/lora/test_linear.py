@@ -138,7 +138,7 @@ def test_without_segments_the_bases_output_is_handed_on() -> None:
     bind(batch, sites, torch.float32, ranks={1: 2})
     base, x = nn.Linear(5, 3), torch.randn(4, 5)
     batch.set(())
-    assert not batch.active
+    assert not batch.rows.active
     assert torch.equal(LoraLinear(base, sites[0], batch)(x), base(x))
 
 
