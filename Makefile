@@ -24,6 +24,8 @@ help: ## list the targets
 
 serve: export RAY_USAGE_STATS_ENABLED ?= 0
 serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 1
+# Ray gives a proxy 5 s to start, which a busy laptop does not keep; three times late, and the server gives up.
+serve: export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 serve: .venv/.serve ## serve serve_config.yaml until Ctrl-C (exit 0, no process left)
 	@exec .ci/foreground $(BIN)/serve run serve_config.yaml
 

@@ -60,6 +60,7 @@ class Server:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self._folder),
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts a proxy late
             "CHORUS_E2E_KEYS": f"{KEY},another-key-0123456789",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
