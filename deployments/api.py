@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,7 +23,7 @@ import deployments.openai.routes as openai_routes
 from adapter_store.errors import StoreError
 from deployments.auth import ApiKeys
 from deployments.calls import Fault, Refused
-from deployments.gate import Gate
+from deployments.gate import DOCS_FILES, Gate
 from deployments.gateway import Gateway
 from deployments.http_errors import answer_for, fault_of
 from deployments.settings import LimitSettings
@@ -38,7 +39,8 @@ _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_lar
 
 def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAPI:
     """The application in front of `gateway`."""
-    app = FastAPI(title="Chorus", version=version("chorus-serve"), redoc_url=None)
+    # The page's scripts and styles come from here: a browser without the internet would see nothing else.
+    app = FastAPIOffline(title="Chorus", version=version("chorus-serve"), redoc_url=None, static_url=DOCS_FILES)
     app.include_router(openai_routes.routes(gateway))
     app.include_router(lorax_routes.routes(gateway))
     _add_operation(app, gateway)

@@ -12,6 +12,7 @@ from deployments.auth import ApiKeys
 from deployments.calls import Fault, Refused
 
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/docs/oauth2-redirect"})
+DOCS_FILES = "/docs/files"  # what the page at /docs loads: open too
 
 
 class Gate:
@@ -31,7 +32,8 @@ class Gate:
             return
         headers = dict(scope["headers"])
         try:
-            tenant = "" if scope["path"] in OPEN_PATHS else self._keys.tenant(_text(headers.get(b"authorization")))
+            is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(DOCS_FILES + "/")
+            tenant = "" if is_open else self._keys.tenant(_text(headers.get(b"authorization")))
             self._check_length(headers.get(b"content-length"))
         except Refused as error:
             await self._refuse(scope["path"], error.fault)(scope, receive, send)

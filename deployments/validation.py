@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from deployments.calls import Fault
 
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "list", "dict", "constrained"})
+_MAX_SHOWN = 60  # characters of a wrong value
 _WRAPPERS = frozenset({"body", "query", "path", "header", "parameters"})
 
 
@@ -27,9 +29,17 @@ def fault_of_validation(errors: Sequence[Mapping[str, Any]]) -> Fault:
         return Fault(code="unknown_parameter", message=f"unknown field {param!r}; leave it out", param=param)
     top = re.split(r"[.\[]", param)[0]
     messages = [str(error["msg"]) for error in errors if (_param(error["loc"]) or "").startswith(top)]
-    message = " / ".join(dict.fromkeys(messages))
+    message = " / ".join(dict.fromkeys(messages)) + _given(first)
     code = "unsupported_parameter" if kind == "unsupported_parameter" else "invalid_request"
     return Fault(code=code, message=f"{param}: {message}", param=param)
+
+
+def _given(error: Mapping[str, Any]) -> str:
+    """What was sent instead. Our own checks say it themselves; of a missing field there is nothing to tell."""
+    if error["type"] in ("missing", "value_error", "unsupported_parameter") or "input" not in error:
+        return ""
+    text = json.dumps(error["input"], ensure_ascii=False, default=repr)
+    return f", not {text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + '…'}"
 
 
 def _param(loc: Sequence[str | int]) -> str | None:

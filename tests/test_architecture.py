@@ -55,7 +55,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "engine": _TORCH,
     "adapter_store": ("numpy", "regex", "boto3", "botocore", "urllib3"),
     "adapter_store.actor": ("numpy", "ray"),
-    "deployments": ("ray", "fastapi", "starlette", "pydantic", "pydantic_core", "numpy"),
+    "deployments": ("ray", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
     "demo": (*_TORCH, "peft", "tokenizers"),
 }
 

@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from deployments.collect import Sample, collect
+from deployments.documented import answers, failures
 from deployments.gateway import Gateway, Opened
-from deployments.lorax import replies, sse
+from deployments.lorax import examples, replies, sse
 from deployments.lorax.schema import CompatRequest, GenerateRequest, Parameters
 from deployments.lorax.translate import generate_ask, samples
 from deployments.responses import EventResponse, closing
@@ -17,18 +18,22 @@ from deployments.responses import EventResponse, closing
 
 def routes(gateway: Gateway) -> APIRouter:
     """/generate, /generate_stream and /."""
-    router = APIRouter(tags=["LoRAX"])
+    told = failures(lambda answer: answer.lorax_status, replies.error_body)
+    router = APIRouter(tags=["LoRAX"], responses=told)
 
-    @router.post("/generate")
+    @router.post("/generate", responses=answers(examples.ANSWER))
     async def generate(body: GenerateRequest, request: Request) -> Response:
+        """Continue `inputs`; `parameters.adapter_id` names the adapter, none is the base."""
         return JSONResponse(await _whole(gateway, body, request))
 
-    @router.post("/generate_stream")
+    @router.post("/generate_stream", responses=answers(None, examples.EVENTS))
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
+        """As `/generate`, one event a token; the last has `generated_text`."""
         return await _stream(gateway, body, request)
 
-    @router.post("/")
+    @router.post("/", responses=answers([examples.ANSWER], examples.EVENTS))
     async def compat(body: CompatRequest, request: Request) -> Response:
+        """As `/generate_stream` with `stream`, else as `/generate`, in a list of one."""
         if body.stream:
             return await _stream(gateway, body, request)
         return JSONResponse([await _whole(gateway, body, request)])

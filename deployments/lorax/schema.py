@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
+from deployments.lorax import examples
 from deployments.wire import Body, refused
 
 
@@ -42,6 +43,8 @@ class Parameters(Body):
 
 class GenerateRequest(Body):
     """Body of POST /generate and /generate_stream."""
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.REQUEST})
 
     inputs: Annotated[str, Field(min_length=1)]
     parameters: Parameters | None = None

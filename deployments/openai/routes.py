@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse
 from adapter_store.records import AdapterRecord
 from deployments.asks import Ask
 from deployments.collect import collect
+from deployments.documented import answers, failures
 from deployments.gateway import Gateway, Opened
-from deployments.openai import replies, sse, translate
+from deployments.openai import examples, replies, sse, translate
 from deployments.openai.schema import ChatRequest, CompletionRequest, Sampling
 from deployments.responses import EventResponse, closing
 
@@ -23,15 +24,18 @@ FIRST_CURSOR = "0:"
 
 def routes(gateway: Gateway) -> APIRouter:
     """/v1/chat/completions, /v1/completions, /v1/models."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+    told = failures(lambda answer: answer.status, replies.error_body)
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=told)
     started = int(time.time())
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", responses=answers(examples.CHAT_ANSWER, examples.CHAT_EVENTS))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation. `model` is the base's id or an adapter's name. Fields are honoured or refused."""
         return await _serve(gateway, "chat", body, translate.chat_ask(body, gateway.model_id), request)
 
-    @router.post("/completions")
+    @router.post("/completions", responses=answers(examples.COMPLETION_ANSWER, examples.COMPLETION_EVENTS))
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue a prompt, or several: texts or lists of token ids."""
         ask = translate.completion_ask(body, gateway.model_id)
         return await _serve(gateway, "completion", body, ask, request, echo=bool(body.echo))
 
@@ -40,10 +44,12 @@ def routes(gateway: Gateway) -> APIRouter:
         after: Annotated[str | None, Query(max_length=400, pattern=r"^\d+:")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     ) -> dict[str, Any]:
+        """The base, then the adapters, a page at a time: give what a page says as `next` as the next one's `after`."""
         return await _models(gateway, started, after, limit)
 
     @router.get("/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
+        """One model. An adapter is looked up in its source now; `adapter.reason` says why a broken one is refused."""
         if model == gateway.model_id:
             return _base(gateway.model_id, started)
         gateway.check_adapter(model, "model")

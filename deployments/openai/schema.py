@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
+from deployments.openai import examples
 from deployments.wire import Body, refused
 
 Real = float | None
@@ -77,6 +78,8 @@ class Sampling(Body):
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
+    model_config = ConfigDict(json_schema_extra={"example": examples.CHAT_REQUEST})
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Count = None
     logprobs: bool | None = None
@@ -99,6 +102,8 @@ class ChatRequest(Sampling):
 
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.COMPLETION_REQUEST})
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

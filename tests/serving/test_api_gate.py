@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import httpx
@@ -75,6 +76,17 @@ def test_only_known_keys_may_ask_and_health_and_docs_are_open():
     assert _get("/health", served).status_code == 200
     assert _get("/docs", served).status_code == 200
     assert len(served.backend.calls) == 1
+
+
+def test_the_docs_page_loads_nothing_from_elsewhere_and_needs_no_key():
+    served = serve(keys=ApiKeys((KEY,)))
+    page = _get("/docs", served).text
+    loaded = re.findall(r"(?:src|href)=\"([^\"]+)\"", page)
+    assert loaded
+    for url in loaded:
+        assert url.startswith("/docs/files/")
+        assert _get(url, served).status_code == 200
+    assert _get("/docs/files/../../pyproject.toml", served).status_code in (401, 404)
 
 
 def test_a_key_is_the_tenant_and_shares_no_prefix_with_others():

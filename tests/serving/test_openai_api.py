@@ -162,6 +162,18 @@ def test_a_bad_chat_field_is_refused_by_name(fields: dict[str, Any], param: str)
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 1, not -1"),
+        ({"temperature": "hot"}, 'temperature: Input should be a valid number, not "hot"'),
+        ({"seed": "x" * 500}, f'seed: Input should be a valid integer, not "{"x" * 59}…'),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_was_wanted_and_not_at_length(fields: dict[str, Any], message: str):
+    assert _post(CHAT, _chat(**fields)).json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"suffix": "x"}, "suffix"),

@@ -1,0 +1,77 @@
+"""What /docs shows is true: its requests are answered, its answers have the fields of real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from deployments.lorax import examples as lorax
+from deployments.openai import examples as openai
+from tests.serving.fakes import serve
+
+SCHEMA = asyncio.run(serve().client.get("/openapi.json")).json()
+POSTS = [path for path, operations in SCHEMA["paths"].items() if "post" in operations]
+
+
+def _fields(value: Any) -> Any:
+    """The names and the nesting; of a list its first item, of a number its kind only."""
+    if isinstance(value, dict):
+        return {key: _fields(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fields(value[0])] if value else []
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def _events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data:").strip() for line in text.split("\n\n") if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "answer"),
+    [
+        ("/v1/chat/completions", openai.CHAT_REQUEST, openai.CHAT_ANSWER),
+        ("/v1/completions", openai.COMPLETION_REQUEST, openai.COMPLETION_ANSWER),
+        ("/generate", lorax.REQUEST, lorax.ANSWER),
+        ("/", lorax.REQUEST, [lorax.ANSWER]),
+    ],
+)
+def test_an_example_has_the_fields_of_an_answer(path: str, body: dict[str, Any], answer: Any):
+    response = asyncio.run(serve().client.post(path, json=body))
+    assert response.status_code == 200, response.text
+    assert _fields(response.json()) == _fields(answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "example"),
+    [
+        ("/v1/chat/completions", {**openai.CHAT_REQUEST, "stream": True}, openai.CHAT_EVENTS),
+        ("/v1/completions", {**openai.COMPLETION_REQUEST, "stream": True}, openai.COMPLETION_EVENTS),
+        ("/generate_stream", lorax.REQUEST, lorax.EVENTS),
+    ],
+)
+def test_an_example_of_an_event_is_like_one_of_the_stream(path: str, body: dict[str, Any], example: str):
+    response = asyncio.run(serve().client.post(path, json=body))
+    streamed = [_fields(event) for event in _events(response.text)]
+    for event in _events(example):
+        assert _fields(event) in streamed
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_every_route_that_generates_tells_what_it_does_and_how_it_fails(path: str):
+    operation = SCHEMA["paths"][path]["post"]
+    assert operation["description"]
+    assert {"401", "413", "422", "429", "503"} <= set(operation["responses"])
+    assert ("400" in operation["responses"]) == path.startswith("/v1")  # LoRAX says 422
+    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+    assert SCHEMA["components"]["schemas"][name]["example"]
+
+
+def test_the_answer_to_a_wrong_field_is_one_of_those_told():
+    response = asyncio.run(serve().client.post("/generate", json={"inputs": "x", "nonsense": 1}))
+    told = SCHEMA["paths"]["/generate"]["post"]["responses"][str(response.status_code)]
+    assert "unknown_parameter" in told["description"]
+    assert _fields(response.json()) == _fields(told["content"]["application/json"]["example"])
