@@ -1,5 +1,6 @@
 """Answers that survive their replica: a cut-off stream goes on elsewhere, with nothing lost and nothing repeated.
 
+A replica whose queue is full is passed over in the same way: what a router knows of load is up to a poll period old.
 A request that is re-sent carries the tokens that its caller already has (`resumed_output_token_ids`), the seed that the
 router drew and the adapter version that the first item named. The samples of one prompt are resumed one by one.
 """
@@ -23,11 +24,17 @@ T_co = TypeVar("T_co", covariant=True)
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 2.0
+MAX_FULL_REPLICAS = 3  # that are asked before a caller hears of full queues: overload must not multiply calls
+_FULL_CODE = "queue_full"
 _LOST_CODES = frozenset({"engine_dead"})
 
 
 class ReplicaLost(Exception):
     """The replica that served a request is gone; what it had sent stays valid."""
+
+
+class _ReplicaFull(Exception):
+    """The queue of the replica that was chosen is full, or it drains; another may have room."""
 
 
 class Backend(Protocol):
@@ -47,7 +54,7 @@ class Backend(Protocol):
 
 
 async def answer(backend: Backend, call: Call, *, max_resumes: int) -> AsyncGenerator[OutputDelta]:
-    """The deltas of `call`, moving to another replica when one is lost, at most `max_resumes` times.
+    """The deltas of `call`, moving to another replica when one is full, or lost (at most `max_resumes` times).
 
     Raises: Refused, with the fault that a replica named, or `replica_lost`.
     """
@@ -60,6 +67,8 @@ async def answer(backend: Backend, call: Call, *, max_resumes: int) -> AsyncGene
                 call = replace(call, adapter_version=item.adapter_version or call.adapter_version)
                 if item.fault is not None and item.fault.code in _LOST_CODES:
                     raise ReplicaLost(item.fault.message)
+                if item.fault is not None and item.fault.code == _FULL_CODE and _may_try_another(call, replica):
+                    raise _ReplicaFull(item.fault.message)
                 if item.fault is not None:
                     raise Refused(item.fault)
                 for delta in item.deltas:
@@ -70,6 +79,9 @@ async def answer(backend: Backend, call: Call, *, max_resumes: int) -> AsyncGene
                     yield delta
         if progress:
             raise ReplicaLost(f"the stream of request {call.request_id} ended before its samples {sorted(progress)}")
+        return
+    except _ReplicaFull as error:
+        logger.info("request %s tries another replica than %s: %s", call.request_id, replica, error)
     except ReplicaLost as error:
         if not progress:
             return  # only the end of the stream was lost
@@ -77,11 +89,18 @@ async def answer(backend: Backend, call: Call, *, max_resumes: int) -> AsyncGene
             message = "the replicas that served this request were lost too often; send it again"
             raise Refused(Fault(code="replica_lost", message=message)) from error
         logger.warning("request %s goes on elsewhere, samples %s: %s", call.request_id, sorted(progress), error)
-    await asyncio.sleep(min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** len(call.avoid)))
+        max_resumes -= 1
+        await asyncio.sleep(min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** len(call.avoid)))
     calls = _continuations(call, progress, replica)
-    async with aclosing(merge([answer(backend, c, max_resumes=max_resumes - 1) for c in calls])) as deltas:
+    async with aclosing(merge([answer(backend, c, max_resumes=max_resumes) for c in calls])) as deltas:
         async for _, delta in deltas:
             yield delta
+
+
+def _may_try_another(call: Call, replica: str) -> bool:
+    """Replicas to avoid are ranked last: one that comes again means that there is no other."""
+    has_reader = bool(call.resumed_output_token_ids)
+    return replica not in call.avoid and (has_reader or len(call.avoid) + 1 < MAX_FULL_REPLICAS)
 
 
 def _refuse_failed(delta: OutputDelta) -> None:

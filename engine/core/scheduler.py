@@ -59,12 +59,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue the samples of a request.
 
-        Raises: PromptTooLong, InvalidRequest, AdapterError, AdapterTooLarge (it could never run), QueueFull.
+        Raises: PromptTooLong, InvalidRequest, AdapterError, AdapterTooLarge (it could never run), QueueFull (never for
+        a request that goes on with tokens it has: somebody is reading its answer).
         """
         if request.request_id in self._roster.requests:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
         check_request(request, self.config, self._slots)
-        self._check_queue()
+        if not request.resumed_output_token_ids:
+            self._check_queue()
         siblings = tuple(self._new_sequence(request, index) for index in range(request.params.n))
         self._roster.enter(siblings)
         for seq in siblings:

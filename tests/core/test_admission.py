@@ -60,6 +60,14 @@ def test_one_request_more_than_may_wait_is_refused_and_can_come_back() -> None:
     scheduler.add(request("c"))
 
 
+def test_a_request_that_goes_on_is_not_refused_for_a_full_queue() -> None:
+    scheduler = Scheduler(config(max_queued_requests=1))
+    scheduler.add(request("a"))
+    scheduler.add(request("b", resumed_output_token_ids=(7,)))
+    with pytest.raises(QueueFull):
+        scheduler.add(request("c"))
+
+
 def test_an_adapter_must_be_known_and_fit_into_the_budget() -> None:
     scheduler = Scheduler(config(adapter_bytes=10))
     with pytest.raises(AdapterError, match="'ada' is not known"):

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from deployments.calls import Call, Fault, Refused
+from deployments.calls import Call, Fault, Refused, StreamItem
 from deployments.streams import all_primed, answer, merge
 from engine.request import FinishReason, SamplingParams
 from tests.serving.fakes import EOS, FakeBackend
@@ -89,7 +89,39 @@ def test_a_dead_engine_counts_as_a_lost_replica():
     assert len(backend.calls) == 2
 
 
-@pytest.mark.parametrize("code", ["queue_full", "context_length_exceeded", "adapter_not_found"])
+class Full(FakeBackend):
+    """Replicas that are full, by name, in the order in which they are asked; the next has room."""
+
+    def __init__(self, *full: str) -> None:
+        super().__init__()
+        self.full = list(full)
+
+    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
+        if self.full:
+            self.calls.append(call)
+            yield StreamItem(replica=self.full.pop(0), fault=Fault(code="queue_full", message="24 requests wait"))
+            return
+        async for item in super().stream(call):
+            yield item
+
+
+@pytest.mark.parametrize("full", [["a"], ["a", "b"]])
+def test_a_full_replica_is_passed_over_while_another_may_have_room(full: list[str]):
+    backend = Full(*full)
+    assert asyncio.run(_texts(backend, _call(), max_resumes=0)) == {0: "HELLO THERE"}
+    assert [call.avoid for call in backend.calls] == [tuple(full[:i]) for i in range(len(full) + 1)]
+
+
+@pytest.mark.parametrize("full", [["a", "a"], ["a", "b", "b"], ["a", "b", "c"]])
+def test_a_caller_hears_of_full_queues_when_no_replica_is_left_or_enough_were_asked(full: list[str]):
+    backend = Full(*full, "never asked")
+    with pytest.raises(Refused) as caught:
+        asyncio.run(_texts(backend, _call()))
+    assert caught.value.fault.code == "queue_full"
+    assert backend.full == ["never asked"]
+
+
+@pytest.mark.parametrize("code", ["context_length_exceeded", "adapter_not_found"])
 def test_a_refusal_is_told_and_not_retried(code: str):
     backend = FakeBackend(fault=Fault(code=code, message="no"))
     with pytest.raises(Refused) as caught:
