@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayError
 
 from adapter_store.records import AdapterPage, AdapterRecord, Lease, StoreConfig, StoreStatus
-from adapter_store.sources.base import SourceConfig, open_source
+from adapter_store.sources.base import SourceConfig
+from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
 
 PROTOCOL_VERSION = 1  # rises with every change to what the actor's methods take and return

@@ -1,12 +1,9 @@
-"""What a source is, and how one is described. Standard library only; the S3 client is imported when one is opened."""
+"""What a source is, and how one is described. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
-from urllib.parse import unquote, urlsplit
-
-from adapter_store.errors import StoreConfigInvalid
 
 SourceKind = Literal["local", "s3"]
 
@@ -102,20 +99,3 @@ class SourceConfig:
     def label(self) -> str:
         """The name the source goes by."""
         return self.name or self.uri
-
-
-def open_source(config: SourceConfig) -> Source:
-    """Opens the source that `config` describes.
-
-    Raises: StoreConfigInvalid for a uri that is neither `file://` nor `s3://`.
-    """
-    parts = urlsplit(config.uri)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        from adapter_store.sources.local import LocalSource
-
-        return LocalSource(unquote(parts.path), name=config.label)
-    if parts.scheme == "s3" and parts.netloc:
-        from adapter_store.sources.s3 import S3Source  # boto3 is slow to import and not always wanted
-
-        return S3Source(parts.netloc, parts.path.strip("/"), config)
-    raise StoreConfigInvalid("sources", f"{config.uri!r} is neither file:///folder nor s3://bucket/prefix")

@@ -6,8 +6,9 @@ import os
 import pytest
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable, StoreConfigInvalid
-from adapter_store.sources.base import SourceChanged, SourceConfig, open_source
+from adapter_store.sources.base import SourceChanged, SourceConfig
 from adapter_store.sources.local import LocalSource
+from adapter_store.sources.opening import open_source
 from tests.support.fake_sources import small_adapter
 
 

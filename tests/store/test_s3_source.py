@@ -14,7 +14,8 @@ from moto.server import ThreadedMotoServer
 from adapter_store.blobs import MemoryBlobs
 from adapter_store.errors import SourceUnavailable
 from adapter_store.records import StoreConfig
-from adapter_store.sources.base import SourceChanged, SourceConfig, SourceFile, SourceListing, open_source
+from adapter_store.sources.base import SourceChanged, SourceConfig, SourceFile, SourceListing
+from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
 from tests.support.fake_sources import small_adapter, small_spec
 
