@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from types import UnionType
-from typing import Literal
+from typing import Literal, Protocol
 
 from engine.errors import ConfigError
 
@@ -44,16 +44,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
-        if self.adapter_bytes < 0 or self.max_resident_adapters < 0:
-            raise ConfigError(
-                f"adapter_bytes={self.adapter_bytes} and max_resident_adapters={self.max_resident_adapters} "
-                "must not be negative; 0 turns LoRA off"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
-                "a step must be able to decode every running sequence; raise the first or lower the second"
-            )
+        check_step_limits(self)
         if not self.step_timeout_s > 0:
             raise ConfigError(f"step_timeout_s={self.step_timeout_s} must be more than 0")
         if self.device not in ("cpu", "cuda"):
@@ -95,3 +86,30 @@ _POSITIVE = (
     "pipeline_depth",
     "num_threads",
 )
+
+
+class StepLimits(Protocol):
+    """What a step may hold, of an engine's configuration as of its scheduler's."""
+
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def adapter_bytes(self) -> int: ...
+    @property
+    def max_resident_adapters(self) -> int: ...
+
+
+def check_step_limits(limits: StepLimits) -> None:
+    """Raises: ConfigError for limits that exclude each other. Before a model is loaded, and again by the scheduler."""
+    if min(limits.adapter_bytes, limits.max_resident_adapters) < 0:
+        raise ConfigError(
+            f"adapter_bytes={limits.adapter_bytes} and max_resident_adapters={limits.max_resident_adapters} "
+            "must not be negative; 0 turns LoRA off"
+        )
+    if limits.max_num_batched_tokens < limits.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={limits.max_num_batched_tokens} is less than max_num_seqs={limits.max_num_seqs}: "
+            "a step must be able to decode every running sequence; raise the first or lower the second"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.config import check_step_limits
 from engine.errors import ConfigError
 
 
@@ -33,16 +34,7 @@ class SchedulerConfig:
             raise ConfigError(
                 f"num_blocks={self.num_blocks} must be at least 2, as block 0 is never used; raise kv_cache_bytes"
             )
-        if min(self.adapter_bytes, self.max_resident_adapters) < 0:
-            raise ConfigError(
-                f"adapter_bytes={self.adapter_bytes} and max_resident_adapters={self.max_resident_adapters} "
-                "must not be negative; 0 turns LoRA off"
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
-                "a step must be able to decode every running sequence; raise the first or lower the second"
-            )
+        check_step_limits(self)
 
     @property
     def max_kv_tokens(self) -> int:
