@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
@@ -164,17 +168,18 @@ def _read_weights(folder: Path, hf_config: Any, dtype: torch.dtype, device: torc
     """transformers builds the model on the meta device and streams the shards into it, one tensor at a time."""
     straight_to_device = device.type != "cpu" and importlib.util.find_spec("accelerate") is not None
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=hf_config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-            **({"device_map": {"": device}} if straight_to_device else {}),
-        )
+        with _progress_on_terminals_only():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=hf_config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+                **({"device_map": {"": device}} if straight_to_device else {}),
+            )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelNotSupported(f"transformers cannot load {folder}: {error}") from error
     missing = sorted(report["missing_keys"])
@@ -182,3 +187,16 @@ def _read_weights(folder: Path, hf_config: Any, dtype: torch.dtype, device: torc
         # transformers would go on with random numbers in their place.
         raise ModelNotSupported(f"{folder} lacks the weights of {len(missing)} parameters, first {missing[0]}")
     return model.eval().requires_grad_(False).to(device)
+
+
+@contextmanager
+def _progress_on_terminals_only() -> Iterator[None]:
+    """transformers draws a bar while it loads, which fills the logs of a server."""
+    if sys.stderr.isatty() or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
