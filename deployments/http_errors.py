@@ -73,6 +73,7 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "source_unavailable": _later(503, 5, "server_error", "generation"),
         "spec_unknown": _later(503, 1, "server_error", "generation"),
         "engine_dead": _later(503, 2, "server_error", "incomplete_generation"),
+        "no_replica": _later(503, 5, "server_error", "incomplete_generation"),
         "replica_lost": _later(503, 2, "server_error", "incomplete_generation"),
         # Our own mistakes.
         "internal_error": _broken(),

@@ -34,8 +34,10 @@ STATS_TIMEOUT_S = 5.0
 class ServeBackend:
     """The replicas behind a deployment handle. Ray's exceptions end here."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], *, wait_s: float) -> None:
+        """`wait_s`: how long a call may wait for a replica to take it; Serve itself would wait for ever."""
         self._handle = handle
+        self._wait_s = wait_s
         self._streaming = handle.options(stream=True)
 
     async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
@@ -44,6 +46,7 @@ class ServeBackend:
         # waiting calls apart, and all but the first would wait for ever.
         response: Any = contextvars.Context().run(self._streaming.generate.remote, call)
         try:
+            yield await self._accepted(response)
             async for item in response:
                 yield item
         except RayActorError as error:
@@ -52,6 +55,18 @@ class ServeBackend:
             raise Refused(Fault(code="queue_full", message="all replicas are full; try again later")) from error
         finally:
             response.cancel()  # aborts what still runs; nothing to a finished call
+
+    async def _accepted(self, response: Any) -> StreamItem:
+        """The first item, which a replica sends before it does anything else."""
+        try:
+            async with asyncio.timeout(self._wait_s):
+                item: StreamItem = await anext(response)
+                return item
+        except StopAsyncIteration as error:
+            raise ReplicaLost("the stream ended before it began") from error
+        except TimeoutError as error:
+            message = f"no replica took the request within {self._wait_s:g} s; try again later"
+            raise Refused(Fault(code="no_replica", message=message)) from error
 
     async def ping(self) -> None:
         """Raises: Refused when no replica answers in time."""
@@ -81,7 +96,7 @@ class Router:
         store = StoreClient(functools.partial(connect, args.adapters), wait_s=args.adapters.store_wait_s)
         await store.start()
         self._gateway = Gateway(
-            backend=ServeBackend(replicas),
+            backend=ServeBackend(replicas, wait_s=args.replica_wait_s),
             adapters=store,
             prompts=prompts,
             model_id=args.model_id,

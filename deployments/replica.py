@@ -62,11 +62,15 @@ class Replica:
         self._heart = asyncio.ensure_future(self._beat())
 
     async def generate(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """Items of `call`. A failure is the last item; closing the generator aborts the request within a step."""
+        """Items of `call`. The first, which is empty, says that it arrived; a failure is the last.
+
+        Closing the generator aborts the request within a step.
+        """
         self._in_hand += 1
         self._remember(call.prefix_hints)
         version = None
         try:
+            yield StreamItem(replica=self._id)
             async with self._image_of(call) as held:
                 version = held.version if held else None
                 request = _request(call, version)

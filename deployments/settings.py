@@ -120,6 +120,7 @@ class AppArgs(Settings):
     adapters: AdapterSettings = AdapterSettings()
     limits: LimitSettings = LimitSettings()
     api_keys_env: str | None = None  # variable with comma-separated keys; None: anyone may ask
+    replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
     max_resumes: int = Field(default=8, ge=0)  # an answer moves to another replica so often
     drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
 

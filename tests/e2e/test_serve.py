@@ -228,6 +228,18 @@ def test_a_killed_replica_loses_no_request_and_its_streams_go_on(server: Server)
     print(f"killed replica: both serve again after {time.monotonic() - killed:.1f} s")
 
 
+def test_requests_wait_while_no_replica_lives(server: Server):
+    for replica in server.stats()["replicas"]:
+        os.kill(replica["pid"], signal.SIGKILL)
+
+    async def ask() -> list[str]:
+        async with _client(server) as client:
+            return await asyncio.gather(*(_complete(client, name, "hello\n") for name in MODELS[1:]))
+
+    assert asyncio.run(ask()) == [TRANSFORMS[name]("hello") for name in MODELS[1:]]
+    server.wait_until(lambda: len(server.stats()["replicas"]) == 2, 120)
+
+
 async def _rest(stream: AsyncIterator[str]) -> str:
     return "".join([text async for text in stream])
 
