@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
-from pydantic_core import PydanticCustomError
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Body(BaseModel):
@@ -12,12 +15,23 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-def refused(reason: str, *neutral: object) -> AfterValidator:
-    """Marks a field that is not served: only null and the `neutral` values, which ask for nothing, pass."""
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    reason: str
+    neutral: tuple[Any, ...]
 
-    def check(value: object) -> object:
-        if value is None or any(type(value) is type(other) and value == other for other in neutral):
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.neutral], "description": f"Not supported: {self.reason}."}
+
+    def _check(self, value: object) -> object:
+        if value is None or any(type(value) is type(other) and value == other for other in self.neutral):
             return value
-        raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": f"not supported: {reason}"})
+        raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": f"not supported: {self.reason}"})
 
-    return AfterValidator(check)
+
+def refused(reason: str, *neutral: object) -> _Refused:
+    """Marks a field that is not served: only null and the `neutral` values, which ask for nothing, pass."""
+    return _Refused(reason, neutral)
