@@ -6,7 +6,7 @@ Both hand out `SiteWeights`: tensors that look into one flat buffer at the manif
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,13 +28,16 @@ class SiteWeights(NamedTuple):
 
 
 class AdapterStorage(Protocol):
-    """Bytes of resident adapters. Called from the step thread only; nothing here blocks on a copy."""
+    """Bytes of resident adapters. Called from the step thread only; only `wait` blocks on a copy."""
 
     def load(self, image: AdapterImage) -> tuple[SiteWeights, ...]:
         """Start making `image` resident. Its weights may be read once `copied` has reported the key."""
 
     def copied(self) -> tuple[str, ...]:
         """Keys that became readable since the last call, in the order in which they were loaded."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the oldest copy under way has ended (or failed), at most `timeout_s`; not at all when there is none."""
 
     def evict(self, key: str) -> None:
         """Forget a resident adapter. Nothing in flight reads it. Raises: KeyError if it is not resident."""
@@ -60,6 +63,9 @@ class BorrowedStorage:
         fresh = tuple(self._fresh)
         self._fresh.clear()
         return fresh
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing is ever under way."""
 
     def evict(self, key: str) -> None:
         del self._resident[key]
@@ -99,6 +105,10 @@ class DeviceStorage:
         for key in done:
             self._copying.pop(key).result()
         return done
+
+    def wait(self, timeout_s: float) -> None:
+        if self._copying:
+            wait((next(iter(self._copying.values())),), timeout_s)
 
     def evict(self, key: str) -> None:
         del self._buffers[key]  # a copy still under way keeps the buffer alive until it has ended

@@ -22,18 +22,23 @@ from engine.runner.inputs import StepInputs, build_inputs
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.sampler import SampledStep, Sampler
 
+COPY_WAIT_S = 0.005
+"""How long a step without rows waits for an adapter, so that the step thread does not spin until the copy is there."""
+
 
 class PendingTorchStep:
     """A step whose kernels are queued (on the CPU: done)."""
 
-    def __init__(self, plan_id: int, sampled: SampledStep | None, copied: tuple[str, ...]) -> None:
-        self._plan_id = plan_id
+    def __init__(self, plan: StepPlan, sampled: SampledStep | None, adapters: AdapterStorage) -> None:
+        self._plan = plan
         self._sampled = sampled
-        self._copied = copied
+        self._adapters = adapters
 
     def result(self) -> StepResult:
         samples = () if self._sampled is None else self._sampled.samples
-        return StepResult(plan_id=self._plan_id, samples=samples, copied=self._copied)
+        if not self._plan.slices:
+            self._adapters.wait(COPY_WAIT_S)
+        return StepResult(plan_id=self._plan.plan_id, samples=samples, copied=self._adapters.copied())
 
 
 class TorchRunner:
@@ -99,7 +104,7 @@ class TorchRunner:
             self._sampled[plan.plan_id] = (rows, sampled.token_ids)
         while self._sampled and next(iter(self._sampled)) <= plan.plan_id - self._max_plans_kept:
             self._sampled.popitem(last=False)
-        return PendingTorchStep(plan.plan_id, sampled, self._adapters.copied())
+        return PendingTorchStep(plan, sampled, self._adapters)
 
     def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None]:
         for seq_id in plan.ends:

@@ -118,6 +118,14 @@ def test_loading_twice_or_evicting_what_is_not_there_is_an_error(storage: Adapte
         storage.evict("k")
 
 
+def test_waiting_ends_with_the_oldest_copy_and_is_nothing_without_one(storage: AdapterStorage) -> None:
+    storage.wait(60.0)
+    storage.load(image_of(FLOAT32, "k"))
+    storage.wait(60.0)
+    assert storage.copied() == ("k",)
+    storage.wait(60.0)
+
+
 def test_failed_copy_is_raised_by_the_step_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("device lost")
