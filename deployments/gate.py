@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,7 +53,11 @@ class Gate:
 
         async def receive_bounded() -> Message:
             nonlocal seen
-            message = await receive()
+            try:
+                message = await receive()
+            except TaskCancelledError:
+                # Serve's proxy stopped reading from a client that has gone.
+                return {"type": "http.disconnect"}
             seen += len(message.get("body", b""))
             if seen > self._max_body_bytes:
                 raise HTTPException(413, f"the body has more than the limit of {self._max_body_bytes} bytes; send less")

@@ -8,8 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.exceptions import TaskCancelledError
+from starlette.types import Message, Receive, Scope, Send
 
+from deployments.api import respond
 from deployments.auth import ApiKeys
+from deployments.gate import Gate
 from deployments.settings import LimitSettings
 from tests.serving.fakes import KEY, FakeBackend, Served, serve
 
@@ -158,3 +162,21 @@ def test_the_seed_is_drawn_when_absent_and_kept_when_given():
     first, second, third = (call.seed for call in served.backend.calls)
     assert first != second
     assert third == 5
+
+
+def test_a_client_that_serve_no_longer_reads_from_has_gone():
+    heard: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        heard.append(await receive())
+
+    async def receive() -> Message:
+        raise TaskCancelledError
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    gate = Gate(app, keys=ApiKeys(()), max_body_bytes=1, refuse=respond)
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    asyncio.run(gate(scope, receive, send))
+    assert heard == [{"type": "http.disconnect"}]
