@@ -63,7 +63,7 @@ clean: ## remove the virtual environments and every cache
 	@$(INSTALL) --upgrade 'pip>=25'  # pip 23 spends minutes on what pip 25 resolves in half of one
 	@touch $@
 
-.venv/.serve: pyproject.toml .venv/.pip
+.venv/.serve: pyproject.toml $(wildcard engine/native/src/*) .venv/.pip
 	@$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) '$(TORCH)')
 	@$(INSTALL) --editable .
 	@touch $@

@@ -13,6 +13,7 @@ MIB = 1 << 20
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
+CPUKernels = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = True  # off: a prompt is computed in one step or waits for a free one
     pipeline_depth: int = 1  # plans in flight
     num_threads: int | None = None  # of torch on the CPU; None: as torch finds the machine
+    cpu_kernels: CPUKernels = "auto"  # native: compiled ones for AVX-512, or an error; auto: those if they can be used
     step_timeout_s: float = 300.0  # a longer step is taken for a hanging device and ends the engine
 
     def validate(self) -> None:
@@ -51,6 +53,8 @@ class EngineConfig:
             raise ConfigError(f"device={self.device!r} is not one of 'cpu', 'cuda'")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
+        if self.cpu_kernels not in ("auto", "native", "torch"):
+            raise ConfigError(f"cpu_kernels={self.cpu_kernels!r} is not one of 'auto', 'native', 'torch'")
 
     def _check_types(self) -> None:
         for setting in dataclasses.fields(self):
@@ -72,6 +76,7 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "tokenizer": (str, "the path of a folder"),
     "device": (str, "'cpu' or 'cuda'"),
     "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
+    "cpu_kernels": (str, "'auto', 'native' or 'torch'"),
     "enable_prefix_caching": (bool, "True or False"),
     "enable_chunked_prefill": (bool, "True or False"),
     "step_timeout_s": (int | float, "a number of seconds"),

@@ -34,7 +34,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
 BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("core",), 60),
     (("store",), 40),
-    (("model", "runner", "lora", "quant", "kv"), 50),
+    (("model", "runner", "lora", "quant", "kv", "native"), 50),
     (("text", "engine_api"), 15),
     (("manifests", "."), 25),
     (("equality",), 95),

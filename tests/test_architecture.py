@@ -20,6 +20,7 @@ PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
 SEAMS = ("engine.errors", "engine.request", "engine.site", "engine.config", "engine.stats")
 PARTS = ("engine.model", "engine.kv", "engine.lora")
+NATIVE = "engine.native"  # compiled kernels: know tensors and nothing of the engine
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
@@ -29,10 +30,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.request": ("engine.errors",),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),
-    "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv"),
-    "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora"),
-    "engine.model": (*SEAMS, "engine.core.plan", *PARTS),
-    "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, "engine.runner"),
+    "engine.native": (NATIVE,),
+    "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", NATIVE),
+    "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", NATIVE),
+    "engine.model": (*SEAMS, "engine.core.plan", *PARTS, NATIVE),
+    "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, NATIVE, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
     "engine.output": (*SEAMS, "engine.core.sequence", "engine.text"),
     "engine.engine": (*SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from engine.core.plan import NO_LORA, LoraSegment
+from engine.lora.native_cpu import NativeLora
 from engine.lora.storage import SiteWeights
 
 
@@ -62,10 +63,12 @@ class SegmentedRows:
 class LoraBatch:
     """One object per model: the slot table (changes when adapters come and go) and this step's segments.
 
-    The runner calls `bind` / `unbind` for adapter operations and `set` before each forward.
+    The runner calls `bind` / `unbind` for adapter operations and `set` before each forward. `native` is told the same,
+    for layers that compute with the CPU kernels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, native: NativeLora | None = None) -> None:
+        self.native = native
         self.rows = SegmentedRows()  # layers that see all rows of the step
         self.sampled_rows = SegmentedRows()  # layers that see only the rows that are sampled (lm_head)
         self._sites: dict[int, dict[int, BoundWeights]] = {}
@@ -82,11 +85,16 @@ class LoraBatch:
         weights = tuple(weights)
         for w in weights:
             self.site_weights(w.site)[slot] = BoundWeights(w)
+        if self.native is not None:
+            self.native.bind(slot, weights)
         self._bound[slot] = tuple(w.site for w in weights)
 
     def unbind(self, slot: int) -> None:
         """Raises: KeyError if the slot is not bound."""
-        for site in self._bound.pop(slot):
+        sites = self._bound.pop(slot)
+        if self.native is not None:
+            self.native.unbind(slot, sites)
+        for site in sites:
             del self._sites[site][slot]
 
     def set(self, segments: tuple[LoraSegment, ...], sampled_segments: tuple[LoraSegment, ...] = ()) -> None:
@@ -100,6 +108,8 @@ class LoraBatch:
                 raise ValueError(f"{segment} names a LoRA slot that is not bound")
         self.rows = SegmentedRows(segments)
         self.sampled_rows = SegmentedRows(sampled_segments)
+        if self.native is not None:
+            self.native.set(segments, sampled_segments)
 
 
 def add_lora(out: Tensor, x: Tensor, weights: BoundWeights) -> None:

@@ -9,16 +9,13 @@ import torch
 from engine.config import EngineConfig
 from engine.core.plan import AdapterEvict, AdapterLoad, StepPlan, StepResult, TokenRef
 from engine.errors import AdapterError
-from engine.kv.backend import AttentionBackend
 from engine.kv.storage import KVStorage
-from engine.kv.torch_cpu import TorchAttention
-from engine.lora.batch import LoraBatch
 from engine.lora.image import AdapterImage
 from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
 from engine.model.attention import forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
-from engine.model.surgery import install_lora
 from engine.runner.inputs import StepInputs, build_inputs
+from engine.runner.layers import prepare_layers
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.sampler import SampledStep, Sampler
 
@@ -54,16 +51,13 @@ class TorchRunner:
         self.num_blocks = num_blocks
         shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
         self._storage = KVStorage(shape, num_blocks, loaded.device)
-        self._backend: AttentionBackend = TorchAttention(self._storage)
+        self._backend, self._batch = prepare_layers(loaded, config, self._storage)
         self._block_size = config.block_size
         self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids)
         self._images: dict[str, AdapterImage] = {}
         self._slots: dict[str, int] = {}  # resident adapter -> LoRA slot
         self._adapters: AdapterStorage
         self._adapters = BorrowedStorage() if loaded.device.type == "cpu" else DeviceStorage(loaded.device)
-        self._batch = LoraBatch()
-        if config.adapter_bytes > 0 and config.max_resident_adapters > 0:
-            install_lora(loaded.model, loaded.sites, self._batch)
         # Sampled tokens of the last plans, on the device: plan id -> (row -> index, tokens [N]).
         self._sampled: OrderedDict[int, tuple[dict[int, int], torch.Tensor]] = OrderedDict()
         self._max_plans_kept = config.pipeline_depth + 1

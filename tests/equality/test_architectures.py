@@ -33,13 +33,15 @@ class Setting:
     chunked: bool
     prefix_hits: bool
     preemption: bool
+    torch_kernels: bool  # also where compiled ones could be used
 
     def __str__(self) -> str:
-        flags = [name for name in ("lora", "chunked", "prefix_hits", "preemption") if getattr(self, name)]
+        names = ("lora", "chunked", "prefix_hits", "preemption", "torch_kernels")
+        flags = [name for name in names if getattr(self, name)]
         return "-".join([self.arch, f"P{self.block_size}", *flags])
 
 
-_LEVELS: list[list[Any]] = [list(ARCHITECTURES), [False, True], [4, 16], [True, False], [True, False], [True, False]]
+_LEVELS: list[list[Any]] = [list(ARCHITECTURES), [False, True], [4, 16], *[[True, False]] * 4]
 PAIRWISE = [Setting(*levels) for levels in AllPairs(_LEVELS)]
 ALL = [Setting(*levels) for levels in itertools.product(*_LEVELS)]
 
@@ -53,6 +55,7 @@ def settings_of(setting: Setting, base: Path) -> dict[str, Any]:
         "enable_chunked_prefill": setting.chunked,
         "enable_prefix_caching": setting.prefix_hits,
         "num_threads": 1,
+        "cpu_kernels": "torch" if setting.torch_kernels else "auto",
     }
     if setting.preemption:
         per_sequence = -(-MAX_MODEL_LEN // setting.block_size)

@@ -1,4 +1,4 @@
-"""The fast attention path against the oracle, on odd shapes."""
+"""The fast attention paths against the oracle, on odd shapes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import random
 import pytest
 import torch
 
-from engine.kv.backend import AttentionInputs, LayerCall
+from engine.kv.backend import AttentionBackend, AttentionInputs, LayerCall
+from engine.kv.native_cpu import NativeAttention
 from engine.kv.reference import ReferenceAttention, attend
 from engine.kv.storage import KVShape, KVStorage
 from engine.kv.torch_cpu import TorchAttention
+from tests.support.native import native_or_skip
 
+FAST = ("torch", "native")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 # (rows of this step, tokens computed before) of each sequence
 DECODES = ((1, 0), (1, 1), (1, 15), (1, 16), (1, 63), (1, 7), (1, 30))
@@ -41,7 +44,14 @@ def make_step(sequences: tuple[tuple[int, int], ...], block_size: int, num_block
     )
 
 
+def make_backend(name: str, storage: KVStorage) -> AttentionBackend:
+    if name == "reference":
+        return ReferenceAttention(storage)
+    return TorchAttention(storage) if name == "torch" else NativeAttention(native_or_skip(), storage)
+
+
 def run_both(
+    fast: str,
     sequences: tuple[tuple[int, int], ...],
     *,
     block_size: int = 4,
@@ -62,32 +72,42 @@ def run_both(
     q, k, v = draw(rows, heads[0], head_dim), draw(rows, heads[1], head_dim), draw(rows, heads[1], head_dim)
     layer = layer or LayerCall(index=1, scaling=head_dim**-0.5)
     outputs = []
-    for backend_class in (ReferenceAttention, TorchAttention):
+    for name in ("reference", fast):
         storage = KVStorage(shape, 160)
         storage.data.copy_(past)
-        backend = backend_class(storage)
+        backend = make_backend(name, storage)
         backend.plan(step)
         outputs.append(backend.run(q, k, v, layer))
     assert outputs[1].dtype == dtype
     return outputs[0].float(), outputs[1].float()
 
 
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize(
     ("sequences", "block_size", "heads", "dtype"),
     list(itertools.product((DECODES, PREFILLS, MIXED), (1, 4, 16), ((4, 2), (6, 1), (3, 3)), TOLERANCE)),
 )
-def test_fast_path_equals_the_oracle(sequences, block_size, heads, dtype) -> None:
-    expected, actual = run_both(sequences, block_size=block_size, heads=heads, head_dim=5, dtype=dtype)
+def test_fast_path_equals_the_oracle(fast, sequences, block_size, heads, dtype) -> None:
+    expected, actual = run_both(fast, sequences, block_size=block_size, heads=heads, head_dim=5, dtype=dtype)
     assert (expected - actual).abs().max() <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("head_dim", [16, 33, 64, 80, 128])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_heads_of_every_size_equal_the_oracle(fast, head_dim, dtype) -> None:
+    expected, actual = run_both(fast, MIXED, head_dim=head_dim, heads=(14, 2), dtype=dtype)
+    assert (expected - actual).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("sequences", [DECODES, PREFILLS, MIXED])
 @pytest.mark.parametrize("window", [None, 1, 3, 4, 9, 1000])
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (1.5, False), (None, True), (0.7, True)])
-def test_windows_caps_and_sinks_are_those_of_the_oracle(sequences, window, softcap, sinks) -> None:
+def test_windows_caps_and_sinks_are_those_of_the_oracle(fast, sequences, window, softcap, sinks) -> None:
     sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None
     layer = LayerCall(index=0, scaling=0.4, sliding_window=window, softcap=softcap, sinks=sink)
-    expected, actual = run_both(sequences, layer=layer)
+    expected, actual = run_both(fast, sequences, layer=layer)
     assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
 
 
@@ -103,12 +123,13 @@ def test_the_oracle_itself_is_causal_softmax_attention() -> None:
 
 def test_long_capped_prefill_is_cut_into_parts_without_a_seam(monkeypatch) -> None:
     monkeypatch.setattr("engine.kv.torch_cpu._MAX_SCORES", 100)
-    expected, actual = run_both(PREFILLS, layer=LayerCall(index=0, scaling=0.4, softcap=2.0))
+    expected, actual = run_both("torch", PREFILLS, layer=LayerCall(index=0, scaling=0.4, softcap=2.0))
     assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_another_sequence_left_in_a_block_is_never_seen(window) -> None:
+def test_what_another_sequence_left_in_a_block_is_never_seen(fast, window) -> None:
     """Not even as NaN: a sequence whose numbers broke must not break the next owner of its blocks."""
     step = make_step(((1, 5), (1, 0), (1, 9), (3, 2)), 4, 32, seed=1)
     layer = LayerCall(index=0, scaling=0.4, sliding_window=window)
@@ -120,10 +141,29 @@ def test_what_another_sequence_left_in_a_block_is_never_seen(window) -> None:
         for table, context in zip(step.block_tables.tolist(), step.context_lengths, strict=True):
             for position in range(context):
                 storage.data[table[position // 4], :, :, position % 4] = 1.0
-        backend = TorchAttention(storage)
+        backend = make_backend(fast, storage)
         backend.plan(step)
         outputs.append(backend.run(q, k, v, layer))
     assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_row_has_the_same_bits_in_any_cut(dtype) -> None:
+    """Alone, or with the rows before it: the compiled kernel adds in one order."""
+    outputs = []
+    for cut in ((40,), (1,) * 40, (17, 3, 20)):
+        storage = KVStorage(KVShape(1, 4, 2, 24, dtype), 160)
+        backend = make_backend("native", storage)
+        q, k, v = (torch.randn(40, h, 24, generator=torch.Generator().manual_seed(h)).to(dtype) for h in (6, 2, 2))
+        start, parts = 0, []
+        for rows in cut:
+            backend.plan(make_step(((rows, start),), 4, 160, seed=3))
+            part = slice(start, start + rows)
+            parts.append(backend.run(q[part], k[part], v[part], LayerCall(index=0, scaling=0.2, sliding_window=29)))
+            start += rows
+        outputs.append(torch.cat(parts))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_a_copied_block_has_all_layers_of_its_source() -> None:
@@ -146,5 +186,5 @@ def test_a_block_costs_what_the_storage_allocates() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_batch_cut_into_parts_has_no_seam(monkeypatch, dtype) -> None:
     monkeypatch.setattr("engine.kv.torch_cpu._PART_BYTES", {"cpu": 1})
-    expected, actual = run_both((*DECODES, *DECODES), dtype=dtype)
+    expected, actual = run_both("torch", (*DECODES, *DECODES), dtype=dtype)
     assert (expected - actual).abs().max() <= TOLERANCE[dtype]

@@ -1,0 +1,91 @@
+"""What the CPU kernels read of LoRA: a table of slots per site, and the step's rows in chunks of one adapter each."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from engine.core.plan import LoraSegment
+from engine.lora.storage import SiteWeights
+from engine.native.library import MAX_CHUNK_ROWS, NativeLibrary, check
+from engine.native.structs import LoraChunk, LoraWeights, Member
+
+
+class Chunks:
+    """Rows that use LoRA, at most MAX_CHUNK_ROWS of one slot at a time. `end`: no row at or behind it uses any."""
+
+    __slots__ = ("_array", "address", "count", "end")
+
+    def __init__(self, segments: tuple[LoraSegment, ...] = ()) -> None:
+        found = [
+            LoraChunk(row, min(MAX_CHUNK_ROWS, segment.row_end - row), segment.slot)
+            for segment in segments
+            for row in range(segment.row_start, segment.row_end, MAX_CHUNK_ROWS)
+        ]
+        self._array = (LoraChunk * len(found))(*found)
+        self.address = ctypes.addressof(self._array) if found else None
+        self.count = len(found)
+        self.end = segments[-1].row_end if segments else 0
+
+    def check_rows(self, num_rows: int) -> None:
+        """Raises: ValueError if a layer was given fewer rows than the segments name."""
+        if self.end > num_rows:
+            raise ValueError(f"segments reach row {self.end}, the layer was given {num_rows} rows")
+
+
+class NativeLora:
+    """The slot tables of one model. `num_slots` counts from 1; slot 0, the base model, stays empty."""
+
+    def __init__(self, library: NativeLibrary, num_slots: int) -> None:
+        self.library = library
+        self.rows = Chunks()
+        self.sampled_rows = Chunks()
+        self._table = LoraWeights * (num_slots + 1)
+        self._tables: dict[int, ctypes.Array[LoraWeights]] = {}
+
+    def table_address(self, site: int) -> int:
+        """Where the weights of one site lie, slot by slot: it stays there."""
+        return ctypes.addressof(self._site(site))
+
+    def bind(self, slot: int, weights: Iterable[SiteWeights]) -> None:
+        """The caller keeps the tensors until `unbind`."""
+        for w in weights:
+            assert w.a.is_contiguous()
+            assert w.b.is_contiguous()
+            self._site(w.site)[slot] = LoraWeights(w.a.data_ptr(), w.b.data_ptr(), w.b.shape[0], w.scaling)
+
+    def unbind(self, slot: int, sites: Iterable[int]) -> None:
+        for site in sites:
+            self._tables[site][slot] = LoraWeights()
+
+    def set(self, segments: tuple[LoraSegment, ...], sampled_segments: tuple[LoraSegment, ...]) -> None:
+        self.rows = Chunks(segments)
+        self.sampled_rows = Chunks(sampled_segments)
+
+    def _site(self, site: int) -> ctypes.Array[LoraWeights]:
+        if site not in self._tables:
+            self._tables[site] = self._table()
+        return self._tables[site]
+
+
+class NativeAddition:
+    """y += scaling * (x a^T) b for the rows of a step, at one site, in float32."""
+
+    def __init__(self, lora: NativeLora, site: int, out_features: int, *, sampled: bool) -> None:
+        self._lora = lora
+        self._sampled = sampled
+        self._member = Member(out_features=out_features, lora=lora.table_address(site))
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Shapes: x [..., in], y [..., out], both float32 and contiguous, with the same number of rows."""
+        chunks = self._lora.sampled_rows if self._sampled else self._lora.rows
+        in_features = x.shape[-1]
+        num_rows = x.numel() // in_features
+        chunks.check_rows(num_rows)
+        self._member.y = y.data_ptr()
+        status = self._lora.library.add_lora(
+            x.data_ptr(), num_rows, in_features, ctypes.byref(self._member), 1, chunks.address, chunks.count
+        )
+        check(status, "LoRA")

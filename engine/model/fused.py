@@ -1,0 +1,111 @@
+"""Small modules that transformers computes in many passes, swapped for one call each.
+
+A swap is proposed by the module's shape and decided by its numbers: what does not give the original's output on random
+input stays as it is. Rounding differs: the kernels round once, transformers after every operation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.native.library import SUPPORTED_DTYPES, NativeLibrary
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+_ROWS = 5
+
+
+class NativeRMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), over the last axis (arXiv 1910.07467)."""
+
+    def __init__(
+        self, library: NativeLibrary, original: nn.Module, weight: nn.Parameter, eps: float, offset: float
+    ) -> None:
+        super().__init__()
+        self._original = (original,)  # for another dtype than the weight's; a tuple, so that it is no second owner
+        self.weight = weight
+        self.eps, self.offset = eps, offset
+        self._library = library
+        self._is_bf16 = int(weight.dtype is torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not self.weight.dtype:
+            return self._original[0](x)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        columns = self.weight.shape[0]
+        self._library.rms_norm(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            y.data_ptr(),
+            x.numel() // columns,
+            columns,
+            self.eps,
+            self.offset,
+            self._is_bf16,
+        )
+        return y
+
+
+class NativeGatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, library: NativeLibrary, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self._library = library
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x).contiguous(), self.up_proj(x).contiguous()
+        hidden = torch.empty_like(gate)
+        is_bf16 = int(gate.dtype is torch.bfloat16)
+        self._library.silu_mul(gate.data_ptr(), up.data_ptr(), hidden.data_ptr(), gate.numel(), is_bf16)
+        return self.down_proj(hidden)
+
+
+def fuse(model: nn.Module, library: NativeLibrary) -> int:
+    """Swap every module that has a twin here. Returns: how many. Before LoRA layers are put around the linear ones."""
+    num_swapped = 0
+    for name, module in list(model.named_modules()):
+        twin = _norm_twin(module, library) or _mlp_twin(module, library)
+        if twin is not None:
+            parent_name, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, twin)
+            num_swapped += 1
+    return num_swapped
+
+
+def _norm_twin(module: nn.Module, library: NativeLibrary) -> nn.Module | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or not eps:
+        return None
+    if weight.ndim != 1 or weight.dtype not in SUPPORTED_DTYPES:
+        return None
+    for offset in (0.0, 1.0):
+        twin = NativeRMSNorm(library, module, weight, float(eps), offset)
+        if _agree(module, twin, weight.shape[0], weight.dtype):
+            return twin
+    return None
+
+
+def _mlp_twin(module: nn.Module, library: NativeLibrary) -> nn.Module | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(type(part) is nn.Linear for part in parts) or len(list(module.children())) > 4:
+        return None
+    gate = parts[0]
+    assert isinstance(gate, nn.Linear)
+    if gate.weight.dtype not in SUPPORTED_DTYPES:
+        return None
+    twin = NativeGatedMLP(library, module)
+    return twin if _agree(module, twin, gate.in_features, gate.weight.dtype) else None
+
+
+@torch.inference_mode()
+def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype) -> bool:
+    x = torch.randn((1, _ROWS, width), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected, got = module(x), twin(x)
+    if got.dtype is not expected.dtype or got.shape != expected.shape:
+        return False
+    scale = float(expected.float().abs().max())
+    return bool((got.float() - expected.float()).abs().max() <= _TOLERANCE[dtype] * max(scale, 1e-6))

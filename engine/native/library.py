@@ -1,0 +1,120 @@
+"""Finds the compiled kernels, tries each against plain torch, and hands them out, or says why there are none.
+
+The library is plain C, built at installation where there is a compiler, and knows neither Python nor torch: one build
+serves every version of both. docs/decisions/0009-cpu-kernels-in-c.md
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.native.structs import AttentionLayer, AttentionRows, Decoder, KVCache, Member
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "chorus_set_threads": (None, [c_int32]),
+    "chorus_use_bf16_instructions": (None, [c_int32]),
+    "chorus_pack": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
+    "chorus_linear": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64, c_int32]),
+    "chorus_add_lora": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64]),
+    "chorus_attention": (
+        c_int32,
+        [POINTER(KVCache), POINTER(AttentionRows), POINTER(AttentionLayer), c_void_p, c_void_p, c_void_p, c_void_p],
+    ),
+    "chorus_decoder": (
+        c_int32,
+        [POINTER(Decoder), *[c_void_p] * 4, POINTER(KVCache), POINTER(AttentionRows), c_void_p, c_int64],
+    ),
+    "chorus_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float, c_int32]),
+    "chorus_silu_mul": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int32]),
+}
+PANEL = 32  # outputs of a packed panel
+MAX_CHUNK_ROWS = 16  # rows of a LoRA chunk: enough to share what is read of an adapter, few enough to share out
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class NativeUnavailable(Exception):
+    """Why the kernels cannot be used here."""
+
+
+class NativeLibrary:
+    """The kernels, with their signatures. `check` turns what they return into errors."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            functions = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(functions, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise NativeUnavailable(f"{path.name} cannot be loaded: {error}") from error
+        self.linear = functions.chorus_linear
+        self.add_lora = functions.chorus_add_lora
+        self.attention = functions.chorus_attention
+        self.decoder = functions.chorus_decoder
+        self.rms_norm = functions.chorus_rms_norm
+        self.silu_mul = functions.chorus_silu_mul
+        self.set_threads = functions.chorus_set_threads
+        self._pack = functions.chorus_pack
+        self._use_bf16_instructions = functions.chorus_use_bf16_instructions
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] as `linear` and `decoder` read it, of the same element type."""
+        out_features, in_features = weight.shape
+        weight = weight.contiguous()
+        packed = torch.empty((-(-out_features // PANEL), -(-in_features // 2) * 2, PANEL), dtype=weight.dtype)
+        is_bf16 = weight.dtype is torch.bfloat16
+        self._pack(weight.data_ptr(), out_features, in_features, packed.data_ptr(), is_bf16)
+        return packed
+
+    def choose_instructions(self) -> None:
+        """Multiply bfloat16 in hardware where the processor does, and does it right. Raises: NativeUnavailable."""
+        if torch.cpu._is_avx512_bf16_supported():
+            self._use_bf16_instructions(1)
+            if _linear_is_right(self):
+                return
+            self._use_bf16_instructions(0)
+        if not _linear_is_right(self):
+            raise NativeUnavailable("the compiled linear layer does not agree with torch on this processor")
+
+
+def check(status: int, what: str) -> None:
+    """Raises: torch.OutOfMemoryError if a kernel found no memory to work in."""
+    if status != 0:
+        raise torch.OutOfMemoryError(f"no memory for the working space of {what}")
+
+
+@cache
+def load_library() -> NativeLibrary:
+    """The kernels, loaded and tried. Raises: NativeUnavailable saying why there are none."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise NativeUnavailable("the processor has no AVX-512")
+    folder = Path(__file__).parent
+    paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    found = next((path for path in paths if path.exists()), None)
+    if found is None:
+        raise NativeUnavailable(
+            "they were not compiled; install a C compiler, then `pip install --force-reinstall --no-deps -e .`"
+        )
+    library = NativeLibrary(found)
+    library.choose_instructions()
+    return library
+
+
+def _linear_is_right(library: NativeLibrary) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((3, 37), generator=generator).bfloat16()
+    weight = torch.randn((70, 37), generator=generator).bfloat16()
+    packed, y = library.pack(weight), torch.empty((3, 70), dtype=torch.bfloat16)
+    member = Member(weight=packed.data_ptr(), out_features=70, y=y.data_ptr())
+    status = library.linear(x.data_ptr(), 3, 37, byref(member), 1, None, 0, 1)
+    expected = functional.linear(x.float(), weight.float())
+    return status == 0 and torch.allclose(y.float(), expected, rtol=2**-7, atol=1e-3)

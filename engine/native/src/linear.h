@@ -1,0 +1,42 @@
+/* Linear layers and their LoRA, for entry points and for the decoder. library.py mirrors the structures. */
+#ifndef CHORUS_LINEAR_H
+#define CHORUS_LINEAR_H
+
+#include "common.h"
+
+/* One adapter at one site: y += scaling * (x a^T) b. Shapes: a [rank, in], b [rank, out]; a is NULL in an empty slot. */
+typedef struct {
+    const void *a, *b;
+    int64_t rank;
+    float scaling;
+} lora_weights;
+
+/* One of the layers that read the same x. Weight, bias and LoRA have one element type. */
+typedef struct {
+    const void *weight; /* packed */
+    const void *bias;   /* [out] or NULL */
+    int64_t out_features;
+    void *y;                  /* [rows, out] */
+    const lora_weights *lora; /* by slot, or NULL */
+} member;
+
+/* Some rows of one adapter. */
+typedef struct {
+    int32_t row, num_rows, slot;
+} lora_chunk;
+
+/* What is the same for all members of a call. */
+typedef struct {
+    const float *x; /* [rows, stride]; stride is in_features rounded up to even, the column in excess zero */
+    int64_t rows, stride, in_features;
+    element weight_type, y_type;
+    int32_t adds; /* y += instead of y =; y is float32 then */
+    const lora_chunk *chunks;
+    int64_t num_chunks;
+} linear_call;
+
+/* Both return 0, or -1 without memory. */
+int32_t linear_forward(const linear_call *call, const member *members, int64_t num_members);
+int32_t add_lora(const linear_call *call, const member *members, int64_t num_members);
+
+#endif

@@ -1,0 +1,108 @@
+"""Compiled decoder layers: which models get them, and that nothing but the speed changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine import LLM, SamplingParams
+from tests.equality.oracle import block_bytes
+from tests.support.native import native_or_skip
+from tests.support.plan_driver import PlanDriver
+from tests.support.tiny_model import make_adapter, make_base
+
+PROMPT = list(range(40, 75))
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    native_or_skip()
+    return tmp_path_factory.mktemp("bases")
+
+
+def layers_of(driver: PlanDriver) -> list[str]:
+    model: Any = driver.loaded.model
+    return [type(layer).__name__ for layer in getattr(model, model.base_model_prefix).layers]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_logits_of_llamas_kin_are_those_of_their_own_layers(arch: str, dtype: str, bases: Path) -> None:
+    base = make_base(arch, bases / arch)
+    logits = []
+    for kernels in ("torch", "native"):
+        driver = PlanDriver(base, dtype=dtype, cpu_kernels=kernels)
+        assert (layers_of(driver)[0] == "NativeDecoder") == (kernels == "native")
+        assert (set(layers_of(driver)[1:]) == {"ComputedBefore"}) == (kernels == "native")
+        driver.add(PROMPT)
+        driver.add(PROMPT[::-1])
+        driver.run(8 if dtype == "float32" else 1, (9, 4))  # greedy texts in bfloat16 soon differ
+        logits.append(torch.stack([row for rows in driver.logits.values() for row in rows]).float())
+    spread = logits[0].std()
+    assert (logits[0] - logits[1]).abs().max() <= {"float32": 1e-4, "bfloat16": 0.15}[dtype] * spread
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "phi3", "mixtral"])
+def test_layers_of_another_kind_stay_as_they_are(arch: str, bases: Path) -> None:
+    driver = PlanDriver(make_base(arch, bases / arch), cpu_kernels="native")
+    assert "NativeDecoder" not in layers_of(driver)
+
+
+def test_a_layer_that_adds_up_otherwise_stays_and_its_neighbours_are_compiled(
+    bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Granite looks like Llama from outside, but scales what it adds to the residual stream."""
+    base = make_base("llama", bases / "llama5", num_hidden_layers=5)
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+
+    def scaled(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = forward(self, hidden_states, *args, **kwargs)
+        third = self.self_attn.layer_idx == 2
+        return hidden_states + 0.5 * (output - hidden_states) if third else output
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
+    drivers = [PlanDriver(base, cpu_kernels=kernels) for kernels in ("torch", "native")]
+    assert layers_of(drivers[1]) == [
+        "NativeDecoder",
+        "ComputedBefore",
+        "LlamaDecoderLayer",
+        "NativeDecoder",
+        "ComputedBefore",
+    ]
+    for driver in drivers:
+        driver.add(PROMPT)
+        driver.run(1, (7,))
+    assert torch.allclose(drivers[0].logits[0][0], drivers[1].logits[0][0], atol=1e-4)
+
+
+def test_the_original_weights_are_gone(bases: Path) -> None:
+    driver = PlanDriver(make_base("llama", bases / "llama"), cpu_kernels="native")
+    left = [name for name, _ in driver.loaded.model.named_parameters()]
+    assert left == ["model.embed_tokens.base.weight", "model.norm.weight"]
+
+
+def test_bfloat16_text_is_the_same_in_any_batch_and_any_cut(bases: Path) -> None:
+    """No sum depends on what else is in the step, so that text is a function of the request in bfloat16 too."""
+    base = make_base("llama", bases / "llama")
+    adapters = {name: make_adapter(base, bases / name, seed=rank, rank=rank) for name, rank in (("r4", 4), ("r9", 9))}
+    prompts = [PROMPT[i:] + PROMPT[:i] for i in range(6)]
+    names = [None, "r4", "r9", None, "r4", "r9"]
+    settings: dict[str, Any] = {"dtype": "bfloat16", "cpu_kernels": "native", "block_size": 4, "num_threads": 2}
+    few = 1 + 2 * -(-(len(PROMPT) + GREEDY.max_tokens) // 4)
+    texts = []
+    for more in (
+        {"max_num_seqs": 6},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 6, "max_num_batched_tokens": 7},
+        {"max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": few * block_bytes(base, 4) // 2},
+    ):
+        llm = LLM(base, adapters, **settings, **more)
+        texts.append([output.token_ids for output in llm.generate(prompts, GREEDY, names)])
+    assert texts[1:] == texts[:1] * 3
