@@ -34,6 +34,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(Decoder), *[c_void_p] * 4, POINTER(KVCache), POINTER(AttentionRows), c_void_p, c_int64],
     ),
     "chorus_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float, c_int32]),
+    "chorus_scan_logits": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32]),
     "chorus_silu_mul": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int32]),
 }
 PANEL = 32  # outputs of a packed panel
@@ -61,6 +62,7 @@ class NativeLibrary:
         self.attention = functions.chorus_attention
         self.decoder = functions.chorus_decoder
         self.rms_norm = functions.chorus_rms_norm
+        self.scan_logits = functions.chorus_scan_logits
         self.silu_mul = functions.chorus_silu_mul
         self.set_threads = functions.chorus_set_threads
         self._pack = functions.chorus_pack

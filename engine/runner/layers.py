@@ -25,10 +25,11 @@ from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, NativeUnavail
 logger = logging.getLogger(__name__)
 
 
-def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tuple[AttentionBackend, LoraBatch]:
-    """Give the model's layers LoRA and the best kernels for its device. Raises: ConfigError for `cpu_kernels`."""
+def prepare_layers(
+    loaded: LoadedModel, config: EngineConfig, storage: KVStorage, library: NativeLibrary | None
+) -> tuple[AttentionBackend, LoraBatch]:
+    """Give the model's layers LoRA, and compiled kernels where there are any."""
     has_lora = config.adapter_bytes > 0 and config.max_resident_adapters > 0
-    library = native_library(loaded, config)
     if library is None:
         batch = LoraBatch()
         if has_lora:

@@ -15,7 +15,7 @@ from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
 from engine.model.attention import forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
 from engine.runner.inputs import StepInputs, build_inputs
-from engine.runner.layers import prepare_layers
+from engine.runner.layers import native_library, prepare_layers
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.sampler import SampledStep, Sampler
 
@@ -51,9 +51,10 @@ class TorchRunner:
         self.num_blocks = num_blocks
         shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
         self._storage = KVStorage(shape, num_blocks, loaded.device)
-        self._backend, self._batch = prepare_layers(loaded, config, self._storage)
+        library = native_library(loaded, config)
+        self._backend, self._batch = prepare_layers(loaded, config, self._storage, library)
         self._block_size = config.block_size
-        self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids)
+        self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids, library)
         self._images: dict[str, AdapterImage] = {}
         self._slots: dict[str, int] = {}  # resident adapter -> LoRA slot
         self._adapters: AdapterStorage

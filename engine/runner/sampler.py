@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from engine.core.plan import Sample, SequenceSlice, SequenceStart
+from engine.native.library import NativeLibrary
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runner import choice
 from engine.runner.batch_params import BatchParams, SequenceSampling
 from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
+from engine.runner.scan import scan
 
 _NOT_FINITE = "the model's logits for this sequence were not finite (NaN or infinity)"
 _FAILED = -1  # in place of a token id
@@ -62,15 +64,19 @@ class Sampler:
     """Chooses tokens for sequences that `start` made known. One per model; used by the step thread alone."""
 
     def __init__(
-        self, vocab_size: int, device: torch.device | str = "cpu", eos_token_ids: tuple[int, ...] = ()
+        self,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        eos_token_ids: tuple[int, ...] = (),
+        library: NativeLibrary | None = None,
     ) -> None:
+        self._library = library
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, SequenceSampling] = {}
         self._history = TokenHistory(vocab_size, self._device)
         self._batch: BatchParams | None = None
-        # Takes the place of rows that are not finite, so that they go through the same kernels and break nothing.
         self._stand_in = -torch.arange(vocab_size, dtype=torch.float32, device=self._device)
 
     def start(self, start: SequenceStart) -> None:
@@ -112,14 +118,17 @@ class Sampler:
             return self._run(logits, batch, [s.output_position for s in slices])
 
     def _run(self, logits: Tensor, batch: BatchParams, positions: list[int]) -> SampledStep:
-        logits, finite = self._mend(logits.float())
+        greedy = not (batch.random or batch.logprobs or batch.changes_logits)
+        found = scan(logits, self._stand_in, self._library, as_float=not greedy)
+        logits, blocks, finite = found.values, found.blocks, found.finite
         raw = None
         if batch.logprobs:
             raw = batch.logprobs.take(logits)
             raw = raw.clone() if raw is logits and batch.changes_logits else raw
         if batch.changes_logits:
             self._change(logits, batch, positions)
-        chosen = _choose(logits, batch, positions)
+            blocks = choice.block_max(logits)
+        chosen = _choose(logits, blocks, batch, positions)
         if batch.penalised:
             self._history.add(batch.history, batch.penalised.take(chosen))
         logprobs = None if raw is None else batch.pack_logprobs(raw, chosen)
@@ -129,13 +138,6 @@ class Sampler:
         if self._batch is None or self._batch.seq_ids != seq_ids:
             self._batch = BatchParams(seq_ids, [self._sequences[i] for i in seq_ids], self._device)
         return self._batch
-
-    def _mend(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits with a stand-in for rows that are not finite, and which rows are; None: all."""
-        if logits.device.type == "cpu" and bool(logits.sum(-1).isfinite().all()):
-            return logits, None  # a sum is finite only if its terms are
-        finite = logits.isfinite().all(-1)
-        return torch.where(finite[:, None], logits, self._stand_in), finite
 
     def _change(self, logits: Tensor, batch: BatchParams, positions: list[int]) -> None:
         """Bias, penalties and bans, in place."""
@@ -162,9 +164,8 @@ class Sampler:
         return f"logit_bias names token {unknown[0]}, the model's tokens are 0 to {self._vocab_size - 1}"
 
 
-def _choose(logits: Tensor, batch: BatchParams, positions: list[int]) -> Tensor:
-    """[S, V] -> token ids [S]."""
-    blocks = choice.block_max(logits)
+def _choose(logits: Tensor, blocks: Tensor, batch: BatchParams, positions: list[int]) -> Tensor:
+    """[S, V], [S, ceil(V / 64)] -> token ids [S]."""
     if not batch.random:
         return choice.argmax(logits, blocks)
     chosen = torch.empty(len(positions), dtype=torch.int64, device=logits.device)

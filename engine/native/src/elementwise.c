@@ -44,3 +44,42 @@ void chorus_silu_mul(const void *gate, const void *up, void *y, int64_t count, i
     activation a = {gate, up, y, count};
     run_rows(is_bf16 ? silu_mul_bf16 : silu_mul_float, &a, (count + PIECE - 1) / PIECE, PIECE);
 }
+
+#define LOGIT_BLOCK 64 /* engine.runner.choice.BLOCK */
+
+typedef struct {
+    const void *logits;
+    float *values, *blocks;
+    uint8_t *finite;
+    int64_t columns;
+} scan;
+
+INLINE void scan_row(const scan *s, int64_t row, element type) {
+    const char *logits = (const char *)s->logits + row * s->columns * item_bytes(type);
+    const int64_t num_blocks = (s->columns + LOGIT_BLOCK - 1) / LOGIT_BLOCK;
+    const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
+    __m512 sum = _mm512_setzero_ps(); /* x * 0 is NaN for infinities and NaN, else zero */
+    for (int64_t b = 0; b < num_blocks; b++) {
+        __m512 highest = nothing;
+        for (int64_t i = b * LOGIT_BLOCK; i < min64(s->columns, (b + 1) * LOGIT_BLOCK); i += LANES) {
+            const __mmask16 mask = first(s->columns - i);
+            const __m512 x = load_some(logits, i, mask, type);
+            highest = _mm512_mask_max_ps(highest, mask, highest, x);
+            sum = _mm512_fmadd_ps(x, _mm512_setzero_ps(), sum);
+            if (s->values) _mm512_mask_storeu_ps(s->values + row * s->columns + i, mask, x);
+        }
+        s->blocks[row * num_blocks + b] = _mm512_reduce_max_ps(highest);
+    }
+    s->finite[row] = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) == 0;
+}
+
+static void scan_row_bf16(void *args, int64_t row) { scan_row(args, row, BFLOAT16); }
+static void scan_row_float(void *args, int64_t row) { scan_row(args, row, FLOAT32); }
+
+/* The largest of each 64 logits, whether all of a row are finite, and the logits as float32 unless `values` is NULL.
+ * Shapes: logits, values [rows, columns]; blocks [rows, ceil(columns / 64)]; finite [rows]. */
+void chorus_scan_logits(const void *logits, float *values, float *blocks, uint8_t *finite, int64_t rows, int64_t columns,
+                        int32_t is_bf16) {
+    scan s = {logits, values, blocks, finite, columns};
+    run_rows(is_bf16 ? scan_row_bf16 : scan_row_float, &s, rows, columns);
+}
