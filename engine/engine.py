@@ -290,6 +290,8 @@ class Engine:
             total_preemptions=now.preemptions,
             total_prefix_hit_tokens=now.prefix_hit_tokens,
             total_prefix_lookup_tokens=now.prefix_lookup_tokens,
+            total_guessed_tokens=now.guessed_tokens,
+            total_guessed_right_tokens=now.guessed_right_tokens,
             total_steps=totals.steps,
             total_abandoned_steps=totals.abandoned_steps,
             total_generated_tokens=totals.generated_tokens,

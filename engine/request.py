@@ -14,6 +14,7 @@ MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary
 MAX_SEED = 2**64 - 1
+MAX_LOOKUP_TOKENS = 64
 MAX_REPETITION_PENALTY = 1e6  # a float32 logit times it is finite
 
 
@@ -51,6 +52,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most likely
+    prompt_lookup_num_tokens: int = 0  # guessed ahead from earlier text, at most: speed, never text. Not with penalties
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
@@ -61,8 +63,8 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidRequest("logit_bias", f"{self.logit_bias!r} does not map token ids to numbers")
         _token_ids("logit_bias", tuple(self.logit_bias))
-        self._check_counts()
         self._check_reals()
+        self._check_counts()
         object.__setattr__(self, "logit_bias", {i: float(bias) for i, bias in self.logit_bias.items()})
 
     def _check_counts(self) -> None:
@@ -71,6 +73,13 @@ class SamplingParams:
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         _whole("top_k", self.top_k, 0, MAX_TOP_K)
         _whole("n", self.n, 1, MAX_N)
+        _whole("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_LOOKUP_TOKENS)
+        if self.prompt_lookup_num_tokens and self.has_penalties:
+            raise InvalidRequest(
+                "prompt_lookup_num_tokens",
+                f"{self.prompt_lookup_num_tokens} cannot be combined with repetition, presence or frequency penalties, "
+                "which change with every token; set it to 0 or leave the penalties out",
+            )
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
@@ -92,6 +101,10 @@ class SamplingParams:
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for token_id, bias in self.logit_bias.items():
             _real("logit_bias", bias, -100.0, 100.0, what=f"bias of token {token_id}")
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def greedy(self) -> bool:

@@ -20,6 +20,8 @@ class EngineStats:
     total_preemptions: int
     total_prefix_hit_tokens: int
     total_prefix_lookup_tokens: int
+    total_guessed_tokens: int  # rows spent on guesses of prompt lookup
+    total_guessed_right_tokens: int  # of them, those that saved a step's row
     total_steps: int
     total_abandoned_steps: int  # failed on the host, before launch
     total_generated_tokens: int

@@ -64,6 +64,7 @@ class Sampling(Body):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    prompt_lookup_num_tokens: Annotated[int, Field(ge=0)] | None = None
     cache_salt: Annotated[str, Field(max_length=200)] | None = None
     adapter_source: str | None = None
     # Refused.

@@ -77,6 +77,7 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None) -> Sam
         "frequency_penalty": body.frequency_penalty,
         "min_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
+        "prompt_lookup_num_tokens": body.prompt_lookup_num_tokens,
         "include_stop_str_in_output": body.include_stop_str_in_output,
     }
     return SamplingParams(

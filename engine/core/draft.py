@@ -41,7 +41,7 @@ class PlanDraft:
         self.block_copies: list[BlockCopy] = []
         self.adapter_ops: list[AdapterOp] = []
         self._starts: list[SequenceStart] = []
-        self._entries: list[tuple[int, Sequence, int]] = []  # (LoRA slot, sequence, rows)
+        self._entries: list[tuple[int, Sequence, int, tuple[int, ...]]] = []  # (LoRA slot, sequence, rows, guesses)
 
     @property
     def has_rows(self) -> bool:
@@ -50,11 +50,12 @@ class PlanDraft:
     def has_start_of(self, seq: Sequence) -> bool:
         return any(start.seq_id == seq.seq_id for start in self._starts)
 
-    def add(self, seq: Sequence, num_rows: int) -> None:
-        """A slice of the next `num_rows` tokens of `seq`."""
-        assert 0 < num_rows <= self.rows_left, f"{num_rows} rows, {self.rows_left} left"
-        self._entries.append((seq.lora_slot, seq, num_rows))
-        self.rows_left -= num_rows
+    def add(self, seq: Sequence, num_rows: int, guesses: tuple[int, ...] = ()) -> None:
+        """A slice of the next `num_rows` tokens of `seq`, and of guesses what the tokens after them are."""
+        all_rows = num_rows + len(guesses)
+        assert 0 < all_rows <= self.rows_left, f"{all_rows} rows, {self.rows_left} left"
+        self._entries.append((seq.lora_slot, seq, num_rows, guesses))
+        self.rows_left -= all_rows
         if not seq.is_started:
             self._starts.append(seq.start())
             seq.is_started = True
@@ -64,9 +65,9 @@ class PlanDraft:
         self._entries.sort(key=itemgetter(0))  # stable: neighbours share an adapter, the rest keeps its order
         slices: list[SequenceSlice] = []
         row = 0
-        for lora_slot, seq, num_rows in self._entries:
-            slices.append(self._slice(seq, num_rows, row, lora_slot))
-            row += num_rows
+        for lora_slot, seq, num_rows, guesses in self._entries:
+            slices.append(self._slice(seq, num_rows, guesses, row, lora_slot))
+            row = slices[-1].row_end
         plan = StepPlan(
             plan_id=self.plan_id,
             slices=tuple(slices),
@@ -76,24 +77,26 @@ class PlanDraft:
             adapter_ops=tuple(self.adapter_ops),
             block_copies=tuple(self.block_copies),
         )
-        sequences = tuple(seq for _, seq, _ in self._entries)
+        sequences = tuple(seq for _, seq, _, _ in self._entries)
         return Flight(plan, sequences, tuple(copy.src for copy in self.block_copies))
 
-    def _slice(self, seq: Sequence, num_rows: int, row: int, lora_slot: int) -> SequenceSlice:
+    def _slice(self, seq: Sequence, num_rows: int, guesses: tuple[int, ...], row: int, lora_slot: int) -> SequenceSlice:
         position = seq.num_computed_tokens
         num_tokens = seq.num_tokens
         samples = position + num_rows == num_tokens
         if seq.table is None:
             seq.table = tuple(seq.block_table)
-        inputs = seq.next_inputs(num_rows)
-        seq.num_computed_tokens = position + num_rows
+        inputs = seq.next_inputs(num_rows) + guesses
+        seq.num_computed_tokens = position + len(inputs)
         seq.num_in_flight += 1
         if samples:
-            seq.num_pending += 1
+            seq.num_pending += 1 + len(guesses)
             seq.last_sample = TokenRef(self.plan_id, row + num_rows - 1)
         output = RowOutput.SAMPLE if samples else RowOutput.NONE
         output_position = num_tokens - len(seq.prompt)
-        return SequenceSlice(seq.seq_id, row, inputs, position, seq.table, lora_slot, output, output_position)
+        return SequenceSlice(
+            seq.seq_id, row, inputs, position, seq.table, lora_slot, output, output_position, len(guesses)
+        )
 
 
 def _segments(slices: list[SequenceSlice]) -> tuple[LoraSegment, ...]:

@@ -95,6 +95,14 @@ class KVBlocks:
         seq.table = None
         return True
 
+    def grow_for_guesses(self, seq: Sequence, max_tokens: int, headroom: int) -> int:
+        """How many guesses beyond the next token there is room for, with blocks that leave `headroom` free."""
+        wanted = seq.num_computed_tokens + 1 + max_tokens
+        while len(seq.block_table) * self._block_size < wanted and self.pool.num_free > headroom:
+            seq.block_table.append(self.pool.allocate())
+            seq.table = None
+        return min(max_tokens, len(seq.block_table) * self._block_size - seq.num_computed_tokens - 1)
+
     def publish(self, seq: Sequence) -> None:
         """Make the full blocks findable whose KV has been computed and whose tokens are known."""
         if not self._caching:

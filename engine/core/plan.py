@@ -5,7 +5,8 @@ The runner executes a plan strictly in this order:
   2. `adapter_ops`  evict and load adapters (LoRA slots)
   3. `block_copies` copy-on-write copies of KV blocks
   4. `starts`       remember prompt, outputs so far and parameters of sequences that join
-  5. `slices`       one forward over all rows; a sample from the last row of each slice that asks for one
+  5. `slices`       one forward over all rows; a sample from the last row of each slice that asks for one. With guesses,
+                    a sample for each of them and one more: those count as long as the guess before them was right
 
 Workers of a tensor-parallel group see plans and nothing else.
 """
@@ -21,7 +22,7 @@ NO_LORA = 0  # LoRA slot 0 is the base model
 
 
 class RowOutput(Enum):
-    """What the last row of a slice puts out."""
+    """What the last row of a slice puts out, and with guesses the rows before each of them too."""
 
     NONE = "none"
     SAMPLE = "sample"
@@ -88,7 +89,8 @@ class SequenceSlice:
     block_table: tuple[int, ...]
     lora_slot: int
     output: RowOutput
-    output_position: int  # index in the output of the token that would be sampled: keys the random number
+    output_position: int  # index in the output of the first token that would be sampled: keys the random number
+    num_guesses: int = 0  # so many of the last tokens are guesses, each to be checked against the row before it
 
     @property
     def num_rows(self) -> int:
@@ -97,6 +99,11 @@ class SequenceSlice:
     @property
     def row_end(self) -> int:
         return self.row_start + len(self.token_ids)
+
+    @property
+    def num_sure_rows(self) -> int:
+        """Rows of tokens that are known to be right."""
+        return len(self.token_ids) - self.num_guesses
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +134,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one sampling slice produced: 0..k accepted tokens (more than one only with speculation)."""
+    """What one sampling slice produced: the guesses that were right and the token after them, at least one token."""
 
     seq_id: int
     token_ids: tuple[int, ...]

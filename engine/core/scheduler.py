@@ -11,7 +11,7 @@ from engine.core.draft import Flight, PlanDraft
 from engine.core.fairness import OUTPUT_WEIGHT, FairQueue, token_cost
 from engine.core.kv_blocks import KVBlocks
 from engine.core.limits import SchedulerConfig
-from engine.core.plan import AdapterEvict, RowOutput, Sample, StepEvents, StepPlan, StepResult
+from engine.core.plan import AdapterEvict, RowOutput, Sample, SequenceSlice, StepEvents, StepPlan, StepResult
 from engine.core.refusals import check_request, max_tokens_total
 from engine.core.roster import Roster
 from engine.core.sequence import Ending, Sequence, SequenceState, SequenceUpdate
@@ -52,6 +52,7 @@ class Scheduler:
         self._evictions: dict[AdapterEvict, None] = {}  # for the next plan
         self._num_plans = 0
         self._num_sequences = 0
+        self._num_guessed = self._num_guessed_right = 0
         self._time_ns = 0
 
     # --- requests --------------------------------------------------------------------------------------------------
@@ -169,16 +170,29 @@ class Scheduler:
     def _continue_running(self, draft: PlanDraft) -> None:
         """Decode first, then prompts under way. Oldest first: whoever is preempted has no slice in the draft yet."""
         prefills: list[Sequence] = []
-        for seq in tuple(self._roster.running):
+        running = tuple(self._roster.running)
+        spare_rows = draft.rows_left - len(running)
+        for seq in running:
             num_rows = seq.num_to_compute
             if num_rows > 1:
                 prefills.append(seq)
             elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq):
-                draft.add(seq, 1)
+                guesses = self._guess(seq, spare_rows)
+                spare_rows -= len(guesses)
+                draft.add(seq, 1, guesses)
         for seq in prefills:
             num_rows = min(seq.num_to_compute, draft.rows_left)
             if num_rows and seq.state is SequenceState.RUNNING:
                 draft.add(seq, num_rows)
+
+    def _guess(self, seq: Sequence, max_tokens: int) -> tuple[int, ...]:
+        """Guesses for the rows and blocks that nobody else needs in this step."""
+        guesses = seq.guess(max_tokens) if max_tokens > 0 else ()
+        if not guesses:
+            return ()
+        guesses = guesses[: self._kv.grow_for_guesses(seq, len(guesses), headroom=len(self._roster.running))]
+        self._num_guessed += len(guesses)
+        return guesses
 
     def _make_room(self, seq: Sequence) -> bool:
         """A block for the next token of `seq`, preempting the newest if need be. False: not in this step."""
@@ -205,28 +219,40 @@ class Scheduler:
             seq.num_in_flight -= 1
             if sample is not None:
                 assert sample.seq_id == piece.seq_id, "samples follow the order of the slices"
-                seq.drop_pending()
+                seq.drop_pending(1 + piece.num_guesses)
             if seq.state is not SequenceState.FINISHED:  # else: found late; what it computed since does not count
-                seq.num_committed_tokens = piece.position + piece.num_rows
-                self._kv.publish(seq)
-                if sample is not None:
-                    self._take_sample(seq, sample)
+                self._take_in(seq, piece, sample)
             self._roster.settle(seq)
         self._kv.release(flight.held_blocks)
         updates = tuple(self._roster.updates[num_earlier:])
         del self._roster.updates[num_earlier:]
         return updates
 
-    def _take_sample(self, seq: Sequence, sample: Sample) -> None:
+    def _take_in(self, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
+        """What a slice computed counts as far as its tokens were right; then its sample."""
+        num_gained, ending = 0, None
+        if sample is not None and sample.error is None:
+            assert 1 <= len(sample.token_ids) <= 1 + piece.num_guesses, "a token for each guess, and one more, at most"
+            num_gained, ending = seq.gain(sample.token_ids, self.config.eos_token_ids)
+        num_right = max(0, num_gained - 1)
+        seq.num_committed_tokens = piece.position + piece.num_sure_rows + num_right
+        if piece.num_guesses:
+            assert seq.lookup is not None
+            seq.num_computed_tokens = seq.num_committed_tokens
+            seq.lookup.learn(piece.num_guesses, num_right)
+            self._num_guessed_right += num_right
+        self._kv.publish(seq)
+        if sample is not None:
+            self._tell(seq, sample, num_gained, ending)
+
+    def _tell(self, seq: Sequence, sample: Sample, num_gained: int, ending: Ending | None) -> None:
         if sample.error is not None:
             error = OutputError(RequestFailed.code, sample.error)
             self._roster.end(seq, Ending(FinishReason.ERROR), error=error)
             return
-        assert len(sample.token_ids) == 1, "a slice without drafts yields one token"
-        seq.outputs.append(sample.token_ids[0])
-        self._queue.charge(seq.tenant, OUTPUT_WEIGHT * seq.token_cost)
-        ending = seq.ending(self.config.eos_token_ids)
-        update = seq.update(sample.token_ids, sample.logprobs, ending)
+        self._queue.charge(seq.tenant, OUTPUT_WEIGHT * seq.token_cost * num_gained)
+        logprobs = None if sample.logprobs is None else sample.logprobs[:num_gained]
+        update = seq.update(sample.token_ids[:num_gained], logprobs, ending)
         if ending is None:
             self._roster.updates.append(update)
         else:
@@ -247,7 +273,7 @@ class Scheduler:
                 seq.num_in_flight -= 1
                 seq.num_computed_tokens = piece.position
                 if piece.output is RowOutput.SAMPLE:
-                    seq.drop_pending()
+                    seq.drop_pending(1 + piece.num_guesses)
             self._kv.release(flight.held_blocks)
         for seq in (seq for flight in abandoned for seq in flight.sequences):
             if seq.state is SequenceState.RUNNING:
@@ -295,6 +321,8 @@ class Scheduler:
             preemptions=self._roster.num_preemptions,
             prefix_hit_tokens=self._kv.hit_tokens,
             prefix_lookup_tokens=self._kv.lookup_tokens,
+            guessed_tokens=self._num_guessed,
+            guessed_right_tokens=self._num_guessed_right,
         )
 
     def check_invariants(self) -> None:

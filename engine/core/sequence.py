@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from engine.core.lookup import PromptLookup
 from engine.core.plan import SequenceStart, TokenRef
 from engine.request import FinishReason, OutputError, Request, TokenLogprobs
 
@@ -71,6 +72,7 @@ class Sequence:
         "has_pin",
         "is_started",
         "last_sample",
+        "lookup",
         "lora_slot",
         "max_tokens_total",
         "namespace",
@@ -109,6 +111,8 @@ class Sequence:
         self.state = SequenceState.WAITING
         self.prompt = request.prompt_token_ids
         self.outputs = list(request.resumed_output_token_ids)
+        num_guesses = request.params.prompt_lookup_num_tokens
+        self.lookup = PromptLookup(num_guesses) if num_guesses else None
         self.num_cached_tokens = 0
         self.was_admitted = False
         self.waiting_since_ns = 0  # in the time of StepEvents
@@ -135,9 +139,9 @@ class Sequence:
             raise AssertionError(f"sequence {self.seq_id}: {self.state.value} -> {state.value} is not a transition")
         self.state = state
 
-    def drop_pending(self) -> None:
-        """One sample in flight less."""
-        self.num_pending -= 1
+    def drop_pending(self, num_samples: int) -> None:
+        """So many samples in flight less."""
+        self.num_pending -= num_samples
         if not self.num_pending:
             self.last_sample = None
 
@@ -151,7 +155,11 @@ class Sequence:
 
     @property
     def num_to_compute(self) -> int:
-        """Rows it wants next. None once the samples in flight are certain to end it by LENGTH."""
+        """Rows it wants next. None once the samples in flight are certain to end it by LENGTH, or while the next guess
+        waits for them.
+        """
+        if self.num_pending and self.lookup is not None:
+            return 0
         num_tokens = len(self.prompt) + len(self.outputs) + self.num_pending
         return num_tokens - self.num_computed_tokens if num_tokens < self.max_tokens_total else 0
 
@@ -175,6 +183,22 @@ class Sequence:
             return (self.last_sample,)
         start = self.num_computed_tokens
         return self.tokens_between(start, start + num_rows)
+
+    def guess(self, max_tokens: int) -> tuple[int, ...]:
+        """What may follow the known tokens: at most `max_tokens`, and not so many that it could pass its LENGTH."""
+        if self.lookup is None:
+            return ()
+        room = self.max_tokens_total - self.num_known_tokens - 1
+        return self.lookup.guess(self.prompt, self.outputs, min(max_tokens, room))
+
+    def gain(self, token_ids: tuple[int, ...], eos_token_ids: tuple[int, ...]) -> tuple[int, Ending | None]:
+        """Append tokens up to the first that ends it. Returns: how many, and the ending."""
+        for count, token_id in enumerate(token_ids, start=1):
+            self.outputs.append(token_id)
+            ending = self.ending(eos_token_ids)
+            if ending is not None:
+                return count, ending
+        return len(token_ids), None
 
     def ending(self, eos_token_ids: tuple[int, ...]) -> Ending | None:
         """Whether the last output ends it. The sampler bans these ids at output positions below min_tokens."""
@@ -221,7 +245,8 @@ class Sequence:
     def check_invariants(self, block_size: int) -> None:
         assert 0 <= self.num_committed_tokens <= self.num_computed_tokens, self
         assert self.num_computed_tokens <= self.num_tokens or self.state is SequenceState.FINISHED, self
-        assert self.num_pending <= self.num_in_flight, self
+        assert self.num_pending <= self.num_in_flight or self.lookup is not None, self
+        assert not self.num_pending or self.num_in_flight, self
         assert self.num_computed_tokens <= len(self.block_table) * block_size, self
         if self.state is not SequenceState.RUNNING and not self.num_in_flight:
             held = (self.block_table, self.is_started, self.num_computed_tokens, self.num_pending)

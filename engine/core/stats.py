@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """A snapshot between two steps. The last three count since the start."""
+    """A snapshot between two steps. The last five count since the start."""
 
     waiting: int  # sequences
     running: int  # sequences
@@ -21,3 +21,5 @@ class SchedulerStats:
     preemptions: int
     prefix_hit_tokens: int
     prefix_lookup_tokens: int
+    guessed_tokens: int  # rows spent on guesses
+    guessed_right_tokens: int

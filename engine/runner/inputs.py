@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from engine.core.plan import NO_LORA, LoraSegment, RowOutput, SequenceSlice, StepPlan, TokenRef
 from engine.kv.backend import AttentionInputs
+
+
+class SampledRow(NamedTuple):
+    """A row whose logits choose a token: the token at `output_position` of its sequence."""
+
+    row: int
+    seq_id: int
+    output_position: int
+    lora_slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +28,7 @@ class StepInputs:
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     sampled_rows: torch.Tensor  # [N] int64: rows whose logits are wanted
-    sampling_slices: tuple[SequenceSlice, ...]  # N, in the same order
+    samples: tuple[SampledRow, ...]  # N, in the same order
     attention: AttentionInputs
     segments: tuple[LoraSegment, ...]  # of the T rows
     sampled_segments: tuple[LoraSegment, ...]  # of the N sampled rows
@@ -48,15 +58,20 @@ def build_inputs(
     ids = _to_device(input_ids, device)
     if late:
         ids[_to_device([row for row, _ in late], device)] = torch.stack([resolve(ref) for _, ref in late])
-    sampling = tuple(s for s in slices if s.output is RowOutput.SAMPLE)
+    samples = tuple(
+        SampledRow(s.row_end - 1 - s.num_guesses + i, s.seq_id, s.output_position + i, s.lora_slot)
+        for s in slices
+        if s.output is RowOutput.SAMPLE
+        for i in range(1 + s.num_guesses)
+    )
     query_starts = (*(s.row_start for s in slices), plan.num_rows)
     contexts = tuple(s.position + s.num_rows for s in slices)
     width = max(len(t) for t in tables)
     return StepInputs(
         input_ids=ids,
         positions=_to_device(positions, device),
-        sampled_rows=_to_device([s.row_end - 1 for s in sampling], device),
-        sampling_slices=sampling,
+        sampled_rows=_to_device([sample.row for sample in samples], device),
+        samples=samples,
         attention=AttentionInputs(
             slot_mapping=_to_device(slot_mapping, device),
             block_tables=_to_device([[*t, *([0] * (width - len(t)))] for t in tables], device),
@@ -66,7 +81,7 @@ def build_inputs(
             context_lengths=contexts,
         ),
         segments=plan.lora_segments,
-        sampled_segments=_sampled_segments(sampling),
+        sampled_segments=_sampled_segments(samples),
     )
 
 
@@ -97,10 +112,10 @@ def _host_tokens(slices: tuple[SequenceSlice, ...]) -> tuple[list[int], list[tup
     return ids, late
 
 
-def _sampled_segments(sampling: tuple[SequenceSlice, ...]) -> tuple[LoraSegment, ...]:
+def _sampled_segments(samples: tuple[SampledRow, ...]) -> tuple[LoraSegment, ...]:
     """Which sampled rows (numbered from 0) use which LoRA slot; neighbours of one slot merged."""
     segments: list[LoraSegment] = []
-    for i, s in enumerate(sampling):
+    for i, s in enumerate(samples):
         if s.lora_slot == NO_LORA:
             continue
         if segments and segments[-1].slot == s.lora_slot and segments[-1].row_end == i:

@@ -14,6 +14,7 @@ from engine.lora.image import AdapterImage
 from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
 from engine.model.attention import forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
+from engine.runner.guesses import check_guesses
 from engine.runner.inputs import StepInputs, build_inputs
 from engine.runner.layers import native_library, prepare_layers
 from engine.runner.protocol import StepNotLaunched
@@ -32,7 +33,7 @@ class PendingTorchStep:
         self._adapters = adapters
 
     def result(self) -> StepResult:
-        samples = () if self._sampled is None else self._sampled.samples
+        samples = () if self._sampled is None else check_guesses(self._plan.slices, self._sampled.samples)
         if not self._plan.slices:
             self._adapters.wait(COPY_WAIT_S)
         return StepResult(plan_id=self._plan.plan_id, samples=samples, copied=self._adapters.copied())
@@ -95,7 +96,7 @@ class TorchRunner:
             ) from error
         self._last_plan_id = plan.plan_id
         if inputs is not None and sampled is not None:
-            rows = {s.row_end - 1: i for i, s in enumerate(inputs.sampling_slices)}
+            rows = {sample.row: i for i, sample in enumerate(inputs.samples)}
             self._sampled[plan.plan_id] = (rows, sampled.token_ids)
         while self._sampled and next(iter(self._sampled)) <= plan.plan_id - self._max_plans_kept:
             self._sampled.popitem(last=False)
@@ -115,11 +116,11 @@ class TorchRunner:
         self._batch.set(inputs.segments, inputs.sampled_segments)
         self._backend.plan(inputs.attention)
         model = self.loaded.model
-        if not inputs.sampling_slices:
+        if not inputs.samples:
             forward_hidden(model, inputs.input_ids, inputs.positions, self._backend)
             return inputs, None
         logits = forward_logits(model, inputs.input_ids, inputs.positions, inputs.sampled_rows, self._backend)
-        return inputs, self._sampler.sample(logits, inputs.sampling_slices)
+        return inputs, self._sampler.sample(logits, inputs.samples)
 
     def _apply(self, op: AdapterLoad | AdapterEvict) -> None:
         """Raises: AdapterError if the plan and this runner disagree on what is resident."""

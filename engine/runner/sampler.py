@@ -16,11 +16,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from engine.core.plan import Sample, SequenceSlice, SequenceStart
+from engine.core.plan import Sample, SequenceStart
 from engine.native.library import NativeLibrary
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runner import choice
 from engine.runner.batch_params import BatchParams, SequenceSampling
+from engine.runner.inputs import SampledRow
 from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
 from engine.runner.scan import scan
@@ -44,7 +45,7 @@ class SampledStep:
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        """One per slice, in order. Waits for the device, but not for steps launched after this one."""
+        """One per row, in order. Waits for the device, but not for steps launched after this one."""
         batch = self._batch
         logprobs = {} if self._logprobs is None else batch.unpack_logprobs(self._logprobs.wait())
         chosen: list[int] = self._chosen.wait().tolist()
@@ -105,17 +106,17 @@ class Sampler:
         if self._batch is not None and seq_id in self._batch.seq_ids:
             self._batch = None
 
-    def sample(self, logits: Tensor, slices: tuple[SequenceSlice, ...]) -> SampledStep:
-        """One token for each slice.
+    def sample(self, logits: Tensor, rows: tuple[SampledRow, ...]) -> SampledStep:
+        """One token for each row. A sequence may have several rows, unless its history counts (penalties).
 
-        logits: [S, V], row i for slices[i]; they may be overwritten. Raises: KeyError for a sequence that was not
+        logits: [S, V], row i for rows[i]; they may be overwritten. Raises: KeyError for a sequence that was not
         started, ValueError if the shape does not fit.
         """
-        if logits.shape != (len(slices), self._vocab_size):
-            raise ValueError(f"logits {tuple(logits.shape)} should be ({len(slices)}, {self._vocab_size})")
-        batch = self._batch_of(tuple(s.seq_id for s in slices))
+        if logits.shape != (len(rows), self._vocab_size):
+            raise ValueError(f"logits {tuple(logits.shape)} should be ({len(rows)}, {self._vocab_size})")
+        batch = self._batch_of(tuple(row.seq_id for row in rows))
         with torch.inference_mode():
-            return self._run(logits, batch, [s.output_position for s in slices])
+            return self._run(logits, batch, [row.output_position for row in rows])
 
     def _run(self, logits: Tensor, batch: BatchParams, positions: list[int]) -> SampledStep:
         greedy = not (batch.random or batch.logprobs or batch.changes_logits)

@@ -44,7 +44,7 @@ class Player:
         self.runner = KVCheckingRunner(
             workload.config,
             copy_steps=workload.copy_steps,
-            end_percent=workload.end_percent,
+            habits=workload.habits,
             error_seeds=workload.error_seeds,
         )
         self.in_flight: deque[tuple[StepPlan, FinishedStep]] = deque()
@@ -216,7 +216,7 @@ class Player:
     def _check_text(self, text: Text) -> None:
         request, reason = text.request, text.finish.finish_reason if text.finish else None
         limit = self._max_output(request)
-        expected = expected_output(request, limit, self.workload.end_percent, text.sample)
+        expected = expected_output(request, limit, self.workload.habits, text.sample)
         tokens = [*request.resumed_output_token_ids, *text.tokens]
         assert tokens == expected[: len(tokens)], f"{text}: expected {expected}"
         if reason in (FinishReason.ABORT, FinishReason.ERROR):

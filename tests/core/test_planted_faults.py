@@ -11,9 +11,10 @@ from engine.core.adapter_slots import AdapterSlots
 from engine.core.block_pool import BlockPool
 from engine.core.draft import PlanDraft
 from engine.core.kv_blocks import KVBlocks, Placement
-from engine.core.plan import AdapterEvict, BlockCopy, SequenceSlice, SequenceStart, TokenRef
+from engine.core.plan import AdapterEvict, BlockCopy, Sample, SequenceSlice, SequenceStart, TokenRef
 from engine.core.prefix_cache import PrefixCache, PrefixMatch
 from engine.core.roster import Roster
+from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from tests.core.play import play
 from tests.support.strategies import random_workload
@@ -148,8 +149,10 @@ def pinned_slot_given_to_another_adapter(patch: Patch) -> None:
 def wrong_row_referenced(patch: Patch) -> None:
     original = PlanDraft._slice
 
-    def piece_of(self: PlanDraft, seq: Sequence, num_rows: int, row: int, lora_slot: int) -> SequenceSlice:
-        piece = original(self, seq, num_rows, row, lora_slot)
+    def piece_of(
+        self: PlanDraft, seq: Sequence, rows: int, guesses: tuple[int, ...], row: int, lora_slot: int
+    ) -> object:
+        piece = original(self, seq, rows, guesses, row, lora_slot)
         if seq.last_sample is not None:
             seq.last_sample = TokenRef(self.plan_id, row)
         return piece
@@ -182,6 +185,21 @@ def abandoned_load_taken_for_done(patch: Patch) -> None:
     patch.setattr(AdapterSlots, "undo", undo)
 
 
+def wrong_guesses_taken_for_computed(patch: Patch) -> None:
+    original = Scheduler._take_in
+
+    def take_in(self: Scheduler, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
+        original(self, seq, piece, sample)
+        if piece.num_guesses and seq.num_computed_tokens:
+            seq.num_computed_tokens = seq.num_committed_tokens = min(piece.position + piece.num_rows, seq.num_tokens)
+
+    patch.setattr(Scheduler, "_take_in", take_in)
+
+
+def guesses_made_while_a_sample_is_in_flight(patch: Patch) -> None:
+    patch.setattr(Sequence, "num_to_compute", property(lambda self: max(0, self.num_tokens - self.num_computed_tokens)))
+
+
 FAULTS: list[Callable[[Patch], None]] = [
     unchained_prefix_key,
     whole_prompt_matched,
@@ -196,6 +214,8 @@ FAULTS: list[Callable[[Patch], None]] = [
     wrong_row_referenced,
     outputs_forgotten_when_a_sequence_joins_again,
     abandoned_load_taken_for_done,
+    wrong_guesses_taken_for_computed,
+    guesses_made_while_a_sample_is_in_flight,
 ]
 
 

@@ -37,12 +37,24 @@ def test_rows_are_laid_out_in_the_plan_s_order() -> None:
     assert attention.query_starts == (0, 3, 4, 6) == tuple(attention.cu_seqlens.tolist())
     assert attention.context_lengths == (6, 9, 2) == tuple(attention.context_lens.tolist())
     assert inputs.sampled_rows.tolist() == [3, 5]
-    assert [s.seq_id for s in inputs.sampling_slices] == [3, 4]
+    assert [s.seq_id for s in inputs.samples] == [3, 4]
 
 
 def test_a_token_in_flight_is_taken_from_the_plan_that_samples_it() -> None:
     inputs = build(make_slice(0, (5, TokenRef(6, 2)), 3, (9, 2)), make_slice(2, (TokenRef(5, 0),), 0, (1,)))
     assert inputs.input_ids.tolist() == [5, 602, 500]
+
+
+def test_guesses_have_rows_of_their_own_whose_samples_follow_each_other() -> None:
+    inputs = build(
+        make_slice(0, (5,), 3, (9,)),
+        make_slice(1, (6, 7, 8, 9), 2, (4, 2), slot=3, num_guesses=2),  # two known tokens, two guesses
+        segments=(LoraSegment(1, 5, 3),),
+    )
+    assert inputs.sampled_rows.tolist() == [0, 2, 3, 4]
+    first = inputs.samples[1].output_position
+    assert [s.output_position for s in inputs.samples[1:]] == [first, first + 1, first + 2]
+    assert inputs.sampled_segments == (LoraSegment(1, 4, 3),)
 
 
 def test_sampled_rows_have_lora_segments_of_their_own() -> None:

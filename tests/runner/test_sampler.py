@@ -11,7 +11,7 @@ import torch
 from engine.request import SamplingParams
 from engine.runner.sampler import Sampler
 from tests.support import sampling_oracle
-from tests.support.sampling import sample, slice_of, start_of
+from tests.support.sampling import row_of, sample, start_of
 from tests.support.sampling_oracle import Row
 from tests.support.sampling_rows import random_batch
 
@@ -53,7 +53,7 @@ def frequencies(logits: list[float], **params: Any) -> torch.Tensor:
         sampler.start(start_of(seed, Row(logits, made, seed=seed)))
     tokens = []
     for position in range(40):
-        step = sampler.sample(torch.tensor(logits).repeat(500, 1), tuple(slice_of(i, position) for i in range(500)))
+        step = sampler.sample(torch.tensor(logits).repeat(500, 1), tuple(row_of(i, position) for i in range(500)))
         tokens.append(step.token_ids)
     return torch.bincount(torch.cat(tokens), minlength=len(logits)).double()
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.core.plan import Sample
 from engine.runner.sampler import Sampler
-from tests.support.sampling import logits_of, slice_of, start_of
+from tests.support.sampling import logits_of, row_of, start_of
 from tests.support.sampling_oracle import Row, token
 from tests.support.sampling_rows import random_batch
 
@@ -22,7 +22,7 @@ def steps(rows: list[Row], device: str) -> list[tuple[Sample, ...]]:
         sampler.start(start_of(seq_id, row))
     made = []
     for step in range(3):  # the second and third see what the first one counted
-        slices = tuple(slice_of(i, len(row.output) + step) for i, row in enumerate(rows))
+        slices = tuple(row_of(i, len(row.output) + step) for i, row in enumerate(rows))
         made.append(sampler.sample(logits_of(rows).to(device), slices))
     return [step.samples for step in made]
 
@@ -43,5 +43,5 @@ def test_logits_that_are_not_finite_fail_their_row_alone() -> None:
     sampler = Sampler(300, "cuda", rows[0].eos)
     for seq_id, row in enumerate(rows):
         sampler.start(start_of(seq_id, row))
-    step = sampler.sample(logits, tuple(slice_of(i, len(row.output)) for i, row in enumerate(rows)))
+    step = sampler.sample(logits, tuple(row_of(i, len(row.output)) for i, row in enumerate(rows)))
     assert [s.error is None for s in step.samples] == [True, True, False, True]

@@ -17,7 +17,7 @@ from engine.core.plan import Sample
 from engine.request import SamplingParams
 from engine.runner.penalties import TokenHistory
 from engine.runner.sampler import Sampler
-from tests.support.sampling import one, sample, slice_of, start_of
+from tests.support.sampling import one, row_of, sample, start_of
 from tests.support.sampling_oracle import Row
 
 
@@ -100,7 +100,7 @@ class TestPenalties:
         sampler.start(start_of(1, Row([], params)))
         tokens = []
         for position in range(6):
-            step = sampler.sample(torch.tensor([[2.5, 2.0, 0.25]]), (slice_of(1, position),))
+            step = sampler.sample(torch.tensor([[2.5, 2.0, 0.25]]), (row_of(1, position),))
             tokens += step.samples[0].token_ids
         assert tokens == [0, 1, 0, 1, 0, 2]
 
@@ -109,9 +109,9 @@ class TestPenalties:
         whole, rest = Sampler(3), Sampler(3)
         whole.start(start_of(1, Row([], params)))
         logits = torch.tensor([[2.5, 2.0, 0.25]])
-        tokens = [whole.sample(logits.clone(), (slice_of(1, i),)).samples[0].token_ids[0] for i in range(6)]
+        tokens = [whole.sample(logits.clone(), (row_of(1, i),)).samples[0].token_ids[0] for i in range(6)]
         rest.start(start_of(1, Row([], params, output=tuple(tokens[:3]))))
-        resumed = [rest.sample(logits.clone(), (slice_of(1, i),)).samples[0].token_ids[0] for i in range(3, 6)]
+        resumed = [rest.sample(logits.clone(), (row_of(1, i),)).samples[0].token_ids[0] for i in range(3, 6)]
         assert resumed == tokens[3:]
 
     def test_a_row_of_the_history_is_clean_for_the_next_sequence(self) -> None:
@@ -119,7 +119,7 @@ class TestPenalties:
         params = SamplingParams(max_tokens=None, temperature=0.0, presence_penalty=2.0, repetition_penalty=9.0)
         for seq_id in range(10):
             sampler.start(start_of(seq_id, Row([], params)))
-            step = sampler.sample(torch.tensor([[1.5, 1.0, 0.0]]), (slice_of(seq_id, 0),))
+            step = sampler.sample(torch.tensor([[1.5, 1.0, 0.0]]), (row_of(seq_id, 0),))
             assert step.samples[0].token_ids == (0,)
             sampler.end(seq_id)
 
@@ -252,11 +252,11 @@ class TestFailures:
         sampler = Sampler(3)
         sampler.start(start_of(1, Row([], SamplingParams())))
         with pytest.raises(ValueError, match=r"logits \(1, 4\) should be \(1, 3\)"):
-            sampler.sample(torch.zeros(1, 4), (slice_of(1, 0),))
+            sampler.sample(torch.zeros(1, 4), (row_of(1, 0),))
 
     def test_a_sequence_that_was_not_started_is_an_error(self) -> None:
         with pytest.raises(KeyError):
-            Sampler(3).sample(torch.zeros(1, 3), (slice_of(1, 0),))
+            Sampler(3).sample(torch.zeros(1, 3), (row_of(1, 0),))
 
 
 class TestLifeCycle:
@@ -266,7 +266,7 @@ class TestLifeCycle:
             params = SamplingParams(max_tokens=None, temperature=0.0, logit_bias=bias)
             sampler.start(start_of(seq_id, Row([], params)))
         for order in ((0, 1, 2), (2, 0), (1,), (2, 1, 0)):
-            step = sampler.sample(torch.zeros(len(order), 3), tuple(slice_of(i, 0) for i in order))
+            step = sampler.sample(torch.zeros(len(order), 3), tuple(row_of(i, 0) for i in order))
             assert step.token_ids.tolist() == list(order)
 
     def test_a_sequence_that_starts_again_forgets_its_former_self(self) -> None:
@@ -274,7 +274,7 @@ class TestLifeCycle:
         for bias in ({0: 9.0}, {1: 9.0}):
             params = SamplingParams(max_tokens=None, temperature=0.0, logit_bias=bias)
             sampler.start(start_of(1, Row([], params)))
-            step = sampler.sample(torch.zeros(1, 3), (slice_of(1, 0),))
+            step = sampler.sample(torch.zeros(1, 3), (row_of(1, 0),))
             assert step.token_ids.tolist() == list(bias)
 
     def test_ending_twice_is_harmless(self) -> None:
@@ -283,12 +283,12 @@ class TestLifeCycle:
         sampler.end(1)
         sampler.end(1)
         with pytest.raises(KeyError):
-            sampler.sample(torch.zeros(1, 3), (slice_of(1, 0),))
+            sampler.sample(torch.zeros(1, 3), (row_of(1, 0),))
 
     def test_half_precision_logits_are_taken_as_they_are(self) -> None:
         sampler = Sampler(3)
         sampler.start(start_of(1, Row([], SamplingParams(temperature=0.0, logprobs=0))))
         logits = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.bfloat16)
-        (found,) = sampler.sample(logits, (slice_of(1, 0),)).samples
+        (found,) = sampler.sample(logits, (row_of(1, 0),)).samples
         assert found.logprobs is not None
         assert found.logprobs[0].logprob == pytest.approx(float(torch.log_softmax(logits[0].double(), 0)[1]), abs=1e-6)

@@ -42,13 +42,29 @@ def adapter_digest(adapter: str | None) -> int:
     return 0 if adapter is None else zlib.crc32(adapter.encode())
 
 
+@dataclass(frozen=True)
+class Habits:
+    """How the model of this device talks."""
+
+    end_percent: int = 0  # chance of a token that ends the text
+    echo_percent: int = 0  # chance of a word of the prompt, in its order: what prompt lookup guesses
+
+
 def choose_token(
-    digests: Sequence[int], seed: int, sample_index: int, outputs: Sequence[int], min_tokens: int, end_percent: int
+    digests: Sequence[int],
+    prompt: Sequence[int],
+    seed: int,
+    sample_index: int,
+    outputs: Sequence[int],
+    min_tokens: int,
+    habits: Habits,
 ) -> int:
     """The next token: a pure function of what was read and of what the sampler remembers."""
     value = hash((tuple(digests), seed, sample_index, tuple(outputs), len(outputs)))
-    if len(outputs) >= min_tokens and value % 101 < end_percent:
+    if len(outputs) >= min_tokens and value % 101 < habits.end_percent:
         return EOS if value % 2 else STOP
+    if (value >> 8) % 100 < habits.echo_percent:
+        return prompt[len(outputs) % len(prompt)]
     return FIRST_WORD + (value >> 16) % NUM_WORDS
 
 
@@ -61,7 +77,7 @@ def expected_tokens(
     *,
     end_ids: Collection[int] = (),
     min_tokens: int = 0,
-    end_percent: int = 0,
+    habits: Habits = Habits(),
 ) -> list[int]:
     """The oracle: the output of one sequence alone."""
     outputs: list[int] = []
@@ -69,7 +85,7 @@ def expected_tokens(
     while len(outputs) < num_tokens and not (len(outputs) > min_tokens and outputs[-1] in end_ids):
         for token in [*prompt, *outputs][len(digests) :]:
             digests.append(hash((digests[-1] if digests else ROOT, token, adapter_digest(adapter))))
-        outputs.append(choose_token(digests, seed, sample_index, outputs, min_tokens, end_percent))
+        outputs.append(choose_token(digests, prompt, seed, sample_index, outputs, min_tokens, habits))
     return outputs
 
 
@@ -115,12 +131,12 @@ class KVCheckingRunner:
         config: SchedulerConfig,
         *,
         copy_steps: int = 0,
-        end_percent: int = 0,
+        habits: Habits = Habits(),
         error_seeds: Collection[int] = (),
     ) -> None:
         self.config = config
         self.copy_steps = copy_steps
-        self.end_percent = end_percent
+        self.habits = habits
         self.error_seeds = frozenset(error_seeds)
         self.images: dict[str, int] = {}  # adapter -> bytes, on the host
         self.bound: dict[int, str] = {}  # LoRA slot -> adapter
@@ -267,7 +283,7 @@ class KVCheckingRunner:
         for piece, tokens in zip(plan.slices, tokens_of, strict=True):
             digests = self._attend(piece, tokens, before)
             if piece.output is RowOutput.SAMPLE:
-                samples.append(self._sample(plan.plan_id, piece, digests))
+                samples.append(self._sample(plan.plan_id, piece, tokens, digests))
         return tuple(samples)
 
     def _check_slots(self, piece: SequenceSlice, written: set[int]) -> set[int]:
@@ -295,15 +311,28 @@ class KVCheckingRunner:
             self._writer[table[position // size]] = piece.seq_id
         return digests
 
-    def _sample(self, plan_id: int, piece: SequenceSlice, digests: list[int]) -> Sample:
+    def _sample(self, plan_id: int, piece: SequenceSlice, tokens: tuple[int, ...], digests: list[int]) -> Sample:
+        """A token after the last that is sure, and one after each guess as long as the guesses are right."""
         state = self.sequences[piece.seq_id]
         start, outputs = state.start, state.outputs
         assert piece.output_position == len(outputs), f"output {piece.output_position}, {len(outputs)} are remembered"
-        token = choose_token(
-            digests, start.seed, start.sample_index, outputs, start.params.min_tokens, self.end_percent
-        )
-        outputs.append(token)
-        self._sampled[TokenRef(plan_id, piece.row_end - 1)] = token
-        if start.seed in self.error_seeds and len(outputs) > 1:
-            return Sample(piece.seq_id, (), error="the logits are not finite")
-        return Sample(piece.seq_id, (token,))
+        num_sure = len(digests) - piece.num_guesses
+        chosen: list[int] = []
+        for i in range(1 + piece.num_guesses):
+            fails = start.seed in self.error_seeds and len(outputs) >= 1
+            if fails and i:
+                break  # the guess before it counts; the error comes when its turn does
+            read = digests[: num_sure + i]
+            min_tokens = start.params.min_tokens
+            token = choose_token(
+                read, start.prompt_token_ids, start.seed, start.sample_index, outputs, min_tokens, self.habits
+            )
+            outputs.append(token)
+            if not piece.num_guesses:
+                self._sampled[TokenRef(plan_id, piece.row_end - 1)] = token
+            if fails:
+                return Sample(piece.seq_id, (), error="the logits are not finite")
+            chosen.append(token)
+            if i == piece.num_guesses or tokens[piece.num_sure_rows + i] != token:
+                break
+        return Sample(piece.seq_id, tuple(chosen))

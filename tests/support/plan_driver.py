@@ -23,6 +23,7 @@ from engine.core.plan import (
 )
 from engine.model.loader import LoadedModel, load_model
 from engine.request import SamplingParams
+from engine.runner.inputs import SampledRow
 from engine.runner.runner import TorchRunner
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None)
@@ -70,10 +71,10 @@ class PlanDriver:
         self._starts: list[SequenceStart] = []
         sample = self.runner._sampler.sample
 
-        def recording_sample(logits: torch.Tensor, slices: tuple[SequenceSlice, ...]) -> Any:
-            for row, s in zip(logits, slices, strict=True):
-                self.logits.setdefault(s.seq_id, []).append(row.clone())
-            return sample(logits, slices)
+        def recording_sample(logits: torch.Tensor, rows: tuple[SampledRow, ...]) -> Any:
+            for row, sampled in zip(logits, rows, strict=True):
+                self.logits.setdefault(sampled.seq_id, []).append(row.clone())
+            return sample(logits, rows)
 
         self.runner._sampler.sample = recording_sample  # type: ignore[method-assign]
 

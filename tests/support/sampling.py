@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.core.plan import RowOutput, Sample, SequenceSlice, SequenceStart
+from engine.core.plan import Sample, SequenceStart
 from engine.request import SamplingParams
+from engine.runner.inputs import SampledRow
 from engine.runner.sampler import Sampler
 from tests.support.sampling_oracle import Row
 
@@ -24,17 +25,8 @@ def start_of(seq_id: int, row: Row) -> SequenceStart:
     )
 
 
-def slice_of(seq_id: int, output_position: int, row_start: int = 0) -> SequenceSlice:
-    return SequenceSlice(
-        seq_id=seq_id,
-        row_start=row_start,
-        token_ids=(0,),
-        position=0,
-        block_table=(),
-        lora_slot=0,
-        output=RowOutput.SAMPLE,
-        output_position=output_position,
-    )
+def row_of(seq_id: int, output_position: int, row: int = 0) -> SampledRow:
+    return SampledRow(row=row, seq_id=seq_id, output_position=output_position, lora_slot=0)
 
 
 def sample(rows: Sequence[Row], order: Sequence[int] | None = None) -> list[Sample]:
@@ -44,7 +36,7 @@ def sample(rows: Sequence[Row], order: Sequence[int] | None = None) -> list[Samp
     sampler = Sampler(logits.shape[1], "cpu", rows[0].eos)
     for seq_id, row in enumerate(rows):
         sampler.start(start_of(seq_id, row))
-    step = sampler.sample(logits, tuple(slice_of(i, len(rows[i].output), at) for at, i in enumerate(order)))
+    step = sampler.sample(logits, tuple(row_of(i, len(rows[i].output), at) for at, i in enumerate(order)))
     assert all(s.error or s.token_ids == (t,) for s, t in zip(step.samples, step.token_ids.tolist(), strict=True))
     by_sequence = {s.seq_id: s for s in step.samples}
     return [by_sequence[i] for i in range(len(rows))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.core.limits import SchedulerConfig
 from engine.request import Request, SamplingParams
-from tests.support.kv_checking_runner import EOS, STOP, expected_tokens
+from tests.support.kv_checking_runner import EOS, STOP, Habits, expected_tokens
 
 ADAPTER_UNIT = 1 << 20  # so that loads and ranks count in the fairness
 ADAPTERS = {"ada": 1 * ADAPTER_UNIT, "bob": 2 * ADAPTER_UNIT, "cyd": 3 * ADAPTER_UNIT, "dan": 5 * ADAPTER_UNIT}
@@ -24,7 +24,7 @@ class Workload:
     finishes: tuple[tuple[int, str, int], ...] = ()  # (step, request id, sample index)
     abandon_percent: int = 0
     copy_steps: int = 0
-    end_percent: int = 0
+    habits: Habits = field(default_factory=Habits)
     error_seeds: frozenset[int] = field(default_factory=frozenset)
 
 
@@ -55,6 +55,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         n=rng.choice((1, 1, 1, 2, 3)),
         ignore_eos=rng.random() < 0.2,
         stop_token_ids=(STOP,) if rng.random() < 0.5 else (),
+        prompt_lookup_num_tokens=rng.choice((0, 0, 1, 3, 8)),
     )
 
 
@@ -66,7 +67,7 @@ def random_prompt(rng: random.Random) -> tuple[int, ...]:
     return start[: max(1, length - len(tail))] + tail
 
 
-def random_request(rng: random.Random, name: str, *, end_percent: int) -> Request:
+def random_request(rng: random.Random, name: str, *, habits: Habits) -> Request:
     params = random_params(rng)
     request = Request(
         request_id=name,
@@ -80,7 +81,7 @@ def random_request(rng: random.Random, name: str, *, end_percent: int) -> Reques
     )
     if params.n > 1 or rng.random() < 0.8:
         return request
-    resumed = expected_output(request, rng.randint(1, 4), end_percent)
+    resumed = expected_output(request, rng.randint(1, 4), habits)
     return Request(**{**_fields(request), "resumed_output_token_ids": tuple(resumed)})
 
 
@@ -88,7 +89,7 @@ def _fields(request: Request) -> dict[str, object]:
     return {name: getattr(request, name) for name in request.__slots__}
 
 
-def expected_output(request: Request, num_tokens: int, end_percent: int, sample: int = 0) -> list[int]:
+def expected_output(request: Request, num_tokens: int, habits: Habits, sample: int = 0) -> list[int]:
     """What sample number `sample` of a request must say, alone, in at most `num_tokens` tokens."""
     params = request.params
     end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
@@ -100,7 +101,7 @@ def expected_output(request: Request, num_tokens: int, end_percent: int, sample:
         num_tokens if params.max_tokens is None else min(num_tokens, params.max_tokens),
         end_ids=end_ids,
         min_tokens=params.min_tokens,
-        end_percent=end_percent,
+        habits=habits,
     )
 
 
@@ -110,10 +111,10 @@ def random_workload(seed: int) -> Workload:
 
 def draw_workload(rng: random.Random, seed: int) -> Workload:
     """A workload drawn from `rng`; `seed` is for the chances taken while it is played."""
-    end_percent = rng.choice((0, 0, 10, 30))
+    habits = Habits(end_percent=rng.choice((0, 0, 10, 30)), echo_percent=rng.choice((0, 70, 95)))
     num_requests = rng.randint(1, 7)
     steps = sorted(rng.choice((0, 0, 0, 1, 2, 4, 7, 12)) for _ in range(num_requests))
-    requests = [(step, random_request(rng, f"r{index}", end_percent=end_percent)) for index, step in enumerate(steps)]
+    requests = [(step, random_request(rng, f"r{index}", habits=habits)) for index, step in enumerate(steps)]
     is_rough = rng.random() < 0.4
     aborts = [(step + rng.randint(0, 9), r.request_id) for step, r in requests if is_rough and rng.random() < 0.2]
     finishes = [(step + rng.randint(1, 9), r.request_id, r.sample_index) for step, r in requests if rng.random() < 0.1]
@@ -125,6 +126,6 @@ def draw_workload(rng: random.Random, seed: int) -> Workload:
         finishes=tuple(finishes),
         abandon_percent=rng.choice((0, 0, 0, 5, 20)),
         copy_steps=rng.choice((0, 0, 1, 3)),
-        end_percent=end_percent,
+        habits=habits,
         error_seeds=frozenset({3}) if rng.random() < 0.1 else frozenset(),
     )
