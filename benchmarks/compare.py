@@ -71,6 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", required=True, help="command")
     parser.add_argument("--peer", required=True, help="command; its cases are compared with ours of the same name")
+    parser.add_argument("--title", default="", help="what is compared, for the drawing")
     parser.add_argument("--figure", default="output_tokens_per_s")
     parser.add_argument("--pairs", type=int, default=5)
     return parser.parse_args()
@@ -89,6 +90,7 @@ def main() -> None:
         a, b = ([side[case][args.figure] for side in sides] for sides in zip(*pairs, strict=True))
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         figures = {
+            "title": args.title or case,
             "case": case,
             "figure": args.figure,
             "ours": [round(x, 1) for x in a],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +35,8 @@ class KVStorage:
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device | str = "cpu") -> None:
         self.shape = shape
         self.num_blocks = num_blocks
-        # Zeroed, not empty: on the CPU this touches every page now, instead of in the middle of a step.
-        self.data = torch.zeros(  # [B, L, 2, P, Hk, D]
-            (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim),
-            dtype=shape.dtype,
-            device=device,
-        )
+        sizes = (num_blocks, shape.num_layers, 2, shape.block_size, shape.num_kv_heads, shape.head_dim)
+        self.data = _zeros(sizes, shape.dtype, torch.device(device))  # [B, L, 2, P, Hk, D]
 
     @property
     def num_bytes(self) -> int:
@@ -79,3 +79,17 @@ class KVStorage:
         src = torch.tensor(sources, dtype=torch.long, device=self.data.device)
         dst = torch.tensor(targets, dtype=torch.long, device=self.data.device)
         self.data[dst] = self.data[src]
+
+
+def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeroed, not empty: on the CPU this touches every page now, instead of in the middle of a step.
+
+    There in huge pages where the system has them: blocks lie anywhere, and with pages of 4 KiB finding each took a fifth
+    of the time of attention.
+    """
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < _HUGE_PAGE_BYTES:
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(sizes).zero_()

@@ -39,6 +39,11 @@ INLINE const char *cell_at(const call *c, const task_state *t, int64_t is_value,
     return cache_cell(c->cache, c->layer->index, t->table[position / size], is_value, position % size, t->kv_head);
 }
 
+/* A head's keys lie a few hundred bytes apart, and blocks anywhere: what is needed next is asked for ahead. */
+INLINE void fetch(const char *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}
+
 static void write_row(void *args, int64_t row) {
     const call *c = args;
     const int64_t size = c->cache->block_size, slot = c->rows->slot_mapping[row];
@@ -88,8 +93,23 @@ INLINE void transpose(__m512 r[16]) {
 /* keys[d][j] = dimension d of the key at position + j; keys behind the end repeat the last one, to be masked. */
 INLINE void transpose_keys(const call *c, const task_state *t, int64_t position, element type) {
     const int64_t dims = c->cache->head_dim;
+    const int64_t size = c->cache->block_size, step = c->cache->num_kv_heads * dims * item_bytes(type);
     const char *key[LANES];
-    for (int64_t j = 0; j < LANES; j++) key[j] = cell_at(c, t, 0, min64(position + j, t->end - 1));
+    if (position + LANES < t->end) {
+        const char *next = cell_at(c, t, 0, position + LANES);
+        const int64_t left = size - (position + LANES) % size; /* of its block */
+        for (int64_t i = 0; i < min64(LANES, left); i++) fetch(next + i * step, dims * item_bytes(type));
+    }
+    int64_t offset = position % size; /* dividing for every key would take longer than the products */
+    key[0] = cell_at(c, t, 0, position);
+    for (int64_t j = 1; j < LANES; j++) {
+        if (position + j >= t->end)
+            key[j] = key[j - 1];
+        else if (++offset < size)
+            key[j] = key[j - 1] + step;
+        else
+            key[j] = cell_at(c, t, 0, position + j), offset = 0;
+    }
     for (int64_t d = 0; d < dims; d += LANES) {
         __m512 r[LANES];
         const int64_t left = min64(LANES, dims - d);
@@ -107,17 +127,26 @@ INLINE void transpose_keys(const call *c, const task_state *t, int64_t position,
 }
 
 INLINE void dot_group(const int queries, const task_state *t, int64_t query, int64_t dims, int64_t column) {
-    __m512 sum[GROUP];
+    __m512 even[GROUP], odd[GROUP]; /* two sums, since an addition takes longer than the next is ready */
     const float *q = t->queries + query * dims;
 #pragma GCC unroll 6
-    for (int i = 0; i < queries; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < dims; d++) {
-        const __m512 k = _mm512_load_ps(t->keys + d * LANES);
+    for (int i = 0; i < queries; i++) even[i] = odd[i] = _mm512_setzero_ps();
+    for (int64_t d = 0; d + 2 <= dims; d += 2) {
+        const __m512 k0 = _mm512_load_ps(t->keys + d * LANES), k1 = _mm512_load_ps(t->keys + (d + 1) * LANES);
 #pragma GCC unroll 6
-        for (int i = 0; i < queries; i++) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i * dims + d]), k, sum[i]);
+        for (int i = 0; i < queries; i++) {
+            even[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i * dims + d]), k0, even[i]);
+            odd[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i * dims + d + 1]), k1, odd[i]);
+        }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < queries; i++) _mm512_storeu_ps(t->scores + (query + i) * t->width + column, sum[i]);
+    for (int i = 0; i < queries; i++) {
+        if (dims % 2) {
+            const __m512 last = _mm512_load_ps(t->keys + (dims - 1) * LANES);
+            even[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i * dims + dims - 1]), last, even[i]);
+        }
+        _mm512_storeu_ps(t->scores + (query + i) * t->width + column, _mm512_add_ps(even[i], odd[i]));
+    }
 }
 
 #define EACH_GROUP(C) C(1) C(2) C(3) C(4) C(5) C(6)
@@ -184,6 +213,10 @@ INLINE void mix_group(const int queries, const int vectors, __mmask16 mask, cons
     for (int64_t position = t->begin; position < t->end;) {
         const int64_t stop = min64(t->end, (position / size + 1) * size);
         const char *value = cell_at(c, t, 1, position);
+        if (query == 0 && d == 0 && stop < t->end) {
+            const char *next = cell_at(c, t, 1, stop);
+            for (int64_t i = 0; i < size; i++) fetch(next + i * step, c->cache->head_dim * item_bytes(type));
+        }
         for (; position < stop; position++, value += step) {
             __m512 x[4];
 #pragma GCC unroll 4
