@@ -49,11 +49,7 @@ class NoModel:
         if self._attention is not None:
             self._attention.plan(inputs.attention)
             self._attention.rows(1)
-        samples = tuple(
-            Sample(seq_id=s.seq_id, token_ids=(97 + s.position % 26,))
-            for s in plan.slices
-            if s.output is RowOutput.SAMPLE
-        )
+        samples = tuple(Sample(s.seq_id, (97 + s.position % 26,)) for s in plan.slices if s.output is RowOutput.SAMPLE)
         return Done(StepResult(plan_id=plan.plan_id, samples=samples))
 
 
@@ -95,7 +91,7 @@ def main() -> None:
     )
     engine, processor = Engine(config, parts=parts), OutputProcessor(tokenizer)
     for i in range(args.sequences):
-        params = SamplingParams(max_tokens=args.steps, temperature=0.0, ignore_eos=True, stop=("never said",))
+        params = SamplingParams(max_tokens=args.steps, temperature=0.0, ignore_eos=True)
         prompt = tuple(40 + (i + k) % 80 for k in range(args.prompt_tokens))
         request = Request(request_id=str(i), prompt_token_ids=prompt, params=params, seed=0)
         engine.add_request(request)

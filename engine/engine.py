@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,7 +199,8 @@ class Engine:
             self._dead_reason = "a step was interrupted, so that nobody knows how far it came; make a new engine"
             raise
         self._drop_images()
-        return tuple(self._account(update) for update in updates)
+        now_s = time.monotonic()
+        return tuple(self._account(update, now_s) for update in updates)
 
     def _launch(self) -> list[SequenceUpdate]:
         """Fill the pipeline. Returns: updates of sequences that ended without a step."""
@@ -307,7 +308,7 @@ class Engine:
             for request_id, _ in self._scheduler.owners(plan):
                 self._clocks[request_id].started(now_s)
 
-    def _account(self, update: SequenceUpdate) -> SequenceUpdate:
+    def _account(self, update: SequenceUpdate, now_s: float) -> SequenceUpdate:
         """Count what an update brings; the update, with the engine's own error if it is the cause."""
         self._totals.generated_tokens += len(update.token_ids)
         clock = self._clocks[update.request_id]
@@ -315,7 +316,7 @@ class Engine:
             len(update.token_ids),
             update.num_cached_tokens,
             ended=update.finish_reason is not None,
-            now_s=time.monotonic(),
+            now_s=now_s,
         )
         if clock.num_samples_left == 0:
             del self._clocks[update.request_id]
@@ -325,4 +326,4 @@ class Engine:
         if update.finish_reason is None:
             return update
         failure = self._failures.pop((update.request_id, update.sample_index), None)
-        return update if failure is None else replace(update, error=failure)
+        return update if failure is None else update._replace(error=failure)

@@ -65,21 +65,20 @@ class OutputProcessor:
         if not update.token_ids and update.finish_reason is None:
             return None
         text, num_read = sample.read(update.token_ids, update.finish_reason)
-        token_ids = update.token_ids[:num_read]
         logprobs = update.logprobs[:num_read] if update.logprobs is not None else None
         stopped = sample.matcher.matched is not None
         if stopped and update.finish_reason is None:
             self._finishes.append(key)
         return OutputDelta(
-            request_id=update.request_id,
-            sample_index=update.sample_index,
-            token_ids=token_ids,
-            text=text,
-            logprobs=logprobs,
-            finish_reason=FinishReason.STOP if stopped else update.finish_reason,
-            stop_reason=sample.matcher.matched if stopped else update.stop_reason,
-            error=None if stopped else update.error,
-            num_cached_tokens=update.num_cached_tokens,
+            update.request_id,
+            update.sample_index,
+            update.token_ids[:num_read],
+            text,
+            logprobs,
+            FinishReason.STOP if stopped else update.finish_reason,
+            sample.matcher.matched if stopped else update.stop_reason,
+            None if stopped else update.error,
+            update.num_cached_tokens,
         )
 
     def take_finishes(self) -> tuple[SampleKey, ...]:
@@ -111,6 +110,9 @@ class _Sample:
 
         Returns the text to show and how many of the tokens were read: a stop string ends the reading.
         """
+        if finish_reason is None and len(token_ids) == 1:  # nearly always
+            self.num_tokens += 1
+            return self._show(self.detokenizer.push(token_ids[0])), 1
         shown: list[str] = []
         for num_read, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import InvalidRequest
 
@@ -202,8 +202,7 @@ class OutputError:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputDelta:
+class OutputDelta(NamedTuple):
     """What one sample gained since its last delta: one item of a stream.
 
     `text` is UTF-8 safe and never holds anything beyond a stop string: concatenated deltas are the full text.

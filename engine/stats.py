@@ -66,7 +66,8 @@ class RequestClock:
             self._first_token_s = self._first_token_s or now_s
             self._last_token_s = now_s
             self._num_output_tokens += num_tokens
-        self._num_cached_tokens = max(self._num_cached_tokens, num_cached_tokens)
+        if num_cached_tokens > self._num_cached_tokens:
+            self._num_cached_tokens = num_cached_tokens
         self.num_samples_left -= ended
 
     def metrics(self) -> RequestMetrics:

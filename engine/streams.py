@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable
-from dataclasses import replace
 
 from engine.output import merge
 from engine.request import OutputDelta, Request
@@ -52,7 +51,7 @@ class Stream:
             if not taken:
                 raise error
             self._ready.set()
-        return [replace(merge(deltas), request_id=self.shown_id) for deltas in taken.values()]
+        return [merge(deltas)._replace(request_id=self.shown_id) for deltas in taken.values()]
 
 
 def wake_all(streams: Iterable[Stream]) -> list[Stream]:

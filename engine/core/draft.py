@@ -67,7 +67,7 @@ class PlanDraft:
         row = 0
         for lora_slot, seq, num_rows, guesses in self._entries:
             slices.append(self._slice(seq, num_rows, guesses, row, lora_slot))
-            row = slices[-1].row_end
+            row += num_rows + len(guesses)
         plan = StepPlan(
             plan_id=self.plan_id,
             slices=tuple(slices),

@@ -8,13 +8,15 @@ The runner executes a plan strictly in this order:
   5. `slices`       one forward over all rows; a sample from the last row of each slice that asks for one. With guesses,
                     a sample for each of them and one more: those count as long as the guess before them was right
 
-Workers of a tensor-parallel group see plans and nothing else.
+Workers of a tensor-parallel group see plans and nothing else. What there is one of per sequence and step is a named
+tuple, which is made in a quarter of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from engine.request import SamplingParams, TokenLogprobs
 
@@ -75,8 +77,7 @@ class SequenceStart:
     sample_index: int
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSlice:
+class SequenceSlice(NamedTuple):
     """The rows of one sequence in one step: tokens at positions position .. position + len(tokens) - 1.
 
     KV slot of the token at position p: block_table[p // P] * P + p % P; the table covers every position read.
@@ -132,8 +133,7 @@ class StepPlan:
         return self.slices[-1].row_end if self.slices else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """What one sampling slice produced: the guesses that were right and the token after them, at least one token."""
 
     seq_id: int

@@ -177,7 +177,7 @@ class Scheduler:
             if num_rows > 1:
                 prefills.append(seq)
             elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq):
-                guesses = self._guess(seq, spare_rows)
+                guesses = self._guess(seq, spare_rows) if seq.lookup is not None else ()
                 spare_rows -= len(guesses)
                 draft.add(seq, 1, guesses)
         for seq in prefills:
@@ -222,7 +222,8 @@ class Scheduler:
                 seq.drop_pending(1 + piece.num_guesses)
             if seq.state is not SequenceState.FINISHED:  # else: found late; what it computed since does not count
                 self._take_in(seq, piece, sample)
-            self._roster.settle(seq)
+            if self._roster.retiring:
+                self._roster.settle(seq)
         self._kv.release(flight.held_blocks)
         updates = tuple(self._roster.updates[num_earlier:])
         del self._roster.updates[num_earlier:]
@@ -234,9 +235,10 @@ class Scheduler:
         if sample is not None and sample.error is None:
             assert 1 <= len(sample.token_ids) <= 1 + piece.num_guesses, "a token for each guess, and one more, at most"
             num_gained, ending = seq.gain(sample.token_ids, self.config.eos_token_ids)
-        num_right = max(0, num_gained - 1)
-        seq.num_committed_tokens = piece.position + piece.num_sure_rows + num_right
+        seq.num_committed_tokens = piece.position + len(piece.token_ids)
         if piece.num_guesses:
+            num_right = max(0, num_gained - 1)
+            seq.num_committed_tokens -= piece.num_guesses - num_right
             assert seq.lookup is not None
             seq.num_computed_tokens = seq.num_committed_tokens
             seq.lookup.learn(piece.num_guesses, num_right)

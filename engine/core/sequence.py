@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from engine.core.lookup import PromptLookup
 from engine.core.plan import SequenceStart, TokenRef
@@ -33,8 +34,7 @@ TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """What one sequence gained. Exactly one update of each sequence has `finish_reason` set: its last."""
 
     request_id: str

@@ -89,11 +89,20 @@ class NativeAttention:
         size = max(1, MAX_TILE_QUERIES // groups)
         tiles = self._tiles.get(size)
         if tiles is None:
-            starts = inputs.query_starts
-            found = [
-                (s, row, min(size, starts[s + 1] - row), context - starts[s + 1] + row)
-                for s, context in enumerate(inputs.context_lengths)
-                for row in range(starts[s], starts[s + 1], size)
-            ]
-            tiles = self._tiles[size] = np.array(found, dtype=np.int32)
+            tiles = self._tiles[size] = _cut(inputs, size)
         return tiles
+
+
+def _cut(inputs: AttentionInputs, size: int) -> np.ndarray:
+    starts, contexts = inputs.query_starts, inputs.context_lengths
+    if starts[-1] == len(contexts):  # a row each, as in nearly every step
+        tiles = np.ones((len(contexts), 4), dtype=np.int32)
+        tiles[:, 0] = tiles[:, 1] = np.arange(len(contexts))
+        tiles[:, 3] = np.array(contexts) - 1
+        return tiles
+    found = [
+        (s, row, min(size, starts[s + 1] - row), context - starts[s + 1] + row)
+        for s, context in enumerate(contexts)
+        for row in range(starts[s], starts[s + 1], size)
+    ]
+    return np.array(found, dtype=np.int32)

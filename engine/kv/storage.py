@@ -84,7 +84,7 @@ class KVStorage:
 def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeroed, not empty: on the CPU this touches every page now, instead of in the middle of a step.
 
-    There in huge pages where the system has them: blocks lie anywhere, and with pages of 4 KiB finding each took a fifth
+    There in huge pages where the system has them: blocks lie anywhere, and finding them by pages of 4 KiB took a fifth
     of the time of attention.
     """
     num_bytes = math.prod(sizes) * dtype.itemsize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,71 +46,77 @@ def build_inputs(
     `resolve` gives the sampled token of an earlier plan as a tensor [] on the device: no waiting for the host.
     Raises: ValueError if the plan's slices do not follow each other or a block table is too short.
     """
-    slices = plan.slices
-    _check_rows(slices, block_size)
-    input_ids, late = _host_tokens(slices)
-    positions = [p for s in slices for p in range(s.position, s.position + s.num_rows)]
-    tables = [s.block_table for s in slices]
-    slot_mapping = [
-        s.block_table[p // block_size] * block_size + p % block_size
-        for s in slices
-        for p in range(s.position, s.position + s.num_rows)
-    ]
-    ids = _to_device(input_ids, device)
-    if late:
-        ids[_to_device([row for row, _ in late], device)] = torch.stack([resolve(ref) for _, ref in late])
-    samples = tuple(
-        SampledRow(s.row_end - 1 - s.num_guesses + i, s.seq_id, s.output_position + i, s.lora_slot)
-        for s in slices
-        if s.output is RowOutput.SAMPLE
-        for i in range(1 + s.num_guesses)
-    )
-    query_starts = (*(s.row_start for s in slices), plan.num_rows)
-    contexts = tuple(s.position + s.num_rows for s in slices)
-    width = max(len(t) for t in tables)
+    rows = _Rows(block_size)
+    for piece in plan.slices:
+        rows.add(piece)
+    ids = _to_device(rows.token_ids, device)
+    if rows.late:
+        ids[_to_device([row for row, _ in rows.late], device)] = torch.stack([resolve(ref) for _, ref in rows.late])
+    width = max(map(len, rows.tables))
+    samples = tuple(rows.samples)
     return StepInputs(
         input_ids=ids,
-        positions=_to_device(positions, device),
+        positions=_to_device(rows.positions, device),
         sampled_rows=_to_device([sample.row for sample in samples], device),
         samples=samples,
         attention=AttentionInputs(
-            slot_mapping=_to_device(slot_mapping, device),
-            block_tables=_to_device([[*t, *([0] * (width - len(t)))] for t in tables], device),
-            cu_seqlens=_to_device(query_starts, device, torch.int32),
-            context_lens=_to_device(contexts, device, torch.int32),
-            query_starts=query_starts,
-            context_lengths=contexts,
+            slot_mapping=_to_device(rows.slots, device),
+            block_tables=_to_device(_padded(rows.tables, width), device).view(len(rows.tables), width),
+            cu_seqlens=_to_device(rows.starts, device, torch.int32),
+            context_lens=_to_device(rows.contexts, device, torch.int32),
+            query_starts=tuple(rows.starts),
+            context_lengths=tuple(rows.contexts),
         ),
         segments=plan.lora_segments,
         sampled_segments=_sampled_segments(samples),
     )
 
 
-def _check_rows(slices: tuple[SequenceSlice, ...], block_size: int) -> None:
-    row = 0
-    for s in slices:
-        if s.row_start != row or not s.token_ids:
-            raise ValueError(f"slice of sequence {s.seq_id} has rows {s.row_start}..{s.row_end - 1}, expected {row}..")
-        if len(s.block_table) * block_size < s.position + s.num_rows:
-            raise ValueError(
-                f"block table of sequence {s.seq_id} covers {len(s.block_table) * block_size} positions, "
-                f"its slice reaches {s.position + s.num_rows}"
-            )
-        row = s.row_end
+class _Rows:
+    """The rows of the slices added so far, on the host. One pass: this is done for every sequence in every step."""
 
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self.token_ids: list[int] = []  # 0 where not known yet
+        self.late: list[tuple[int, TokenRef]] = []  # rows that refer to samples in flight
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.samples: list[SampledRow] = []
+        self.starts = [0]  # one more than slices
+        self.contexts: list[int] = []
+        self.tables: list[tuple[int, ...]] = []
 
-def _host_tokens(slices: tuple[SequenceSlice, ...]) -> tuple[list[int], list[tuple[int, TokenRef]]]:
-    """Token ids by row (0 where not known yet), and the rows that refer to samples in flight."""
-    ids: list[int] = []
-    late: list[tuple[int, TokenRef]] = []
-    for s in slices:
-        for token in s.token_ids:
+    def add(self, piece: SequenceSlice) -> None:
+        """Raises: ValueError if slices do not follow each other or a block table is too short."""
+        seq_id, start, tokens, position, table, lora_slot, output, output_position, num_guesses = piece
+        end, row_end, size = position + len(tokens), start + len(tokens), self._block_size
+        self._check(piece, end)
+        for row, token in enumerate(tokens, start):
             if isinstance(token, TokenRef):
-                late.append((len(ids), token))
-                ids.append(0)
-            else:
-                ids.append(token)
-    return ids, late
+                self.late.append((row, token))
+                token = 0
+            self.token_ids.append(token)
+        for p in range(position, end):
+            self.positions.append(p)
+            self.slots.append(table[p // size] * size + p % size)
+        if output is RowOutput.SAMPLE:
+            for i in range(1 + num_guesses):
+                self.samples.append(SampledRow(row_end - 1 - num_guesses + i, seq_id, output_position + i, lora_slot))
+        self.starts.append(row_end)
+        self.contexts.append(end)
+        self.tables.append(table)
+
+    def _check(self, piece: SequenceSlice, end: int) -> None:
+        row = self.starts[-1]
+        if piece.row_start != row or not piece.token_ids:
+            raise ValueError(
+                f"slice of sequence {piece.seq_id} has rows {piece.row_start}..{piece.row_end - 1}, expected {row}.."
+            )
+        covered = len(piece.block_table) * self._block_size
+        if covered < end:
+            raise ValueError(
+                f"block table of sequence {piece.seq_id} covers {covered} positions, its slice reaches {end}"
+            )
 
 
 def _sampled_segments(samples: tuple[SampledRow, ...]) -> tuple[LoraSegment, ...]:
@@ -125,7 +132,18 @@ def _sampled_segments(samples: tuple[SampledRow, ...]) -> tuple[LoraSegment, ...
     return tuple(segments)
 
 
-def _to_device(values: object, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    host = torch.tensor(values, dtype=dtype)
+def _padded(tables: list[tuple[int, ...]], width: int) -> list[int]:
+    zeros = [0] * width
+    flat: list[int] = []
+    for table in tables:
+        flat += table
+        flat += zeros[len(table) :]
+    return flat
+
+
+def _to_device(values: Iterable[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    # torch reads a list number by number, some with a dozen calls each; an array is read as it is.
+    numbers = array("q" if dtype is torch.int64 else "i", values)
+    host = torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
     # Pinned memory lets the copy overlap with the device's work instead of waiting for it.
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
