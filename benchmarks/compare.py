@@ -86,7 +86,7 @@ def main() -> None:
         for i in range(args.pairs):
             pairs.append((ours.round(), peer.round()))
             print(f"pair {i + 1} of {args.pairs}", file=sys.stderr, flush=True)
-    for case in pairs[0][0]:
+    for case in (case for case in pairs[0][0] if case in pairs[0][1]):
         a, b = ([side[case][args.figure] for side in sides] for sides in zip(*pairs, strict=True))
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         figures = {

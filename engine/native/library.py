@@ -79,7 +79,8 @@ class NativeLibrary:
 
     def choose_instructions(self) -> None:
         """Multiply bfloat16 in hardware where the processor does, and does it right. Raises: NativeUnavailable."""
-        if torch.cpu._is_avx512_bf16_supported():
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch's own name for it may change
+        if has_bf16 is not None and has_bf16():
             self._use_bf16_instructions(1)
             if _linear_is_right(self):
                 return

@@ -1,0 +1,67 @@
+"""The benchmarks run, and print what they measured with where it was measured. What they measure is not judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--requests", "2", "--prompt-tokens", "4", "--new-tokens", "4", "--num-adapters", "2"]
+
+
+def run(module: str, *arguments: str) -> list[dict[str, Any]]:
+    """The JSON lines that a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_two_programs_are_asked_in_turns_and_their_ratios_told() -> None:
+    program = " ".join([sys.executable, "-m", "benchmarks.throughput", *SMALL])
+    rows = run("compare", "--pairs", "2", "--ours", program, "--peer", f"{program} --cases base,mixed_adapters")
+    assert [row["case"] for row in rows] == ["base", "mixed_adapters"]  # those that both know
+    for row in rows:
+        assert row["ratios"] == [pytest.approx(a / b, rel=0.2) for a, b in zip(row["ours"], row["peer"], strict=True)]
+        assert {"cpu", "torch", "commit"} <= set(row["provenance"])
+
+
+def test_the_host_s_share_of_a_step_is_measured_without_a_model() -> None:
+    (row,) = run("overhead", "--sequences", "4", "--steps", "40")
+    assert row["step_ms"] > 0
+    assert row["config"]["sequences"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "arguments", "num_rows"),
+    [
+        ("throughput", ["--rounds", "1"], 3),
+        ("lora_cost", ["--rounds", "1", "--counts", "1,2", "--registered", "20"], 3),
+        ("lessons", ["--rounds", "1"], 4),
+    ],
+)
+def test_every_case_has_its_line(module: str, arguments: list[str], num_rows: int) -> None:
+    rows = run(module, *SMALL, *arguments)
+    assert len(rows) == num_rows
+    assert all(row["provenance"]["cores"] for row in rows)
+
+
+def test_models_of_real_shapes_are_made_on_the_spot(tmp_path: Path) -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "benchmarks.make_model", str(tmp_path), "--shape", "tiny", "--adapters", "2"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == ["adapter-0000", "adapter-0001"]
+    assert (tmp_path / "base" / "tokenizer.json").exists()
