@@ -93,8 +93,6 @@ class Attention:
         self._inputs = AttentionInputs(
             slot_mapping=tables[:, -1] * size + (context - 1) % size,
             block_tables=tables,
-            cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32),
-            context_lens=torch.full((sequences,), context, dtype=torch.int32),
             query_starts=tuple(range(sequences + 1)),
             context_lengths=(context,) * sequences,
         )

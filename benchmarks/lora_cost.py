@@ -14,10 +14,10 @@ import argparse
 import random
 import statistics
 import time
-from dataclasses import replace
 
 from benchmarks import workload
 from engine import LLM, SamplingParams
+from engine.lora.image import AdapterImage
 
 
 def spread(names: list[str], count: int, num_requests: int, kind: str, seed: int) -> list[str]:
@@ -34,7 +34,7 @@ def register(llm: LLM, names: list[str], wanted: int) -> None:
     images = llm._images
     for i in range(len(images), wanted):
         image = images[names[i % len(names)]]
-        images[f"other-{i}"] = replace(image, key=f"other-{i}")
+        images[f"other-{i}"] = AdapterImage(f"other-{i}", image.manifest, image.data)
 
 
 def parse_args() -> argparse.Namespace:

@@ -28,6 +28,13 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
          "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096, "tie_word_embeddings": True},
     ),
+    # Llama 3.1 8B
+    "llama8b": (
+        LlamaConfig,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    ),
     "tiny": (
         LlamaConfig,
         {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8,

@@ -25,7 +25,7 @@ from engine.lora.batch import LoraBatch
 from engine.native.library import NativeUnavailable, load_library
 from engine.output import OutputProcessor
 from engine.request import Request, SamplingParams
-from engine.runner.inputs import build_inputs
+from engine.runner.inputs import InputBuilder
 from engine.site import ImageSpec
 from engine.text.tokenizer import Tokenizer
 
@@ -42,9 +42,10 @@ class NoModel:
         except NativeUnavailable:
             self._attention = None
         self._batch = LoraBatch()
+        self._inputs = InputBuilder(BLOCK_SIZE, torch.device("cpu"), lambda ref: torch.zeros(()))
 
     def submit(self, plan: StepPlan) -> Any:
-        inputs = build_inputs(plan, BLOCK_SIZE, torch.device("cpu"), lambda ref: torch.zeros(()))
+        inputs = self._inputs.build(plan)
         self._batch.set(inputs.segments, inputs.sampled_segments)
         if self._attention is not None:
             self._attention.plan(inputs.attention)

@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
     workload.add_arguments(parser)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-kernels", default="auto")
+    parser.add_argument("--kernels", default="auto")
     return parser.parse_args()
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         adapters=workload.adapter_folders(args),
         device=args.device,
         dtype=args.dtype,
-        cpu_kernels=args.cpu_kernels,
+        kernels=args.kernels,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max(1024, args.max_num_seqs),
         enable_prefix_caching=False,

@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
-CPUKernels = Literal["auto", "native", "torch"]
+Kernels = Literal["auto", "native", "triton", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,10 @@ class EngineConfig:
     max_resident_adapters: int = 256  # LoRA slots, without the base
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True  # off: a prompt is computed in one step or waits for a free one
-    pipeline_depth: int = 1  # plans in flight
+    pipeline_depth: int | None = None  # plans in flight; None: 1 on the CPU, 2 on a GPU
     num_threads: int | None = None  # of torch on the CPU; None: as torch finds the machine
-    cpu_kernels: CPUKernels = "auto"  # native: compiled ones for AVX-512, or an error; auto: those if they can be used
+    kernels: Kernels = "auto"  # native (AVX-512), triton (CUDA): those or an error; auto: those if they can be used
+    cuda_graphs: bool = True  # decode steps are recorded at start-up and replayed
     step_timeout_s: float = 300.0  # a longer step is taken for a hanging device and ends the engine
 
     def validate(self) -> None:
@@ -53,8 +54,12 @@ class EngineConfig:
             raise ConfigError(f"device={self.device!r} is not one of 'cpu', 'cuda'")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
-        if self.cpu_kernels not in ("auto", "native", "torch"):
-            raise ConfigError(f"cpu_kernels={self.cpu_kernels!r} is not one of 'auto', 'native', 'torch'")
+        if self.kernels not in ("auto", "native", "triton", "torch"):
+            raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
+
+    def plans_in_flight(self) -> int:
+        """pipeline_depth, resolved: on a GPU the host plans a step while the one before it runs."""
+        return self.pipeline_depth or (1 if self.device == "cpu" else 2)
 
     def _check_types(self) -> None:
         for setting in dataclasses.fields(self):
@@ -76,7 +81,8 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "tokenizer": (str, "the path of a folder"),
     "device": (str, "'cpu' or 'cuda'"),
     "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
-    "cpu_kernels": (str, "'auto', 'native' or 'torch'"),
+    "kernels": (str, "'auto', 'native', 'triton' or 'torch'"),
+    "cuda_graphs": (bool, "True or False"),
     "enable_prefix_caching": (bool, "True or False"),
     "enable_chunked_prefill": (bool, "True or False"),
     "step_timeout_s": (int | float, "a number of seconds"),

@@ -18,6 +18,7 @@ from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
 from engine.request import FinishReason, OutputError, Request
 from engine.runner.protocol import PendingStep, Runner, StepNotLaunched
+from engine.startup import garbage_collection_paused
 from engine.stats import EngineStats, RequestClock, RequestMetrics, Totals
 from engine.text.tokenizer import Tokenizer
 
@@ -46,6 +47,11 @@ class EngineParts:
 
 def load_parts(config: EngineConfig) -> EngineParts:
     """Load the model and size what depends on it. Imports torch. Raises: ConfigError, ModelNotSupported."""
+    with garbage_collection_paused():
+        return _load_parts(config)
+
+
+def _load_parts(config: EngineConfig) -> EngineParts:
     from engine.model.loader import check_folder, load_model
     from engine.runner.memory import num_kv_blocks
     from engine.runner.runner import TorchRunner
@@ -78,7 +84,7 @@ def _limits(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
         max_resident_adapters=config.max_resident_adapters,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        pipeline_depth=config.pipeline_depth,
+        pipeline_depth=config.plans_in_flight(),
         eos_token_ids=parts.eos_token_ids,
         cache_namespace=parts.cache_namespace,
     )

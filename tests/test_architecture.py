@@ -18,23 +18,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
-SEAMS = ("engine.errors", "engine.request", "engine.site", "engine.config", "engine.stats")
+SEAMS = ("engine.errors", "engine.request", "engine.site", "engine.config", "engine.stats", "engine.startup")
 PARTS = ("engine.model", "engine.kv", "engine.lora")
-NATIVE = "engine.native"  # compiled kernels: know tensors and nothing of the engine
+KERNELS = ("engine.native", "engine.triton_kernels", "engine.upload")  # know tensors and nothing of the engine
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
     "engine.site": (),
     "engine.stats": (),
+    "engine.startup": (),
     "engine.config": ("engine.errors",),
     "engine.request": ("engine.errors",),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),
-    "engine.native": (NATIVE,),
-    "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", NATIVE),
-    "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", NATIVE),
-    "engine.model": (*SEAMS, "engine.core.plan", *PARTS, NATIVE),
-    "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, NATIVE, "engine.runner"),
+    "engine.native": ("engine.native",),
+    "engine.triton_kernels": ("engine.triton_kernels",),
+    "engine.upload": (),
+    "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", *KERNELS),
+    "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", *KERNELS),
+    "engine.model": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS),
+    "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
     "engine.output": (*SEAMS, "engine.core.sequence", "engine.text"),
     "engine.engine": (*SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text"),
@@ -50,7 +53,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "demo": ("demo",),
 }  # fmt: skip
 
-_TORCH = ("torch", "numpy", "transformers", "safetensors", "tqdm")
+_TORCH = ("torch", "triton", "numpy", "transformers", "safetensors", "tqdm")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*SEAMS, "engine.core", "engine.output", "engine.streams", "engine.async_engine"), ()),
     "engine.text": ("transformers", "tokenizers", "jinja2"),
@@ -120,6 +123,7 @@ def test_every_library_that_is_used_is_declared() -> None:
     names = {re.match(r"[\w.-]+", requirement)[0].replace("-", "_") for requirement in declared}  # type: ignore[index]
     # Parts of what is declared: ray[serve] brings FastAPI, boto3 botocore, each in the version it was tested with.
     names |= {"botocore", "urllib3", "pydantic_core", "fastapi", "starlette"}
+    names |= {"triton"}  # comes with torch's builds for CUDA, and is used on no other
     assert {lib for package in PACKAGES if package != "demo" for lib in rule(THIRD_PARTY, package)} <= names
 
 

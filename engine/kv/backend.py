@@ -12,17 +12,12 @@ from engine.kv.storage import KVStorage
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """Where the rows of a step belong: rows query_starts[s] .. query_starts[s+1] - 1 are the last rows of sequence s.
-
-    The host tuples and the device tensors say the same; kernels read the tensors, python reads the tuples.
-    """
+    """Where the rows of a step belong: query_starts[s] .. query_starts[s+1] - 1 are the last rows of sequence s."""
 
     slot_mapping: torch.Tensor  # [T] int64: KV slot each row is written to
-    block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0
-    cu_seqlens: torch.Tensor  # [S + 1] int32: query_starts
-    context_lens: torch.Tensor  # [S] int32: tokens of the sequence, those of this step included
+    block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0, rows contiguous
     query_starts: tuple[int, ...]  # S + 1
-    context_lengths: tuple[int, ...]  # S
+    context_lengths: tuple[int, ...]  # S: tokens of the sequence, those of this step included
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class NativeAttention:
         self._rows = AttentionRows(
             slot_mapping=inputs.slot_mapping.data_ptr(),
             block_tables=inputs.block_tables.data_ptr(),
-            max_blocks=inputs.block_tables.shape[1],
+            max_blocks=inputs.block_tables.stride(0),
             num_rows=inputs.query_starts[-1],
         )
 

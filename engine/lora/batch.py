@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from torch import Tensor
 
 from engine.core.plan import NO_LORA, LoraSegment
-from engine.lora.native_cpu import NativeLora
 from engine.lora.storage import SiteWeights
+from engine.site import LinearSite
+
+
+class LoraAddition(Protocol):
+    """LoRA of one linear site by a kernel."""
+
+    def add(self, y: Tensor, x: Tensor) -> bool:
+        """y += scaling * (x a^T) b for the step's rows, in place. False: it cannot, and has done nothing.
+
+        Shapes: x [..., in], y [..., out]. Raises: ValueError if there are fewer rows than the segments name.
+        """
+        ...
+
+
+class LoraKernels(Protocol):
+    """What kernels keep of LoRA: told of everything that LoraBatch is told."""
+
+    def bind(self, slot: int, weights: Iterable[SiteWeights]) -> None: ...
+    def unbind(self, slot: int, sites: Iterable[int]) -> None: ...
+    def set(self, segments: tuple[LoraSegment, ...], sampled_segments: tuple[LoraSegment, ...]) -> None: ...
+    def addition(self, site: LinearSite, *, sampled: bool) -> LoraAddition: ...
 
 
 class BoundWeights:
@@ -63,20 +84,26 @@ class SegmentedRows:
 class LoraBatch:
     """One object per model: the slot table (changes when adapters come and go) and this step's segments.
 
-    The runner calls `bind` / `unbind` for adapter operations and `set` before each forward. `native` is told the same,
-    for layers that compute with the CPU kernels.
+    The runner calls `bind` / `unbind` for adapter operations and `set` before each forward. `kernels` are told the
+    same, for layers that compute with them.
     """
 
-    def __init__(self, native: NativeLora | None = None) -> None:
-        self.native = native
+    def __init__(self, kernels: LoraKernels | None = None) -> None:
+        self.kernels = kernels
         self.rows = SegmentedRows()  # layers that see all rows of the step
         self.sampled_rows = SegmentedRows()  # layers that see only the rows that are sampled (lm_head)
         self._sites: dict[int, dict[int, BoundWeights]] = {}
         self._bound: dict[int, tuple[int, ...]] = {}  # slot -> its sites
+        self._sites_in_python: set[int] = set()
+        self.needs_python = False  # this step has LoRA that no kernel computes, so it cannot be replayed
 
     def site_weights(self, site: int) -> dict[int, BoundWeights]:
         """slot -> weights of one site: a live table, which layers keep."""
         return self._sites.setdefault(site, {})
+
+    def compute_in_python(self, site: int) -> None:
+        """The layer of this site knows no kernel."""
+        self._sites_in_python.add(site)
 
     def bind(self, slot: int, weights: Iterable[SiteWeights]) -> None:
         """Put an adapter's weights into a free slot. Raises: ValueError if the slot is 0 or taken."""
@@ -85,15 +112,15 @@ class LoraBatch:
         weights = tuple(weights)
         for w in weights:
             self.site_weights(w.site)[slot] = BoundWeights(w)
-        if self.native is not None:
-            self.native.bind(slot, weights)
+        if self.kernels is not None:
+            self.kernels.bind(slot, weights)
         self._bound[slot] = tuple(w.site for w in weights)
 
     def unbind(self, slot: int) -> None:
         """Raises: KeyError if the slot is not bound."""
         sites = self._bound.pop(slot)
-        if self.native is not None:
-            self.native.unbind(slot, sites)
+        if self.kernels is not None:
+            self.kernels.unbind(slot, sites)
         for site in sites:
             del self._sites[site][slot]
 
@@ -106,10 +133,13 @@ class LoraBatch:
         for segment in (*segments, *sampled_segments):
             if segment.slot not in self._bound:
                 raise ValueError(f"{segment} names a LoRA slot that is not bound")
+        self.needs_python = bool(self._sites_in_python) and any(
+            not self._sites_in_python.isdisjoint(self._bound[segment.slot]) for segment in segments
+        )
         self.rows = SegmentedRows(segments)
         self.sampled_rows = SegmentedRows(sampled_segments)
-        if self.native is not None:
-            self.native.set(segments, sampled_segments)
+        if self.kernels is not None:
+            self.kernels.set(segments, sampled_segments)
 
 
 def add_lora(out: Tensor, x: Tensor, weights: BoundWeights) -> None:

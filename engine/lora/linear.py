@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.lora.batch import LoraBatch, add_expanded, add_lora
-from engine.lora.native_cpu import NativeAddition
 from engine.site import LinearSite
 
 
@@ -49,18 +48,16 @@ class LoraLinear(_LoraLayer):
     def __init__(self, base: nn.Module, site: LinearSite, batch: LoraBatch, *, sampled: bool | None = None) -> None:
         super().__init__(base, site, batch)
         self.sampled = site.layer is None if sampled is None else sampled
-        self._native: NativeAddition | None = None
-        if batch.native is not None:
-            self._native = NativeAddition(batch.native, site.index, site.out_features, sampled=self.sampled)
+        self._addition = None if batch.kernels is None else batch.kernels.addition(site, sampled=self.sampled)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
+        # First the kernel: where a step is recorded, it stands for all adapters that will ever be bound.
+        if self._addition is not None and self._addition.add(y, x):
+            return y
         rows = self._batch.sampled_rows if self.sampled else self._batch.rows
         weights = self._weights
         if not rows.active or not weights:
-            return y
-        if self._native is not None and x.dtype is y.dtype is torch.float32 and y.is_contiguous():
-            self._native.add(y, x.contiguous())
             return y
         x = x.reshape(-1, x.shape[-1])  # [T, in]
         sizes, slots = rows.cuts(x.shape[0])
@@ -83,6 +80,7 @@ class LoraEmbedding(_LoraLayer):
 
     def __init__(self, base: nn.Module, site: LinearSite, batch: LoraBatch) -> None:
         super().__init__(base, site, batch)
+        batch.compute_in_python(site.index)
         self._embed_scale: float | None = None
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from engine.core.plan import LoraSegment
 from engine.lora.storage import SiteWeights
 from engine.native.library import MAX_CHUNK_ROWS, NativeLibrary, check
 from engine.native.structs import LoraChunk, LoraWeights, Member
+from engine.site import LinearSite
 
 
 class Chunks:
@@ -64,6 +66,9 @@ class NativeLora:
         self.rows = Chunks(segments)
         self.sampled_rows = Chunks(sampled_segments)
 
+    def addition(self, site: LinearSite, *, sampled: bool) -> NativeAddition:
+        return NativeAddition(self, site.index, site.out_features, sampled=sampled)
+
     def _site(self, site: int) -> ctypes.Array[LoraWeights]:
         if site not in self._tables:
             self._tables[site] = self._table()
@@ -71,21 +76,26 @@ class NativeLora:
 
 
 class NativeAddition:
-    """y += scaling * (x a^T) b for the rows of a step, at one site, in float32."""
+    """LoraAddition in float32."""
 
     def __init__(self, lora: NativeLora, site: int, out_features: int, *, sampled: bool) -> None:
         self._lora = lora
         self._sampled = sampled
         self._member = Member(out_features=out_features, lora=lora.table_address(site))
 
-    def add(self, y: Tensor, x: Tensor) -> None:
-        """Shapes: x [..., in], y [..., out], both float32 and contiguous, with the same number of rows."""
+    def add(self, y: Tensor, x: Tensor) -> bool:
+        if x.dtype is not torch.float32 or y.dtype is not torch.float32 or not y.is_contiguous():
+            return False
         chunks = self._lora.sampled_rows if self._sampled else self._lora.rows
         in_features = x.shape[-1]
         num_rows = x.numel() // in_features
         chunks.check_rows(num_rows)
+        if not chunks.count:
+            return True
+        x = x.contiguous()
         self._member.y = y.data_ptr()
         status = self._lora.library.add_lora(
             x.data_ptr(), num_rows, in_features, ctypes.byref(self._member), 1, chunks.address, chunks.count
         )
         check(status, "LoRA")
+        return True

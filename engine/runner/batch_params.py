@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runner.choice import Filters, top_logprobs
+from engine.upload import to_device, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Rows:
 
     def __init__(self, rows: list[int], num_rows: int, device: torch.device) -> None:
         self.rows = tuple(rows)
-        self.index = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.index = upload(rows, device)
         self._all = len(rows) == num_rows
 
     def __len__(self) -> int:
@@ -127,10 +128,10 @@ class BatchParams:
         )
 
     def _ints(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return upload(values, self._device)
 
     def _reals(self, values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        return to_device(torch.tensor(values, dtype=dtype), self._device)
 
 
 def _filtered(params: SamplingParams) -> bool:

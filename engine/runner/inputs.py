@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
 
 from engine.core.plan import NO_LORA, LoraSegment, RowOutput, SequenceSlice, StepPlan, TokenRef
 from engine.kv.backend import AttentionInputs
+from engine.upload import to_device, upload
 
 
 class SampledRow(NamedTuple):
@@ -35,41 +36,68 @@ class StepInputs:
     sampled_segments: tuple[LoraSegment, ...]  # of the N sampled rows
 
 
-def build_inputs(
-    plan: StepPlan,
-    block_size: int,
-    device: torch.device,
-    resolve: Callable[[TokenRef], torch.Tensor],
-) -> StepInputs:
-    """Tensors of a plan that has slices.
+class InputBuilder:
+    """Turns plans into tensors. The block tables of one step are good until the next is built.
 
     `resolve` gives the sampled token of an earlier plan as a tensor [] on the device: no waiting for the host.
-    Raises: ValueError if the plan's slices do not follow each other or a block table is too short.
     """
-    rows = _Rows(block_size)
-    for piece in plan.slices:
-        rows.add(piece)
-    ids = _to_device(rows.token_ids, device)
-    if rows.late:
-        ids[_to_device([row for row, _ in rows.late], device)] = torch.stack([resolve(ref) for _, ref in rows.late])
-    width = max(map(len, rows.tables))
-    samples = tuple(rows.samples)
-    return StepInputs(
-        input_ids=ids,
-        positions=_to_device(rows.positions, device),
-        sampled_rows=_to_device([sample.row for sample in samples], device),
-        samples=samples,
-        attention=AttentionInputs(
-            slot_mapping=_to_device(rows.slots, device),
-            block_tables=_to_device(_padded(rows.tables, width), device).view(len(rows.tables), width),
-            cu_seqlens=_to_device(rows.starts, device, torch.int32),
-            context_lens=_to_device(rows.contexts, device, torch.int32),
-            query_starts=tuple(rows.starts),
-            context_lengths=tuple(rows.contexts),
-        ),
-        segments=plan.lora_segments,
-        sampled_segments=_sampled_segments(samples),
-    )
+
+    def __init__(self, block_size: int, device: torch.device, resolve: Callable[[TokenRef], torch.Tensor]) -> None:
+        self._block_size, self._device, self._resolve = block_size, device, resolve
+        self._tables = _BlockTables()
+
+    def build(self, plan: StepPlan) -> StepInputs:
+        """Tensors of a plan that has slices.
+
+        Raises: ValueError if the plan's slices do not follow each other or a block table is too short.
+        """
+        rows = _Rows(self._block_size)
+        for piece in plan.slices:
+            rows.add(piece)
+        samples, device = tuple(rows.samples), self._device
+        sampled = [sample.row for sample in samples]
+        # One copy to the device for all that is new in every step.
+        packed = upload([*rows.token_ids, *rows.positions, *rows.slots, *sampled], device)
+        num_rows = len(rows.token_ids)
+        ids, positions, slots, sampled_rows = packed.split_with_sizes([num_rows, num_rows, num_rows, len(sampled)])
+        if rows.late:
+            late = upload([row for row, _ in rows.late], device)
+            ids[late] = torch.stack([self._resolve(ref) for _, ref in rows.late])
+        return StepInputs(
+            input_ids=ids,
+            positions=positions,
+            sampled_rows=sampled_rows,
+            samples=samples,
+            attention=AttentionInputs(
+                slot_mapping=slots,
+                block_tables=to_device(self._tables.matrix(rows.tables), device),
+                query_starts=tuple(rows.starts),
+                context_lengths=tuple(rows.contexts),
+            ),
+            segments=plan.lora_segments,
+            sampled_segments=_sampled_segments(samples),
+        )
+
+
+class _BlockTables:
+    """The block tables of a step as one matrix. Most are those of the step before: only the others are written."""
+
+    def __init__(self) -> None:
+        self._matrix = np.zeros((0, 0), dtype=np.int64)
+        self._written: list[tuple[int, ...] | None] = []  # by row
+
+    def matrix(self, tables: list[tuple[int, ...]]) -> torch.Tensor:
+        """[S, longest], padded with block 0: a view that the next call changes."""
+        num_rows, width = len(tables), max(map(len, tables))
+        if num_rows > self._matrix.shape[0] or width > self._matrix.shape[1]:
+            sizes = (max(num_rows, self._matrix.shape[0]), max(2 * width, self._matrix.shape[1]))
+            self._matrix, self._written = np.zeros(sizes, dtype=np.int64), [None] * sizes[0]
+        for row, table in enumerate(tables):
+            if self._written[row] is not table:  # a sequence keeps its tuple until it gets another block
+                self._matrix[row, : len(table)] = table
+                self._matrix[row, len(table) :] = 0
+                self._written[row] = table
+        return torch.from_numpy(self._matrix[:num_rows, :width])
 
 
 class _Rows:
@@ -89,34 +117,37 @@ class _Rows:
     def add(self, piece: SequenceSlice) -> None:
         """Raises: ValueError if slices do not follow each other or a block table is too short."""
         seq_id, start, tokens, position, table, lora_slot, output, output_position, num_guesses = piece
-        end, row_end, size = position + len(tokens), start + len(tokens), self._block_size
-        self._check(piece, end)
+        num_rows, size = len(tokens), self._block_size
+        end, row_end = position + num_rows, start + num_rows
+        if start != self.starts[-1] or not num_rows or len(table) * size < end:
+            self._refuse(piece)
         for row, token in enumerate(tokens, start):
             if isinstance(token, TokenRef):
                 self.late.append((row, token))
                 token = 0
             self.token_ids.append(token)
-        for p in range(position, end):
-            self.positions.append(p)
-            self.slots.append(table[p // size] * size + p % size)
+        if num_rows == 1:  # nearly always
+            self.positions.append(position)
+            self.slots.append(table[position // size] * size + position % size)
+        else:
+            self.positions += range(position, end)
+            self.slots += [table[p // size] * size + p % size for p in range(position, end)]
         if output is RowOutput.SAMPLE:
-            for i in range(1 + num_guesses):
-                self.samples.append(SampledRow(row_end - 1 - num_guesses + i, seq_id, output_position + i, lora_slot))
+            first = row_end - 1 - num_guesses
+            for i in range(1 + num_guesses) if num_guesses else (0,):
+                self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot))
         self.starts.append(row_end)
         self.contexts.append(end)
         self.tables.append(table)
 
-    def _check(self, piece: SequenceSlice, end: int) -> None:
-        row = self.starts[-1]
+    def _refuse(self, piece: SequenceSlice) -> NoReturn:
+        row, end = self.starts[-1], piece.position + piece.num_rows
         if piece.row_start != row or not piece.token_ids:
             raise ValueError(
                 f"slice of sequence {piece.seq_id} has rows {piece.row_start}..{piece.row_end - 1}, expected {row}.."
             )
         covered = len(piece.block_table) * self._block_size
-        if covered < end:
-            raise ValueError(
-                f"block table of sequence {piece.seq_id} covers {covered} positions, its slice reaches {end}"
-            )
+        raise ValueError(f"block table of sequence {piece.seq_id} covers {covered} positions, its slice reaches {end}")
 
 
 def _sampled_segments(samples: tuple[SampledRow, ...]) -> tuple[LoraSegment, ...]:
@@ -130,20 +161,3 @@ def _sampled_segments(samples: tuple[SampledRow, ...]) -> tuple[LoraSegment, ...
         else:
             segments.append(LoraSegment(i, i + 1, s.lora_slot))
     return tuple(segments)
-
-
-def _padded(tables: list[tuple[int, ...]], width: int) -> list[int]:
-    zeros = [0] * width
-    flat: list[int] = []
-    for table in tables:
-        flat += table
-        flat += zeros[len(table) :]
-    return flat
-
-
-def _to_device(values: Iterable[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    # torch reads a list number by number, some with a dozen calls each; an array is read as it is.
-    numbers = array("q" if dtype is torch.int64 else "i", values)
-    host = torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
-    # Pinned memory lets the copy overlap with the device's work instead of waiting for it.
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

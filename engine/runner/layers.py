@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,66 +19,129 @@ from engine.kv.torch_cpu import TorchAttention
 from engine.lora.batch import LoraBatch
 from engine.lora.native_cpu import NativeLora
 from engine.model.attention import forward_hidden
-from engine.model.decoder import compile_decoder
 from engine.model.fused import fuse
 from engine.model.loader import LoadedModel
+from engine.model.native_decoder import compile_decoder
 from engine.model.packed import pack_linears
 from engine.model.surgery import install_lora
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, NativeUnavailable, load_library
 
+if TYPE_CHECKING:  # Triton is loaded where it is used: it takes a second, and CPU builds of torch lack it
+    from engine.kv.triton_cuda import TritonAttention
+    from engine.lora.triton_cuda import TritonLora
+
 logger = logging.getLogger(__name__)
 
 
-def prepare_layers(
-    loaded: LoadedModel, config: EngineConfig, storage: KVStorage, library: NativeLibrary | None
-) -> tuple[AttentionBackend, LoraBatch]:
-    """Give the model's layers LoRA, and compiled kernels where there are any."""
-    has_lora = config.adapter_bytes > 0 and config.max_resident_adapters > 0
-    if library is None:
-        batch = LoraBatch()
-        if has_lora:
-            install_lora(loaded.model, loaded.sites, batch)
-        return TorchAttention(storage), batch
-    lora = NativeLora(library, config.max_resident_adapters) if has_lora else None
-    batch, backend = LoraBatch(lora), NativeAttention(library, storage)
-    with torch.inference_mode():
-        done = _compile_layers(loaded, library, lora, backend)
-    if has_lora:
-        install_lora(loaded.model, tuple(site for site in loaded.sites if site.index not in done), batch)
-    return backend, batch
+@dataclass(frozen=True, slots=True)
+class PreparedLayers:
+    """What the runner tells of each step."""
+
+    backend: AttentionBackend
+    batch: LoraBatch
+    library: NativeLibrary | None = None  # compiled CPU kernels
+    triton: tuple[TritonAttention, TritonLora | None] | None = None  # the same backend, and the batch's kernels
 
 
-def _compile_layers(
-    loaded: LoadedModel, library: NativeLibrary, lora: NativeLora | None, backend: NativeAttention
-) -> set[int]:
+def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> PreparedLayers:
+    """Give the model's layers LoRA, and kernels where there are any.
+
+    Raises: ConfigError if `kernels` asks for some that cannot be used.
+    """
+    library = native_library(loaded, config)
+    if library is not None:
+        prepared, done = _native(loaded, config, storage, library)
+    elif _use_triton(loaded, config):
+        prepared, done = _triton(loaded, config, storage)
+    else:
+        prepared, done = PreparedLayers(TorchAttention(storage), LoraBatch()), set()
+    if _has_lora(config):
+        left = tuple(site for site in loaded.sites if site.index not in done)
+        install_lora(loaded.model, left, prepared.batch)
+    return prepared
+
+
+def _has_lora(config: EngineConfig) -> bool:
+    return config.adapter_bytes > 0 and config.max_resident_adapters > 0
+
+
+def _native(
+    loaded: LoadedModel, config: EngineConfig, storage: KVStorage, library: NativeLibrary
+) -> tuple[PreparedLayers, set[int]]:
     """Swap what has a compiled twin: whole runs of decoder layers, then what is left, part by part."""
     model, sites = loaded.model, loaded.sites
+    lora = NativeLora(library, config.max_resident_adapters) if _has_lora(config) else None
+    backend = NativeAttention(library, storage)
+    with torch.inference_mode():
+        done = compile_decoder(model, sites, library, lora, backend, _trial(loaded, backend))
+        fuse(model, library)
+        done |= pack_linears(model, [site for site in sites if site.index not in done], library, lora)
+    return PreparedLayers(backend, LoraBatch(lora), library=library), done
+
+
+def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tuple[PreparedLayers, set[int]]:
+    from engine.kv.triton_cuda import TritonAttention
+    from engine.lora.triton_cuda import TritonLora
+    from engine.model.triton_decoder import fuse_decoder
+
+    lora, backend = None, TritonAttention(storage)
+    if _has_lora(config):
+        lora = TritonLora(len(loaded.sites), config.max_resident_adapters, loaded.dtype, loaded.device)
+    with torch.inference_mode():
+        done = fuse_decoder(loaded.model, loaded.sites, lora, backend, _trial(loaded, backend))
+    return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done
+
+
+def _trial(loaded: LoadedModel, backend: AttentionBackend) -> Callable[[AttentionInputs], Any]:
+    """A forward of some tokens, to look at."""
 
     def run(inputs: AttentionInputs) -> None:
         backend.plan(inputs)
-        positions = torch.arange(inputs.query_starts[-1])
-        forward_hidden(model, (positions * 7 + 3) % loaded.capabilities.vocab_size, positions, backend)
+        positions = torch.arange(inputs.query_starts[-1], device=loaded.device)
+        forward_hidden(loaded.model, (positions * 7 + 3) % loaded.capabilities.vocab_size, positions, backend)
 
-    done = compile_decoder(model, sites, library, lora, backend, run)
-    fuse(model, library)
-    return done | pack_linears(model, [site for site in sites if site.index not in done], library, lora)
+    return run
 
 
 def native_library(loaded: LoadedModel, config: EngineConfig) -> NativeLibrary | None:
-    """The compiled kernels, if the model and the machine can use them and `cpu_kernels` lets them.
+    """The compiled kernels, if the model and the machine can use them and `kernels` lets them.
 
     Raises: ConfigError if it asks for them and they cannot be used.
     """
-    if loaded.device.type != "cpu" or config.cpu_kernels == "torch":
+    if config.kernels not in ("auto", "native") or (loaded.device.type != "cpu" and config.kernels == "auto"):
         return None
     try:
+        if loaded.device.type != "cpu":
+            raise NativeUnavailable(f"they run on the CPU, the model on {loaded.device.type}")
         if loaded.dtype not in SUPPORTED_DTYPES:
             raise NativeUnavailable(f"they compute in float32 and bfloat16, the model in {loaded.dtype}")
         library = load_library()
     except NativeUnavailable as error:
-        if config.cpu_kernels == "native":
-            raise ConfigError(f"cpu_kernels='native' cannot be had: {error}; use 'auto' or 'torch'") from error
+        if config.kernels == "native":
+            raise ConfigError(f"kernels='native' cannot be had: {error}; use 'auto' or 'torch'") from error
         logger.info("the compiled CPU kernels are not used: %s", error)
         return None
     library.set_threads(torch.get_num_threads())
     return library
+
+
+def _use_triton(loaded: LoadedModel, config: EngineConfig) -> bool:
+    """Raises: ConfigError if `kernels` asks for Triton and it cannot be used."""
+    if config.kernels not in ("auto", "triton") or (loaded.device.type == "cpu" and config.kernels == "auto"):
+        return False
+    missing = _what_triton_lacks(loaded.device)
+    if missing and config.kernels == "triton":
+        raise ConfigError(f"kernels='triton' cannot be had: {missing}; use 'auto' or 'torch'")
+    if missing:
+        logger.warning("the Triton kernels are not used: %s", missing)
+    return not missing
+
+
+def _what_triton_lacks(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from triton import knobs
+
+    if device.type == "cpu" and not knobs.runtime.interpret:
+        return "they run on a GPU (on the CPU only in Triton's interpreter, with TRITON_INTERPRET=1)"
+    return None

@@ -13,7 +13,7 @@ from engine.kv.storage import KVStorage
 from engine.kv.torch_cpu import TorchAttention
 from engine.model.attention import forward_logits
 from engine.model.loader import LoadedModel
-from engine.runner.inputs import build_inputs
+from engine.runner.inputs import InputBuilder
 
 DEFAULT_CPU_BYTES = 256 * MIB
 CUDA_SHARE = 0.92  # of the whole memory: the rest is for fragments, other libraries' workspaces and the sampler
@@ -65,7 +65,7 @@ def profile_step_bytes(loaded: LoadedModel, config: EngineConfig) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with torch.inference_mode():
-        inputs = build_inputs(plan, config.block_size, device, lambda ref: torch.zeros((), dtype=torch.long))
+        inputs = InputBuilder(config.block_size, device, lambda ref: torch.zeros((), dtype=torch.long)).build(plan)
         backend.plan(inputs.attention)
         logits = forward_logits(loaded.model, inputs.input_ids, inputs.positions, inputs.sampled_rows, backend)
         # The sampler works on a float32 copy of the logits and a few of its size.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.request import SamplingParams
+from engine.upload import upload
 
 _FIRST_ROWS = 4
 
@@ -40,8 +41,9 @@ class TokenHistory:
 
     def _fill(self, row: int, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> None:
         output = self._known(output_token_ids)
-        self._counts[row] = torch.bincount(output, minlength=self._vocab_size)
-        self._seen[row] = self._counts[row] > 0
+        counts = self._counts[row].zero_()
+        counts.index_add_(0, output, torch.ones_like(output, dtype=counts.dtype))
+        self._seen[row] = counts > 0
         self._seen[row, self._known(prompt_token_ids)] = True
 
     def close(self, row: int) -> None:
@@ -59,7 +61,7 @@ class TokenHistory:
 
         Shapes: logits [S, V], the others [K].
         """
-        if logits.device.type == "cuda":  # all tokens: to count those seen would mean to wait for the device
+        if logits.device.type != "cpu":  # all tokens: to count those seen would mean to wait for the device
             every = _penalised(
                 logits[at], self._counts[rows], repetition[:, None], presence[:, None], frequency[:, None]
             )
@@ -73,8 +75,7 @@ class TokenHistory:
 
     def _known(self, token_ids: Sequence[int]) -> Tensor:
         """Token ids within the vocabulary: a prompt may hold placeholders beyond it, which no logit belongs to."""
-        ids = torch.tensor(token_ids, dtype=torch.int64)
-        return ids[ids < self._vocab_size].to(self._counts.device)
+        return upload([i for i in token_ids if i < self._vocab_size], self._counts.device)
 
     def _grow(self) -> None:
         old = self._counts.shape[0]

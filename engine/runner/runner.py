@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +16,13 @@ from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
 from engine.model.attention import forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
 from engine.runner.guesses import check_guesses
-from engine.runner.inputs import StepInputs, build_inputs
-from engine.runner.layers import native_library, prepare_layers
+from engine.runner.inputs import InputBuilder, StepInputs
+from engine.runner.layers import PreparedLayers, prepare_layers
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.sampler import SampledStep, Sampler
+
+if TYPE_CHECKING:  # it loads Triton
+    from engine.runner.graphs import DecodeGraphs
 
 COPY_WAIT_S = 0.005
 """How long a step without rows waits for an adapter, so that the step thread does not spin until the copy is there."""
@@ -52,17 +56,18 @@ class TorchRunner:
         self.num_blocks = num_blocks
         shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
         self._storage = KVStorage(shape, num_blocks, loaded.device)
-        library = native_library(loaded, config)
-        self._backend, self._batch = prepare_layers(loaded, config, self._storage, library)
-        self._block_size = config.block_size
-        self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids, library)
+        layers = prepare_layers(loaded, config, self._storage)
+        self._backend, self._batch = layers.backend, layers.batch
+        self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve)
+        self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids, layers.library)
+        self._graphs = _decode_graphs(loaded, config, layers)
         self._images: dict[str, AdapterImage] = {}
         self._slots: dict[str, int] = {}  # resident adapter -> LoRA slot
         self._adapters: AdapterStorage
         self._adapters = BorrowedStorage() if loaded.device.type == "cpu" else DeviceStorage(loaded.device)
         # Sampled tokens of the last plans, on the device: plan id -> (row -> index, tokens [N]).
         self._sampled: OrderedDict[int, tuple[dict[int, int], torch.Tensor]] = OrderedDict()
-        self._max_plans_kept = config.pipeline_depth + 1
+        self._max_plans_kept = config.plans_in_flight() + 1
         self._last_plan_id = -1
 
     def add_adapter(self, image: AdapterImage) -> None:
@@ -112,10 +117,12 @@ class TorchRunner:
             self._sampler.start(start)
         if not plan.slices:
             return None, None
-        inputs = build_inputs(plan, self._block_size, self.loaded.device, self._resolve)
+        inputs = self._inputs.build(plan)
         self._batch.set(inputs.segments, inputs.sampled_segments)
-        self._backend.plan(inputs.attention)
         model = self.loaded.model
+        if self._graphs is not None and self._graphs.fits(inputs) and not self._batch.needs_python:
+            return inputs, self._sampler.sample(self._graphs.logits(inputs), inputs.samples)
+        self._backend.plan(inputs.attention)
         if not inputs.samples:
             forward_hidden(model, inputs.input_ids, inputs.positions, self._backend)
             return inputs, None
@@ -140,6 +147,19 @@ class TorchRunner:
     def _resolve(self, ref: TokenRef) -> torch.Tensor:
         rows, tokens = self._sampled[ref.plan_id]
         return tokens[rows[ref.row]]
+
+
+def _decode_graphs(loaded: LoadedModel, config: EngineConfig, layers: PreparedLayers) -> DecodeGraphs | None:
+    """None: steps are launched kernel by kernel."""
+    if layers.triton is None or not config.cuda_graphs or loaded.device.type != "cuda":
+        return None
+    from engine.runner.graphs import CudaRecorder, DecodeGraphs
+
+    backend, lora = layers.triton
+    max_blocks = -(-loaded.max_model_len // config.block_size)
+    graphs = DecodeGraphs(loaded.model, backend, lora, config.max_num_seqs, max_blocks, CudaRecorder())
+    with torch.inference_mode():
+        return graphs if graphs.record_all() else None
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -25,6 +25,7 @@ from engine.runner.inputs import SampledRow
 from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
 from engine.runner.scan import scan
+from engine.upload import upload
 
 _NOT_FINITE = "the model's logits for this sequence were not finite (NaN or infinity)"
 _FAILED = -1  # in place of a token id
@@ -150,8 +151,7 @@ class Sampler:
             )
         rows, token_ids = batch.banned(positions)
         if rows:
-            banned = torch.tensor((rows, token_ids), device=self._device)
-            logits[banned[0], banned[1]] = -torch.inf
+            logits[upload(rows, self._device), upload(token_ids, self._device)] = -torch.inf
 
     def _banned(self, params: SamplingParams) -> tuple[int, ...]:
         ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos_token_ids))
@@ -172,7 +172,7 @@ def _choose(logits: Tensor, blocks: Tensor, batch: BatchParams, positions: list[
     chosen = torch.empty(len(positions), dtype=torch.int64, device=logits.device)
     if batch.greedy:
         chosen[batch.greedy.index] = choice.argmax(batch.greedy.take(logits), batch.greedy.take(blocks))
-    place = torch.tensor([positions[i] for i in batch.random.rows], device=logits.device)
+    place = upload([positions[i] for i in batch.random.rows], logits.device)
     u = torch.empty(len(positions), dtype=torch.float64, device=logits.device)
     u[batch.random.index] = uniform(batch.seeds, batch.sample_index, place)
     if batch.plain:

@@ -35,11 +35,20 @@ class DetokenizerFactory:
         kinds = set(_decoder_kinds(json.loads(tokenizer.backend.to_str()).get("decoder")))
         self._has_byte_tokens = "ByteFallback" in kinds
         self._cache: dict[int, bytes] = {}
+        self._silent: dict[int, bool] = {}
         self.special_ids = tokenizer.special_ids
         self.piece: PieceOf = self._byte_level_piece if kinds == {"ByteLevel"} else self._piece_in_context
 
     def new(self) -> Detokenizer:
         return Detokenizer(self)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether a token has no text: a special one, or one that the tokenizer does not know."""
+        silent = self._silent.get(token_id)
+        if silent is None:
+            silent = token_id in self.special_ids or self._tokenizer.id_to_token(token_id) is None
+            self._silent[token_id] = silent
+        return silent
 
     def _byte_level_piece(self, previous: int | None, token_id: int) -> bytes:
         piece = self._cache.get(token_id)
@@ -77,7 +86,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before; may be empty."""
         factory = self._factory
-        if token_id in factory.special_ids or factory._tokenizer.id_to_token(token_id) is None:
+        if factory.is_silent(token_id):
             return ""
         piece = factory.piece(self._previous, token_id)
         self._previous = token_id

@@ -164,6 +164,15 @@ def test_samples_need_no_copy_when_the_last_prompt_token_opens_a_block() -> None
     assert second.slices[1].block_table == (1, 2, 4)
 
 
+def test_eight_samples_hold_one_prompt_and_their_own_tails() -> None:
+    """Here each but the first also holds a copy of the prompt's last block, whose last token it computes again."""
+    limits = {"block_size": 16, "max_num_batched_tokens": 1024, "max_model_len": 1024}
+    scheduler = Scheduler(config(num_blocks=400, **limits))
+    scheduler.add(request("a", 512, max_tokens=24, n=8))
+    most = max(399 - scheduler.stats().free_blocks for _ in run(scheduler))
+    assert most <= 1.15 * (32 + 8 * 2)
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_the_other_samples_go_on_when_the_first_is_ended(after: int) -> None:
     scheduler = Scheduler(config())

@@ -55,7 +55,7 @@ def settings_of(setting: Setting, base: Path) -> dict[str, Any]:
         "enable_chunked_prefill": setting.chunked,
         "enable_prefix_caching": setting.prefix_hits,
         "num_threads": 1,
-        "cpu_kernels": "torch" if setting.torch_kernels else "auto",
+        "kernels": "torch" if setting.torch_kernels else "auto",
     }
     if setting.preemption:
         per_sequence = -(-MAX_MODEL_LEN // setting.block_size)

@@ -13,17 +13,31 @@ from engine.kv.native_cpu import NativeAttention
 from engine.kv.reference import ReferenceAttention, attend
 from engine.kv.storage import KVShape, KVStorage
 from engine.kv.torch_cpu import TorchAttention
+from engine.kv.triton_cuda import TritonAttention
 from tests.support.native import native_or_skip
+from tests.support.triton_device import DEVICE as TRITON_DEVICE
 
-FAST = ("torch", "native")
+FAST = ("torch", "native", "triton")
+CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TRITON_TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # (rows of this step, tokens computed before) of each sequence
 DECODES = ((1, 0), (1, 1), (1, 15), (1, 16), (1, 63), (1, 7), (1, 30))
 PREFILLS = ((5, 0), (17, 0), (3, 13), (16, 16), (2, 31))
 MIXED = ((1, 9), (4, 0), (1, 0), (7, 5), (1, 33), (2, 1))
 
 
-def make_step(sequences: tuple[tuple[int, int], ...], block_size: int, num_blocks: int, seed: int) -> AttentionInputs:
+def device_of(name: str) -> torch.device:
+    return TRITON_DEVICE if name == "triton" else CPU
+
+
+def make_step(
+    sequences: tuple[tuple[int, int], ...],
+    block_size: int,
+    num_blocks: int,
+    seed: int,
+    device: torch.device = CPU,
+) -> AttentionInputs:
     blocks = list(range(num_blocks))
     random.Random(seed).shuffle(blocks)
     tables, slots, starts = [], [], [0]
@@ -35,10 +49,8 @@ def make_step(sequences: tuple[tuple[int, int], ...], block_size: int, num_block
     width = max(map(len, tables))
     contexts = tuple(rows + before for rows, before in sequences)
     return AttentionInputs(
-        slot_mapping=torch.tensor(slots),
-        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables]),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        slot_mapping=torch.tensor(slots, device=device),
+        block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], device=device),
         query_starts=tuple(starts),
         context_lengths=contexts,
     )
@@ -47,6 +59,8 @@ def make_step(sequences: tuple[tuple[int, int], ...], block_size: int, num_block
 def make_backend(name: str, storage: KVStorage) -> AttentionBackend:
     if name == "reference":
         return ReferenceAttention(storage)
+    if name == "triton":
+        return TritonAttention(storage)
     return TorchAttention(storage) if name == "torch" else NativeAttention(native_or_skip(), storage)
 
 
@@ -60,12 +74,12 @@ def run_both(
     dtype: torch.dtype = torch.float32,
     layer: LayerCall | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
+    generator, device = torch.Generator().manual_seed(7), device_of(fast)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
-    step = make_step(sequences, block_size, 160, seed=3)
+    step = make_step(sequences, block_size, 160, seed=3, device=device)
     rows = step.query_starts[-1]
     shape = KVShape(2, block_size, heads[1], head_dim, dtype)
     past = draw(160, 2, 2, block_size, heads[1], head_dim)
@@ -73,7 +87,7 @@ def run_both(
     layer = layer or LayerCall(index=1, scaling=head_dim**-0.5)
     outputs = []
     for name in ("reference", fast):
-        storage = KVStorage(shape, 160)
+        storage = KVStorage(shape, 160, device)
         storage.data.copy_(past)
         backend = make_backend(name, storage)
         backend.plan(step)
@@ -82,14 +96,21 @@ def run_both(
     return outputs[0].float(), outputs[1].float()
 
 
-@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize(
-    ("sequences", "block_size", "heads", "dtype"),
-    list(itertools.product((DECODES, PREFILLS, MIXED), (1, 4, 16), ((4, 2), (6, 1), (3, 3)), TOLERANCE)),
+    ("fast", "sequences", "block_size", "heads", "dtype"),
+    [
+        *itertools.product(
+            ("torch", "native"), (DECODES, PREFILLS, MIXED), (1, 4, 16), ((4, 2), (6, 1), (3, 3)), TOLERANCE
+        ),
+        # The interpreter takes a second for each.
+        *itertools.product(("triton",), (DECODES, PREFILLS), (4,), ((4, 2), (6, 1)), TOLERANCE),
+        ("triton", MIXED, 1, (3, 3), torch.float16),
+        ("triton", MIXED, 16, (4, 2), torch.bfloat16),
+    ],
 )
 def test_fast_path_equals_the_oracle(fast, sequences, block_size, heads, dtype) -> None:
     expected, actual = run_both(fast, sequences, block_size=block_size, heads=heads, head_dim=5, dtype=dtype)
-    assert (expected - actual).abs().max() <= TOLERANCE[dtype]
+    assert (expected - actual).abs().max() <= (TRITON_TOLERANCE if fast == "triton" else TOLERANCE)[dtype]
 
 
 @pytest.mark.parametrize("fast", FAST)
@@ -100,14 +121,28 @@ def test_heads_of_every_size_equal_the_oracle(fast, head_dim, dtype) -> None:
     assert (expected - actual).abs().max() <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("fast", FAST)
-@pytest.mark.parametrize("sequences", [DECODES, PREFILLS, MIXED])
-@pytest.mark.parametrize("window", [None, 1, 3, 4, 9, 1000])
+@pytest.mark.parametrize(
+    ("fast", "sequences", "window"),
+    [
+        *itertools.product(("torch", "native"), (DECODES, PREFILLS, MIXED), (None, 1, 3, 4, 9, 1000)),
+        *itertools.product(("triton",), (MIXED,), (None, 1, 4, 1000)),
+    ],
+)
 @pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (1.5, False), (None, True), (0.7, True)])
 def test_windows_caps_and_sinks_are_those_of_the_oracle(fast, sequences, window, softcap, sinks) -> None:
-    sink = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sinks else None
+    sink = torch.tensor([0.5, -1.0, 2.0, 0.0], device=device_of(fast)) if sinks else None
     layer = LayerCall(index=0, scaling=0.4, sliding_window=window, softcap=softcap, sinks=sink)
     expected, actual = run_both(fast, sequences, layer=layer)
+    assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("window", [None, 600])
+def test_long_contexts_equal_the_oracle(fast, window) -> None:
+    """Beyond what one program of a GPU reads: 300, 700, 1,100 and 4,500 keys, and a prefill in tiles."""
+    sequences = ((1, 299), (1, 699), (1, 5), (1, 1099), (1, 4499), (70, 200))
+    layer = LayerCall(index=1, scaling=0.5, sliding_window=window, sinks=torch.ones(4, device=device_of(fast)))
+    expected, actual = run_both(fast, sequences, block_size=64, layer=layer)
     assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
 
 
@@ -131,12 +166,13 @@ def test_long_capped_prefill_is_cut_into_parts_without_a_seam(monkeypatch) -> No
 @pytest.mark.parametrize("window", [None, 3])
 def test_what_another_sequence_left_in_a_block_is_never_seen(fast, window) -> None:
     """Not even as NaN: a sequence whose numbers broke must not break the next owner of its blocks."""
-    step = make_step(((1, 5), (1, 0), (1, 9), (3, 2)), 4, 32, seed=1)
+    device = device_of(fast)
+    step = make_step(((1, 5), (1, 0), (1, 9), (3, 2)), 4, 32, seed=1, device=device)
     layer = LayerCall(index=0, scaling=0.4, sliding_window=window)
-    q, k, v = (torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k, v = (torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
     outputs = []
     for leavings in (0.0, float("nan")):
-        storage = KVStorage(KVShape(1, 4, 2, 4, torch.float32), 32)
+        storage = KVStorage(KVShape(1, 4, 2, 4, torch.float32), 32, device)
         storage.data.fill_(leavings)
         for table, context in zip(step.block_tables.tolist(), step.context_lengths, strict=True):
             for position in range(context):

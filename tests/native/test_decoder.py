@@ -36,7 +36,7 @@ def test_the_logits_of_llamas_kin_are_those_of_their_own_layers(arch: str, dtype
     base = make_base(arch, bases / arch)
     logits = []
     for kernels in ("torch", "native"):
-        driver = PlanDriver(base, dtype=dtype, cpu_kernels=kernels)
+        driver = PlanDriver(base, dtype=dtype, kernels=kernels)
         assert (layers_of(driver)[0] == "NativeDecoder") == (kernels == "native")
         assert (set(layers_of(driver)[1:]) == {"ComputedBefore"}) == (kernels == "native")
         driver.add(PROMPT)
@@ -49,7 +49,7 @@ def test_the_logits_of_llamas_kin_are_those_of_their_own_layers(arch: str, dtype
 
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3", "phi3", "mixtral"])
 def test_layers_of_another_kind_stay_as_they_are(arch: str, bases: Path) -> None:
-    driver = PlanDriver(make_base(arch, bases / arch), cpu_kernels="native")
+    driver = PlanDriver(make_base(arch, bases / arch), kernels="native")
     assert "NativeDecoder" not in layers_of(driver)
 
 
@@ -68,7 +68,7 @@ def test_a_layer_that_adds_up_otherwise_stays_and_its_neighbours_are_compiled(
         return hidden_states + 0.5 * (output - hidden_states) if third else output
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", scaled)
-    drivers = [PlanDriver(base, cpu_kernels=kernels) for kernels in ("torch", "native")]
+    drivers = [PlanDriver(base, kernels=kernels) for kernels in ("torch", "native")]
     assert layers_of(drivers[1]) == [
         "NativeDecoder",
         "ComputedBefore",
@@ -83,7 +83,7 @@ def test_a_layer_that_adds_up_otherwise_stays_and_its_neighbours_are_compiled(
 
 
 def test_the_original_weights_are_gone(bases: Path) -> None:
-    driver = PlanDriver(make_base("llama", bases / "llama"), cpu_kernels="native")
+    driver = PlanDriver(make_base("llama", bases / "llama"), kernels="native")
     left = [name for name, _ in driver.loaded.model.named_parameters()]
     assert left == ["model.embed_tokens.base.weight", "model.norm.weight"]
 
@@ -94,7 +94,7 @@ def test_bfloat16_text_is_the_same_in_any_batch_and_any_cut(bases: Path) -> None
     adapters = {name: make_adapter(base, bases / name, seed=rank, rank=rank) for name, rank in (("r4", 4), ("r9", 9))}
     prompts = [PROMPT[i:] + PROMPT[:i] for i in range(6)]
     names = [None, "r4", "r9", None, "r4", "r9"]
-    settings: dict[str, Any] = {"dtype": "bfloat16", "cpu_kernels": "native", "block_size": 4, "num_threads": 2}
+    settings: dict[str, Any] = {"dtype": "bfloat16", "kernels": "native", "block_size": 4, "num_threads": 2}
     few = 1 + 2 * -(-(len(PROMPT) + GREEDY.max_tokens) // 4)
     texts = []
     for more in (

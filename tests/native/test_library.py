@@ -32,7 +32,7 @@ def test_without_kernels_auto_works_in_torch_and_says_why(
     base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=8)
-    expected = LLM(base, num_threads=1, cpu_kernels="torch").generate("abc", greedy)[0].token_ids
+    expected = LLM(base, num_threads=1, kernels="torch").generate("abc", greedy)[0].token_ids
     monkeypatch.setattr("engine.runner.layers.load_library", _no_library)
     with caplog.at_level(logging.INFO, logger="engine"):
         llm = LLM(base, num_threads=1)
@@ -42,15 +42,13 @@ def test_without_kernels_auto_works_in_torch_and_says_why(
 
 def test_kernels_that_are_asked_for_and_cannot_be_had_are_an_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.runner.layers.load_library", _no_library)
-    with pytest.raises(
-        ConfigError, match="cpu_kernels='native' cannot be had: the processor has no AVX-512; use 'auto'"
-    ):
-        LLM(base, cpu_kernels="native")
+    with pytest.raises(ConfigError, match="kernels='native' cannot be had: the processor has no AVX-512; use 'auto'"):
+        LLM(base, kernels="native")
 
 
 def test_a_dtype_without_kernels_is_named(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"they compute in float32 and bfloat16, the model in torch[.]float16"):
-        LLM(base, dtype="float16", cpu_kernels="native")
+        LLM(base, dtype="float16", kernels="native")
 
 
 def test_a_library_that_is_not_built_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.core.plan import LoraSegment, RowOutput, SequenceSlice, StepPlan, TokenRef
-from engine.runner.inputs import StepInputs, build_inputs
+from engine.runner.inputs import InputBuilder, StepInputs
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def make_slice(row: int, tokens: tuple, position: int, table: tuple[int, ...], s
 
 def build(*slices: SequenceSlice, segments: tuple[LoraSegment, ...] = ()) -> StepInputs:
     plan = StepPlan(plan_id=7, slices=slices, lora_segments=segments)
-    return build_inputs(plan, 4, CPU, lambda ref: torch.tensor(100 * ref.plan_id + ref.row))
+    return InputBuilder(4, CPU, lambda ref: torch.tensor(100 * ref.plan_id + ref.row)).build(plan)
 
 
 def test_rows_are_laid_out_in_the_plan_s_order() -> None:
@@ -34,8 +34,8 @@ def test_rows_are_laid_out_in_the_plan_s_order() -> None:
     attention = inputs.attention
     assert attention.slot_mapping.tolist() == [9 * 4 + 3, 2 * 4 + 0, 2 * 4 + 1, 6 * 4 + 0, 3 * 4 + 0, 3 * 4 + 1]
     assert attention.block_tables.tolist() == [[9, 2, 0], [4, 1, 6], [3, 0, 0]]
-    assert attention.query_starts == (0, 3, 4, 6) == tuple(attention.cu_seqlens.tolist())
-    assert attention.context_lengths == (6, 9, 2) == tuple(attention.context_lens.tolist())
+    assert attention.query_starts == (0, 3, 4, 6)
+    assert attention.context_lengths == (6, 9, 2)
     assert inputs.sampled_rows.tolist() == [3, 5]
     assert [s.seq_id for s in inputs.samples] == [3, 4]
 
@@ -84,3 +84,14 @@ def test_a_table_that_does_not_cover_its_rows_is_an_error() -> None:
 def test_slices_must_follow_each_other() -> None:
     with pytest.raises(ValueError, match=r"rows 2\.\.2, expected 1"):
         build(make_slice(0, (1,), 0, (0,)), make_slice(2, (1,), 0, (1,)))
+
+
+def test_block_tables_of_one_step_after_another_are_each_their_own() -> None:
+    """Rows that stay are not written again; those of other sequences, longer or shorter, are."""
+    builder = InputBuilder(4, CPU, lambda ref: torch.tensor(0))
+    long, short = (5, 6, 7, 8, 9), (3,)
+    for tables in ([short], [short, long], [long, short], [short], [long, (1, 2), short], [(1, 2), long, long]):
+        slices = tuple(make_slice(row, (0,), len(table) * 4 - 1, table) for row, table in enumerate(tables))
+        found = builder.build(StepPlan(plan_id=1, slices=slices)).attention.block_tables
+        width = max(map(len, tables))
+        assert found.tolist() == [[*table, *[0] * (width - len(table))] for table in tables]

@@ -186,7 +186,7 @@ def test_the_cache_has_the_blocks_that_its_bytes_buy(bases: Path) -> None:
 
 
 def test_without_room_for_adapters_no_layer_is_swapped(bases: Path) -> None:
-    driver = PlanDriver(make_base("llama", bases / "llama"), max_resident_adapters=0, cpu_kernels="torch")
+    driver = PlanDriver(make_base("llama", bases / "llama"), max_resident_adapters=0, kernels="torch")
     driver.add(PROMPT)
     driver.run(2, (50,))
     assert type(driver.loaded.model.lm_head) is torch.nn.Linear

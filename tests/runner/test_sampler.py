@@ -11,7 +11,7 @@ import torch
 from engine.request import SamplingParams
 from engine.runner.sampler import Sampler
 from tests.support import sampling_oracle
-from tests.support.sampling import row_of, sample, start_of
+from tests.support.sampling import logits_of, row_of, sample, start_of
 from tests.support.sampling_oracle import Row
 from tests.support.sampling_rows import random_batch
 
@@ -89,3 +89,14 @@ def test_a_shortlist_that_is_too_short_is_drawn_up_again() -> None:
         for seed in range(8):
             row = Row(logits, SamplingParams(top_p=top_p), seed=seed)
             assert sample([row])[0].token_ids == (sampling_oracle.token(row)[0],)
+
+
+def test_choosing_reads_nothing_back_from_the_device() -> None:
+    """On a device whose tensors have no values, whoever asked for one would fail: no step waits for the one before."""
+    rows = random_batch(random.Random(1), 4099, 30)
+    sampler = Sampler(4099, "meta", rows[0].eos)
+    for seq_id, row in enumerate(rows):
+        sampler.start(start_of(seq_id, row))
+    for step in range(2):
+        sampled = tuple(row_of(i, len(row.output) + step) for i, row in enumerate(rows))
+        assert sampler.sample(logits_of(rows).to("meta"), sampled).token_ids.shape == (30,)

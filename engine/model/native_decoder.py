@@ -1,0 +1,128 @@
+"""Runs of decoder layers in one call of the compiled CPU kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.kv.backend import AttentionInputs
+from engine.kv.native_cpu import NativeAttention
+from engine.lora.native_cpu import NativeLora
+from engine.model.decoder import LayerParts, swap_decoder
+from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, check
+from engine.native.structs import Decoder, DecoderLayer, Member
+from engine.site import LinearSite
+
+
+@dataclass(slots=True)
+class _Compiled:
+    """A layer as the kernel reads it, and what must live as long."""
+
+    layer: DecoderLayer
+    shape: tuple[int, int]  # query heads, intermediate
+    tensors: list[Tensor] = field(default_factory=list)
+
+
+class NativeDecoder(nn.Module):
+    """A run of layers. Shapes: hidden_states [1, T, hidden]; position_embeddings cos and sin [1, T, rotary dims]."""
+
+    def __init__(
+        self, library: NativeLibrary, compiled: list[_Compiled], lora: NativeLora | None, hidden_states: Tensor
+    ) -> None:
+        """`hidden_states`: an example, for its width and dtype."""
+        super().__init__()
+        self._library = library
+        self._lora = lora
+        self._dtype = hidden_states.dtype
+        self._compiled = compiled
+        self._layers = (DecoderLayer * len(compiled))(*(c.layer for c in compiled))
+        self._decoder = Decoder(
+            layers=ctypes.addressof(self._layers),
+            num_layers=len(compiled),
+            hidden=hidden_states.shape[-1],
+            intermediate=compiled[0].shape[1],
+            num_heads=compiled[0].shape[0],
+            is_bf16=self._dtype is torch.bfloat16,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_backend: NativeAttention,
+        **__: Any,
+    ) -> Tensor:
+        hidden = hidden_states.contiguous()
+        cos, sin = (x.to(self._dtype).contiguous() for x in position_embeddings)
+        output = torch.empty_like(hidden)
+        rows = attention_backend.rows(self._decoder.num_heads)
+        self._decoder.rotary_dims = cos.shape[-1]
+        address, count = None, 0
+        if self._lora is not None:
+            self._lora.rows.check_rows(rows.num_rows)
+            address, count = self._lora.rows.address, self._lora.rows.count
+        status = self._library.decoder(
+            ctypes.byref(self._decoder),
+            hidden.data_ptr(),
+            output.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            ctypes.byref(attention_backend.cache),
+            ctypes.byref(rows),
+            address,
+            count,
+        )
+        check(status, f"{rows.num_rows} rows of the decoder")
+        return output
+
+    def extra_repr(self) -> str:
+        return f"layers={len(self._compiled)}"
+
+
+def compile_decoder(
+    model: nn.Module,
+    sites: tuple[LinearSite, ...],
+    library: NativeLibrary,
+    lora: NativeLora | None,
+    backend: NativeAttention,
+    run: Callable[[AttentionInputs], Any],
+) -> set[int]:
+    """Swap the layers that the kernel can compute. Returns: the indices of the sites they hold.
+
+    `run(inputs)` is a forward of the model over `backend`, whose blocks 1 and 2 it may write.
+    """
+    return swap_decoder(
+        model,
+        sites,
+        backend,
+        run,
+        compile_one=lambda parts: _compile(parts, library, lora),
+        make_run=lambda compiled, hidden: NativeDecoder(library, compiled, lora, hidden),
+    )
+
+
+def _compile(parts: LayerParts, library: NativeLibrary, lora: NativeLora | None) -> _Compiled | None:
+    """The layer for the kernel, or None if it cannot compute it."""
+    linears, call = parts.linears, parts.call
+    q_width, hidden, intermediate = linears["q"].out_features, linears["q"].in_features, linears["gate"].out_features
+    if parts.dtype not in SUPPORTED_DTYPES or hidden % 2 or q_width % 2 or intermediate % 2:
+        return None
+    layer = DecoderLayer(index=call.index, window=call.sliding_window or 0, scaling=call.scaling)
+    one = _Compiled(layer, (parts.num_heads, intermediate))
+    for key, linear in linears.items():
+        weight, bias = library.pack(linear.weight), linear.bias
+        table = None if lora is None else lora.table_address(parts.sites[key])
+        address = None if bias is None else bias.data_ptr()
+        setattr(layer, key, Member(weight.data_ptr(), address, linear.out_features, None, table))
+        one.tensors += [weight] if bias is None else [weight, bias]
+    for key, norm in parts.norms.items():
+        setattr(layer, key, norm.weight.data_ptr())
+        one.tensors.append(norm.weight)
+        setattr(layer, "head_norm_eps" if key in ("q_norm", "k_norm") else "norm_eps", norm.eps)
+    return one

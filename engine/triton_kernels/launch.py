@@ -1,0 +1,19 @@
+"""What every launch decides the same way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton import knobs
+
+MIN_DOT = 16  # tensor cores multiply tiles of at least so many rows, columns and terms
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and at least `least`."""
+    return max(least, int(triton.next_power_of_2(n)))
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether operands of a product must be widened: Triton's interpreter multiplies raw bfloat16 wrongly."""
+    return bool(knobs.runtime.interpret) and dtype is torch.bfloat16
