@@ -37,6 +37,7 @@ test-slow: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the tests ma
 
 test-gpu: .venv/.test ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "" tests/triton_kernels tests/kv/test_attention.py $(PYTEST_ARGS)  # on the device, if there is one
 
 lint: .venv/.lint ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.kv.backend import AttentionInputs
 from engine.kv.triton_cuda import TritonAttention
 from engine.lora.triton_cuda import TritonLora
 from engine.model.attention import forward_logits
+from engine.model.loader import LoadedModel
 from engine.runner.inputs import StepInputs
 from engine.upload import upload
 
@@ -49,7 +50,8 @@ class CudaRecorder:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (adapters on their way to the device) may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = step()
 
         def replay() -> Tensor:
@@ -104,7 +106,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: nn.Module,
+        loaded: LoadedModel,
         backend: TritonAttention,
         lora: TritonLora | None,
         max_rows: int,
@@ -112,9 +114,10 @@ class DecodeGraphs:
         recorder: Recorder,
     ) -> None:
         """`max_blocks`: of a sequence."""
-        self._model, self._backend, self._lora, self._record = model, backend, lora, recorder
+        self._model, self._backend, self._lora, self._record = loaded.model, backend, lora, recorder
         self._buckets = buckets(max_rows)
-        self._memory = _Memory.of(max_rows, max_blocks, backend.storage.data.device)
+        self._memory = _Memory.of(max_rows, max_blocks, loaded.device)
+        self._logits: Tensor | None = None  # [N, V], of all graphs
         self._replays: dict[tuple[int, bool], Callable[[], Tensor]] = {}
         self._max_rank = 0 if lora is None else lora.max_rank  # of the recordings
 
@@ -180,8 +183,15 @@ class DecodeGraphs:
             self._backend.plan_fixed(inputs, memory.tiles[:rows])
             if self._lora is not None:
                 self._lora.set_fixed(memory.chunks[:rows] if with_lora else None)
-            return forward_logits(
+            logits = forward_logits(
                 self._model, memory.input_ids[:rows], memory.positions[:rows], memory.rows[:rows], self._backend
             )
+            return self._put_away(logits)
 
         return step
+
+    def _put_away(self, logits: Tensor) -> Tensor:
+        """A graph keeps the memory of what it returns. Logits are large, so all graphs return the same."""
+        if self._logits is None:
+            self._logits = logits.new_empty((self._buckets[-1], logits.shape[1]))
+        return self._logits[: logits.shape[0]].copy_(logits)

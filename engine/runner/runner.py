@@ -157,7 +157,7 @@ def _decode_graphs(loaded: LoadedModel, config: EngineConfig, layers: PreparedLa
 
     backend, lora = layers.triton
     max_blocks = -(-loaded.max_model_len // config.block_size)
-    graphs = DecodeGraphs(loaded.model, backend, lora, config.max_num_seqs, max_blocks, CudaRecorder())
+    graphs = DecodeGraphs(loaded, backend, lora, config.max_num_seqs, max_blocks, CudaRecorder())
     with torch.inference_mode():
         return graphs if graphs.record_all() else None
 

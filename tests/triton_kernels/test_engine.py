@@ -76,7 +76,7 @@ def recorded(llm: LLM) -> DecodeGraphs:
         backend, lora = runner._backend, runner._batch.kernels
         assert isinstance(backend, TritonAttention)
         assert isinstance(lora, TritonLora)
-        runner._graphs = DecodeGraphs(runner.loaded.model, backend, lora, 4, 10, tape.record)
+        runner._graphs = DecodeGraphs(runner.loaded, backend, lora, 4, 10, tape.record)
         with torch.inference_mode():
             assert runner._graphs.record_all()
     return runner._graphs
@@ -114,7 +114,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(bases: Path, caplog: pytes
     def refuse(step: object) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    graphs = DecodeGraphs(runner.loaded.model, runner._backend, None, 4, 10, refuse)  # type: ignore[arg-type]
+    graphs = DecodeGraphs(runner.loaded, runner._backend, None, 4, 10, refuse)  # type: ignore[arg-type]
     assert not graphs.record_all()
     assert "decode steps run without CUDA graphs: recording one failed: operation not permitted" in caplog.text
 
