@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [POINTER(Decoder), *[c_void_p] * 4, POINTER(KVCache), POINTER(AttentionRows), c_void_p, c_int64],
     ),
+    "chorus_block_weights": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
     "chorus_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float, c_int32]),
     "chorus_scan_logits": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int32]),
     "chorus_silu_mul": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int32]),
@@ -61,6 +62,7 @@ class NativeLibrary:
         self.add_lora = functions.chorus_add_lora
         self.attention = functions.chorus_attention
         self.decoder = functions.chorus_decoder
+        self.block_weights = functions.chorus_block_weights
         self.rms_norm = functions.chorus_rms_norm
         self.scan_logits = functions.chorus_scan_logits
         self.silu_mul = functions.chorus_silu_mul

@@ -8,9 +8,10 @@ The most likely token always stays. The kept tokens, in order of token id, then 
 probabilities, and the row's uniform number falls on one of them (inverse CDF). Token order, not rank, because two
 tokens that are almost equally likely would swap ranks with the last bit of a logit, and shares must not jump.
 
-Logits are float32. Without top_k, top_p and min_p, probabilities are float32, summed over blocks of 64 tokens, and the
-blocks' sums are added up in float64. Filters work on a shortlist of the most likely tokens, in float64 throughout.
-The path a row takes depends on that row alone, so the other rows of a batch change no bit.
+Logits are float32. Without top_k, top_p and min_p, probabilities are float32, summed over blocks of 64 tokens (on a CPU
+by a compiled kernel, if there is one), and the blocks' sums are added up in float64. Filters work on a shortlist of the
+most likely tokens, in float64 throughout. The path a row takes depends on that row alone, so the other rows of a batch
+change no bit.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.native.library import NativeLibrary
 from engine.runner import shortlist
 from engine.runner.shortlist import Shortlist
 
@@ -55,25 +57,29 @@ def argmax(logits: Tensor, blocks: Tensor) -> Tensor:
     return block * BLOCK + logits.gather(1, _ids_of(block, logits.shape[1])).argmax(-1)
 
 
-def choose(logits: Tensor, blocks: Tensor, u: Tensor, temperature: Tensor) -> Tensor:
+def choose(
+    logits: Tensor, blocks: Tensor, u: Tensor, temperature: Tensor, library: NativeLibrary | None = None
+) -> Tensor:
     """Choose by temperature alone. Shapes: [K, V], [K, ceil(V / 64)], [K], [K] -> [K]."""
-    weights = _weights(logits, blocks, temperature)
-    sums = _per_block(weights, lambda x: x.sum(-1)).double()
+    top = blocks.amax(-1)
+    sums = _block_weights(logits, top, temperature, library)
     upto = shortlist.running_sum(sums)
     target = _below(u * upto[:, -1], upto[:, -1])
     block = _first_beyond(sums, upto, target)
     # Within the block: what is left of the target, kept inside the block however the two sums are rounded.
     target = target - (upto - sums).gather(1, block[:, None])[:, 0]
     ids = _ids_of(block, logits.shape[1])
-    inside = weights.gather(1, ids).double()
+    inside = _weights(logits.gather(1, ids), top, temperature).double()
     inside.masked_fill_(block[:, None] * BLOCK + torch.arange(BLOCK, device=ids.device) >= logits.shape[1], 0.0)
     upto = shortlist.running_sum(inside)
     return ids.gather(1, _first_beyond(inside, upto, _below(target, upto[:, -1]))[:, None])[:, 0]
 
 
-def choose_filtered(logits: Tensor, blocks: Tensor, u: Tensor, filters: Filters) -> Tensor:
+def choose_filtered(
+    logits: Tensor, blocks: Tensor, u: Tensor, filters: Filters, library: NativeLibrary | None = None
+) -> Tensor:
     """Choose with top_k, top_p or min_p. Shapes: [K, V], [K, ceil(V / 64)], [K] -> [K]."""
-    total = _nucleus_total(logits, blocks, filters)
+    total = _nucleus_total(logits, blocks, filters, library)
     if not shortlist.pays(logits):
         return _choose_from(shortlist.everything(logits), u, filters, total)[0]
     bound = _min_p_bound(blocks, filters)
@@ -108,24 +114,37 @@ def top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return best.token_ids.gather(1, order[:, :k]), values[:, :k].double() - normaliser[:, None], normaliser
 
 
-def _weights(logits: Tensor, blocks: Tensor, temperature: Tensor) -> Tensor:
-    """Probabilities relative to the most likely token's, float32 [K, V]."""
-    return (logits - blocks.amax(-1, keepdim=True)).div_(temperature[:, None]).exp_()
+def _weights(logits: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities relative to the most likely token's, float32. Shapes: [K, M], [K], [K] -> [K, M]."""
+    return (logits - top[:, None]).div_(temperature[:, None]).exp_()
 
 
-def _total_weight(logits: Tensor, blocks: Tensor, temperature: Tensor) -> Tensor:
+def _block_weights(logits: Tensor, top: Tensor, temperature: Tensor, library: NativeLibrary | None) -> Tensor:
+    """Sum of `_weights` over each block of 64 tokens, float64. Shapes: [K, V], [K], [K] -> [K, ceil(V / 64)]."""
+    if library is None:
+        return _per_block(_weights(logits, top, temperature), lambda x: x.sum(-1)).double()
+    logits, top, temperature = logits.contiguous(), top.contiguous(), temperature.contiguous()
+    num_rows, num_columns = logits.shape
+    sums = torch.empty((num_rows, -(-num_columns // BLOCK)), dtype=torch.float32)
+    library.block_weights(
+        logits.data_ptr(), top.data_ptr(), temperature.data_ptr(), sums.data_ptr(), num_rows, num_columns
+    )
+    return sums.double()
+
+
+def _total_weight(logits: Tensor, blocks: Tensor, temperature: Tensor, library: NativeLibrary | None = None) -> Tensor:
     """Sum of `_weights`, float64 [K]."""
-    return _per_block(_weights(logits, blocks, temperature), lambda x: x.sum(-1)).double().sum(-1)
+    return _block_weights(logits, blocks.amax(-1), temperature, library).sum(-1)
 
 
-def _nucleus_total(logits: Tensor, blocks: Tensor, filters: Filters) -> Tensor:
+def _nucleus_total(logits: Tensor, blocks: Tensor, filters: Filters, library: NativeLibrary | None) -> Tensor:
     """`_total_weight` of the rows with top_p alone, 1 for the others: where there is top_k, the shortlist holds it."""
     rows = filters.nucleus
     if rows is None:
-        return _total_weight(logits, blocks, filters.temperature)
+        return _total_weight(logits, blocks, filters.temperature, library)
     total = torch.ones_like(filters.top_p)
     if len(rows):
-        total[rows] = _total_weight(logits[rows], blocks[rows], filters.temperature[rows])
+        total[rows] = _total_weight(logits[rows], blocks[rows], filters.temperature[rows], library)
     return total
 
 

@@ -130,7 +130,7 @@ class Sampler:
         if batch.changes_logits:
             self._change(logits, batch, positions)
             blocks = choice.block_max(logits)
-        chosen = _choose(logits, blocks, batch, positions)
+        chosen = _choose(logits, blocks, batch, positions, self._library)
         if batch.penalised:
             self._history.add(batch.history, batch.penalised.take(chosen))
         logprobs = None if raw is None else batch.pack_logprobs(raw, chosen)
@@ -165,7 +165,9 @@ class Sampler:
         return f"logit_bias names token {unknown[0]}, the model's tokens are 0 to {self._vocab_size - 1}"
 
 
-def _choose(logits: Tensor, blocks: Tensor, batch: BatchParams, positions: list[int]) -> Tensor:
+def _choose(
+    logits: Tensor, blocks: Tensor, batch: BatchParams, positions: list[int], library: NativeLibrary | None
+) -> Tensor:
     """[S, V], [S, ceil(V / 64)] -> token ids [S]."""
     if not batch.random:
         return choice.argmax(logits, blocks)
@@ -177,11 +179,11 @@ def _choose(logits: Tensor, blocks: Tensor, batch: BatchParams, positions: list[
     u[batch.random.index] = uniform(batch.seeds, batch.sample_index, place)
     if batch.plain:
         chosen[batch.plain.index] = choice.choose(
-            batch.plain.take(logits), batch.plain.take(blocks), batch.plain.take(u), batch.plain_temperature
+            batch.plain.take(logits), batch.plain.take(blocks), batch.plain.take(u), batch.plain_temperature, library
         )
     if batch.filtered:
         chosen[batch.filtered.index] = choice.choose_filtered(
-            batch.filtered.take(logits), batch.filtered.take(blocks), batch.filtered.take(u), batch.filters
+            batch.filtered.take(logits), batch.filtered.take(blocks), batch.filtered.take(u), batch.filters, library
         )
     return chosen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch
 from engine.request import SamplingParams
 from engine.runner.sampler import Sampler
 from engine.runner.scan import scan
+from tests.support import sampling_oracle
 from tests.support.native import native_or_skip
-from tests.support.sampling import row_of, start_of
+from tests.support.sampling import row_of, sample, start_of
 from tests.support.sampling_oracle import Row
+from tests.support.sampling_rows import random_batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,6 +54,7 @@ def test_a_row_that_is_not_finite_is_found_and_replaced(dtype: torch.dtype, bad:
         {"temperature": 0.0, "logit_bias": {7: 3.0}},
         {"temperature": 0.8},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0.8, "top_p": 0.9},
     ],
     ids=str,
 )
@@ -64,3 +68,16 @@ def test_the_same_tokens_are_chosen(params: dict[str, object], dtype: torch.dtyp
             sampler.start(start_of(i, Row([], SamplingParams(max_tokens=None, **params), seed=i)))  # type: ignore[arg-type]
         chosen.append(sampler.sample(logits.clone(), tuple(row_of(i, 0) for i in range(9))).samples)
     assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 63, 65, 300, 4099])
+def test_any_mixture_of_parameters_equals_the_float64_oracle(vocab_size: int) -> None:
+    forgiven = 0
+    for num_rows in (1, 17, 30):
+        rows = random_batch(random.Random(vocab_size + num_rows), vocab_size, num_rows)
+        for row, found in zip(rows, sample(rows, library=native_or_skip()), strict=True):
+            expected, slack = sampling_oracle.token(row)
+            if found.token_ids != (expected,):
+                assert slack < 1e-6, row.params
+                forgiven += 1
+    assert forgiven <= 1

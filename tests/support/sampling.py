@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.core.plan import Sample, SequenceStart
+from engine.native.library import NativeLibrary
 from engine.request import SamplingParams
 from engine.runner.inputs import SampledRow
 from engine.runner.sampler import Sampler
@@ -29,11 +30,13 @@ def row_of(seq_id: int, output_position: int, row: int = 0) -> SampledRow:
     return SampledRow(row=row, seq_id=seq_id, output_position=output_position, lora_slot=0)
 
 
-def sample(rows: Sequence[Row], order: Sequence[int] | None = None) -> list[Sample]:
+def sample(
+    rows: Sequence[Row], order: Sequence[int] | None = None, library: NativeLibrary | None = None
+) -> list[Sample]:
     """Start every row as sequence 0, 1, ... and sample once; the result is in the order of `rows`."""
     order = list(range(len(rows))) if order is None else list(order)
     logits = logits_of([rows[i] for i in order])
-    sampler = Sampler(logits.shape[1], "cpu", rows[0].eos)
+    sampler = Sampler(logits.shape[1], "cpu", rows[0].eos, library)
     for seq_id, row in enumerate(rows):
         sampler.start(start_of(seq_id, row))
     step = sampler.sample(logits, tuple(row_of(i, len(rows[i].output), at) for at, i in enumerate(order)))

@@ -83,3 +83,33 @@ void chorus_scan_logits(const void *logits, float *values, float *blocks, uint8_
     scan s = {logits, values, blocks, finite, columns};
     run_rows(is_bf16 ? scan_row_bf16 : scan_row_float, &s, rows, columns);
 }
+
+typedef struct {
+    const float *logits, *top, *temperature;
+    float *sums;
+    int64_t columns;
+} weighing;
+
+static void weigh_row(void *args, int64_t row) {
+    const weighing *w = args;
+    const float *logits = w->logits + row * w->columns;
+    const int64_t num_blocks = (w->columns + LOGIT_BLOCK - 1) / LOGIT_BLOCK;
+    const __m512 top = _mm512_set1_ps(w->top[row]), temperature = _mm512_set1_ps(w->temperature[row]);
+    for (int64_t b = 0; b < num_blocks; b++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = b * LOGIT_BLOCK; i < min64(w->columns, (b + 1) * LOGIT_BLOCK); i += LANES) {
+            const __mmask16 mask = first(w->columns - i);
+            const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), top);
+            sum = _mm512_mask_add_ps(sum, mask, sum, exp512(_mm512_div_ps(x, temperature)));
+        }
+        w->sums[row * num_blocks + b] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+/* Sums of e^((logit - top) / temperature) over each 64 logits of a row, whose largest is `top`.
+ * Shapes: logits [rows, columns]; top, temperature [rows]; sums [rows, ceil(columns / 64)]. */
+void chorus_block_weights(const float *logits, const float *top, const float *temperature, float *sums, int64_t rows,
+                          int64_t columns) {
+    weighing w = {logits, top, temperature, sums, columns};
+    run_rows(weigh_row, &w, rows, columns);
+}
