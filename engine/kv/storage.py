@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.upload import upload
+
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -76,9 +78,8 @@ class KVStorage:
         """
         if not sources:
             return
-        src = torch.tensor(sources, dtype=torch.long, device=self.data.device)
-        dst = torch.tensor(targets, dtype=torch.long, device=self.data.device)
-        self.data[dst] = self.data[src]
+        device = self.data.device
+        self.data[upload(targets, device)] = self.data[upload(sources, device)]
 
 
 def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
