@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import workload
 from benchmarks.make_model import SHAPES
 from engine.config import EngineConfig
-from engine.core.plan import LoraSegment, RowOutput, SequenceSlice, SequenceStart, StepPlan, TokenRef
+from engine.core.draft import lora_segments
+from engine.core.plan import RowOutput, SequenceSlice, SequenceStart, StepPlan, TokenRef
 from engine.lora.storage import SiteWeights
 from engine.model.attention import ATTENTION_NAME
 from engine.model.capabilities import judge
@@ -184,12 +185,11 @@ class Bench:
             table = tuple(range(first_block, first_block + self.blocks_per_sequence))
             row = slices[-1].row_end if slices else 0
             slices.append(SequenceSlice(self._next_seq + i, row, ids, position, table, slot, RowOutput.SAMPLE, 0))
-        segments = tuple(LoraSegment(s.row_start, s.row_end, s.lora_slot) for s in slices if s.lora_slot)
         starting = tuple(SequenceStart(s.seq_id, (7,), (), GREEDY, 0, 0) for s in slices) if starts else ()
         plan = StepPlan(
             plan_id=self._next_plan,
             slices=tuple(slices),
-            lora_segments=_merged(segments),
+            lora_segments=lora_segments(slices),
             starts=starting,
             ends=self._ended,
         )
@@ -198,16 +198,6 @@ class Bench:
             self._ended = tuple(range(self._next_seq, self._next_seq + len(slots)))
             self._next_seq += len(slots)
         return plan
-
-
-def _merged(segments: tuple[LoraSegment, ...]) -> tuple[LoraSegment, ...]:
-    merged: list[LoraSegment] = []
-    for segment in segments:
-        if merged and merged[-1].slot == segment.slot and merged[-1].row_end == segment.row_start:
-            merged[-1] = LoraSegment(merged[-1].row_start, segment.row_end, segment.slot)
-        else:
-            merged.append(segment)
-    return tuple(merged)
 
 
 def adapter_cases(num_adapters: int, batch: int) -> dict[str, list[int]]:

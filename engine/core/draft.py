@@ -71,7 +71,7 @@ class PlanDraft:
         plan = StepPlan(
             plan_id=self.plan_id,
             slices=tuple(slices),
-            lora_segments=_segments(slices),
+            lora_segments=lora_segments(slices),
             starts=tuple(self._starts),
             ends=tuple(ends),
             adapter_ops=tuple(self.adapter_ops),
@@ -99,7 +99,7 @@ class PlanDraft:
         )
 
 
-def _segments(slices: list[SequenceSlice]) -> tuple[LoraSegment, ...]:
+def lora_segments(slices: list[SequenceSlice]) -> tuple[LoraSegment, ...]:
     """Runs of rows with the same adapter; the base model's rows are in none."""
     segments: list[LoraSegment] = []
     start = end = 0

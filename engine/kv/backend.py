@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,16 @@ class AttentionInputs:
     block_tables: torch.Tensor  # [S, max blocks] int64, padded with block 0, rows contiguous
     query_starts: tuple[int, ...]  # S + 1
     context_lengths: tuple[int, ...]  # S: tokens of the sequence, those of this step included
+
+
+def cut_tiles(inputs: AttentionInputs, sequences: Iterable[int], max_rows: int) -> list[tuple[int, int, int, int]]:
+    """The rows of some sequences as kernels take them: sequence, first row, rows, position of the first row."""
+    starts, contexts = inputs.query_starts, inputs.context_lengths
+    return [
+        (s, row, min(max_rows, starts[s + 1] - row), contexts[s] - starts[s + 1] + row)
+        for s in sequences
+        for row in range(starts[s], starts[s + 1], max_rows)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from ctypes import byref
 import numpy as np
 import torch
 
-from engine.kv.backend import AttentionInputs, LayerCall
+from engine.kv.backend import AttentionInputs, LayerCall, cut_tiles
 from engine.kv.storage import KVStorage
 from engine.native.library import NativeLibrary, check
 from engine.native.structs import AttentionLayer, AttentionRows, KVCache
@@ -100,9 +100,4 @@ def _cut(inputs: AttentionInputs, size: int) -> np.ndarray:
         tiles[:, 0] = tiles[:, 1] = np.arange(len(contexts))
         tiles[:, 3] = np.array(contexts) - 1
         return tiles
-    found = [
-        (s, row, min(size, starts[s + 1] - row), context - starts[s + 1] + row)
-        for s, context in enumerate(contexts)
-        for row in range(starts[s], starts[s + 1], size)
-    ]
-    return np.array(found, dtype=np.int32)
+    return np.array(cut_tiles(inputs, range(len(contexts)), size), dtype=np.int32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kv.backend import AttentionInputs, LayerCall
+from engine.kv.backend import AttentionInputs, LayerCall, cut_tiles
 from engine.kv.storage import KVStorage
 from engine.triton_kernels.attention import paged_attention, rows_of_tile
 from engine.triton_kernels.elementwise import write_kv
@@ -21,7 +21,7 @@ class TritonAttention:
         self._decode_tiles: Tensor | None = None  # [S, 4]
         self._prefill_tiles: dict[int, Tensor] = {}  # by rows of a tile, made when a layer first needs it
         self._is_fixed = False
-        self._has_prefill = False
+        self._prefills: list[int] = []  # sequences with several rows
         self._max_context = 0
 
     def plan(self, inputs: AttentionInputs) -> None:
@@ -29,9 +29,8 @@ class TritonAttention:
         self._prefill_tiles = {}
         starts, contexts = inputs.query_starts, inputs.context_lengths
         decodes = [s for s in range(len(contexts)) if starts[s + 1] - starts[s] == 1]
-        tiles = [number for s in decodes for number in (s, starts[s], 1, contexts[s] - 1)]
-        self._decode_tiles = self._upload(tiles) if decodes else None
-        self._has_prefill = len(decodes) < len(contexts)
+        self._prefills = [s for s in range(len(contexts)) if starts[s + 1] - starts[s] > 1]
+        self._decode_tiles = self._tiles(inputs, decodes, 1) if decodes else None
         self._max_context = max(contexts)
 
     def plan_fixed(self, inputs: AttentionInputs, tiles: Tensor) -> None:
@@ -41,7 +40,7 @@ class TritonAttention:
         that nobody wants: its output is zero.
         """
         self._inputs, self._is_fixed = inputs, True
-        self._decode_tiles, self._has_prefill = tiles, False
+        self._decode_tiles, self._prefills = tiles, []
         self._max_context = inputs.block_tables.shape[1] * self.storage.shape.block_size
 
     @property
@@ -64,7 +63,7 @@ class TritonAttention:
         out = new(q.shape, dtype=queries.dtype, device=q.device)
         rows = rows_of_tile(q.shape[1] // self.storage.shape.num_kv_heads)
         parts = [(self._decode_tiles, 1)] if self._decode_tiles is not None else []
-        if self._has_prefill:
+        if self._prefills:
             parts.append((self._prefill(inputs, rows), rows))
         for tiles, tile_rows in parts:
             paged_attention(
@@ -86,14 +85,9 @@ class TritonAttention:
     def _prefill(self, inputs: AttentionInputs, rows: int) -> Tensor:
         tiles = self._prefill_tiles.get(rows)
         if tiles is None:
-            starts, found = inputs.query_starts, []
-            for s, context in enumerate(inputs.context_lengths):
-                start, end = starts[s], starts[s + 1]
-                if end - start > 1:
-                    for row in range(start, end, rows):
-                        found += [s, row, min(rows, end - row), context - end + row]
-            tiles = self._prefill_tiles[rows] = self._upload(found)
+            tiles = self._prefill_tiles[rows] = self._tiles(inputs, self._prefills, rows)
         return tiles
 
-    def _upload(self, tiles: list[int]) -> Tensor:
-        return upload(tiles, self.storage.data.device, torch.int32).view(-1, 4)
+    def _tiles(self, inputs: AttentionInputs, sequences: list[int], max_rows: int) -> Tensor:
+        numbers = [number for tile in cut_tiles(inputs, sequences, max_rows) for number in tile]
+        return upload(numbers, self.storage.data.device, torch.int32).view(-1, 4)

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.core.plan import NO_LORA, LoraSegment
+from engine.lora.chunks import check_rows
 from engine.lora.storage import SiteWeights
 from engine.site import LinearSite
 
@@ -73,9 +74,8 @@ class SegmentedRows:
     def cuts(self, num_rows: int) -> tuple[list[int], list[int]]:
         """Sizes of the runs and the slot of each (0: base model), covering exactly `num_rows` rows."""
         if num_rows != self._num_rows:
+            check_rows(self._end, num_rows)
             rest = num_rows - self._end
-            if rest < 0:
-                raise ValueError(f"segments reach row {self._end}, the layer was given {num_rows} rows")
             self._cuts = ([*self._sizes, rest], [*self._slots, NO_LORA]) if rest else (self._sizes, self._slots)
             self._num_rows = num_rows
         return self._cuts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.core.plan import LoraSegment
+from engine.lora.chunks import check_rows, cut_chunks
 from engine.lora.storage import SiteWeights
 from engine.native.library import MAX_CHUNK_ROWS, NativeLibrary, check
 from engine.native.structs import LoraChunk, LoraWeights, Member
@@ -21,20 +22,15 @@ class Chunks:
     __slots__ = ("_array", "address", "count", "end")
 
     def __init__(self, segments: tuple[LoraSegment, ...] = ()) -> None:
-        found = [
-            LoraChunk(row, min(MAX_CHUNK_ROWS, segment.row_end - row), segment.slot)
-            for segment in segments
-            for row in range(segment.row_start, segment.row_end, MAX_CHUNK_ROWS)
-        ]
-        self._array = (LoraChunk * len(found))(*found)
+        found = cut_chunks(segments, MAX_CHUNK_ROWS)
+        self._array = (LoraChunk * len(found))(*(LoraChunk(*chunk) for chunk in found))
         self.address = ctypes.addressof(self._array) if found else None
         self.count = len(found)
         self.end = segments[-1].row_end if segments else 0
 
     def check_rows(self, num_rows: int) -> None:
         """Raises: ValueError if a layer was given fewer rows than the segments name."""
-        if self.end > num_rows:
-            raise ValueError(f"segments reach row {self.end}, the layer was given {num_rows} rows")
+        check_rows(self.end, num_rows)
 
 
 class NativeLora:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.core.plan import LoraSegment
+from engine.lora.chunks import check_rows, cut_chunks
 from engine.lora.storage import SiteWeights
 from engine.site import LinearSite
 from engine.triton_kernels.lora import CHUNK_ROWS, LoraGroup, LoraTables, add_lora
@@ -28,12 +29,7 @@ class DeviceChunks:
     def of(segments: tuple[LoraSegment, ...], device: torch.device) -> DeviceChunks:
         if not segments:
             return DeviceChunks(None)
-        numbers = [
-            number
-            for segment in segments
-            for row in range(segment.row_start, segment.row_end, CHUNK_ROWS)
-            for number in (row, min(CHUNK_ROWS, segment.row_end - row), segment.slot)
-        ]
+        numbers = [number for chunk in cut_chunks(segments, CHUNK_ROWS) for number in chunk]
         return DeviceChunks(upload(numbers, device, torch.int32).view(-1, 3), segments[-1].row_end)
 
 
@@ -86,8 +82,7 @@ class TritonLora:
     def add(self, y: Tensor, x: Tensor, group: LoraGroup, *, sampled: bool = False) -> None:
         """Shapes: x [T, in], y [T, all members' out]. Raises: ValueError if segments reach beyond the rows."""
         chunks = self.sampled_rows if sampled else self.rows
-        if chunks.end > x.shape[0]:
-            raise ValueError(f"segments reach row {chunks.end}, the layer was given {x.shape[0]} rows")
+        check_rows(chunks.end, x.shape[0])
         if chunks.table is not None:
             add_lora(y, x, chunks.table, group, self._tables, self.max_rank)
 

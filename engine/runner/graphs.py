@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kv.backend import AttentionInputs
+from engine.kv.backend import AttentionInputs, cut_tiles
 from engine.kv.triton_cuda import TritonAttention
 from engine.lora.triton_cuda import TritonLora
 from engine.model.attention import forward_logits
@@ -161,7 +161,7 @@ class DecodeGraphs:
         memory.slots[:num_rows].copy_(attention.slot_mapping)
         width = attention.block_tables.shape[1]
         memory.block_tables[:num_rows, :width].copy_(attention.block_tables)
-        tiles = [number for s, n in enumerate(attention.context_lengths) for number in (s, s, 1, n - 1)]
+        tiles = [number for tile in cut_tiles(attention, range(num_rows), 1) for number in tile]
         tiles += [0] * (4 * (rows - num_rows))
         memory.tiles[:rows].copy_(upload(tiles, memory.tiles.device, torch.int32).view(rows, 4))
         if chunks is not None:

@@ -134,7 +134,7 @@ class _Rows:
             self.slots += [table[p // size] * size + p % size for p in range(position, end)]
         if output is RowOutput.SAMPLE:
             first = row_end - 1 - num_guesses
-            for i in range(1 + num_guesses) if num_guesses else (0,):
+            for i in range(1 + num_guesses):
                 self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot))
         self.starts.append(row_end)
         self.contexts.append(end)

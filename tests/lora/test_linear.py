@@ -14,7 +14,7 @@ from engine.lora.linear import LoraEmbedding, LoraLinear
 from engine.lora.reference import lora_embedding, lora_linear
 from engine.lora.storage import BorrowedStorage, SiteWeights
 from engine.site import LinearSite
-from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
+from tests.support.lora_images import cut, linear_sites, pack, random_weights, spec_of
 
 # Largest deviation, relative to the largest element of the reference: the low-rank product and the sum are each
 # rounded once to the dtype (eps 1.2e-7, 9.8e-4, 7.8e-3).
@@ -36,16 +36,6 @@ def bind(
         for w in weights:
             table[w.site][slot] = w
     return table
-
-
-def cut(*runs: tuple[int, int]) -> tuple[LoraSegment, ...]:
-    """Segments out of (number of rows, slot) runs; slot 0 leaves a gap."""
-    segments, row = [], 0
-    for num_rows, slot in runs:
-        if slot:
-            segments.append(LoraSegment(row, row + num_rows, slot))
-        row += num_rows
-    return tuple(segments)
 
 
 def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from engine.lora.reference import lora_linear
 from engine.lora.storage import BorrowedStorage, SiteWeights
 from engine.model.packed import PackedGroup, PackedLinear, pack_linears
 from engine.site import LinearSite
-from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
+from tests.support.lora_images import cut, linear_sites, pack, random_weights, spec_of
 from tests.support.native import deviation, native_or_skip
 
 # One rounding of the result (bfloat16: and one more when LoRA is added); the sums are float32.
@@ -109,15 +109,6 @@ MIXTURES = {
 }
 
 
-def cut(runs: tuple[tuple[int, int], ...]) -> tuple[LoraSegment, ...]:
-    segments, row = [], 0
-    for rows, slot in runs:
-        if slot:
-            segments.append(LoraSegment(row, row + rows, slot))
-        row += rows
-    return tuple(segments)
-
-
 def bind(
     batch: LoraBatch, sites: tuple[LinearSite, ...], dtype: torch.dtype, ranks: dict[int, int]
 ) -> dict[int, dict[int, SiteWeights]]:
@@ -138,7 +129,7 @@ def bind(
 @pytest.mark.parametrize("widths", [(1, 1), (37, 53), (64, 192), (130, 140)], ids=str)
 def test_mixed_ranks_equal_the_formula(dtype: torch.dtype, mixture: str, widths: tuple[int, int]) -> None:
     lora = NativeLora(native_or_skip(), num_slots=4)
-    batch, segments = LoraBatch(lora), cut(MIXTURES[mixture])
+    batch, segments = LoraBatch(lora), cut(*MIXTURES[mixture])
     linears = [nn.Linear(*widths, bias=False).to(dtype), nn.Linear(widths[0], 40).to(dtype)]
     layers = make_group(linears, lora)
     slots = bind(batch, linear_sites(widths, (widths[0], 40)), dtype, ranks={1: 1, 2: 3, 3: 8, 4: 65})

@@ -7,10 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.plan import LoraSegment
 from engine.lora.image import AdapterImage, AdapterManifest
 from engine.site import ImageSpec, LinearSite
 
 _ALIGNMENT = 64
+
+
+def cut(*runs: tuple[int, int]) -> tuple[LoraSegment, ...]:
+    """Segments out of (number of rows, slot) runs; slot 0 leaves a gap."""
+    segments, row = [], 0
+    for num_rows, slot in runs:
+        if slot:
+            segments.append(LoraSegment(row, row + num_rows, slot))
+        row += num_rows
+    return tuple(segments)
 
 
 def linear_sites(*widths: tuple[int, int]) -> tuple[LinearSite, ...]:
