@@ -14,6 +14,7 @@ from adapter_store.peft_config import MAX_CONFIG_BYTES
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import Source, SourceChanged, SourceListing
 from adapter_store.spec import Spec
+from adapter_store.transfer import read_files
 
 MAX_PAUSE_S = 5.0
 
@@ -65,7 +66,7 @@ class Fetcher:
         for attempt in range(self._config.fetch_retries + 1):
             try:
                 left_s = deadline - self._clock()
-                files = await asyncio.wait_for(source.fetch(version.key.name, listing), left_s)
+                files = await asyncio.wait_for(read_files(source, version.key.name, listing), left_s)
                 await self._check_unchanged(version, source)
                 return files
             except TimeoutError as error:

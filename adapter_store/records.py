@@ -99,6 +99,22 @@ class AdapterPage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """An explicit row of the catalog: `name` stands for the adapter at `location` in the source named `source`.
+
+    `location` is a name in that source ("" for the adapter's own; of a hub also `repository@revision`). `urls` gives
+    instead, for an http source, a (file name, URL) pair for each file: presigned ones, for example. `sha256` pairs
+    (file name, hex digest) are what its files must be.
+    """
+
+    name: str
+    source: str
+    location: str = ""
+    urls: tuple[tuple[str, str], ...] = ()
+    sha256: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStatus:
     """Counters and sizes, for metrics and the console."""
 
@@ -137,13 +153,22 @@ class StoreConfig:
     fetch_retries: int = 3  # after the first try
     retry_base_s: float = 0.2
     max_parallel_fetches: int = 4
+    part_bytes: int = 8 << 20  # of one ranged read
+    max_parallel_parts: int = 8  # of one adapter
+    fetch_bytes_per_s: int | None = None  # of all downloads together; None: as fast as they go
+    niceness: int = 10  # of the threads that download, check and pack: 0 (like everybody) to 19 (only when idle)
+    disk_path: str | None = None  # folder of the disk tier and of the index; None: neither survives a restart
+    disk_bytes: int = 8 << 30  # budget of the disk tier
+    traffic_half_life_s: float = 600.0  # a request counts half after this
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.default is None and (value is None or item.name == "disk_path"):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise StoreConfigInvalid(item.name, f"{value!r} is not a number")
-            minimum = 0 if item.name in ("fetch_retries", "retry_base_s", "refresh_s") else None
+            minimum = 0 if item.name in ("fetch_retries", "retry_base_s", "refresh_s", "niceness") else None
             if (minimum is None and not value > 0) or (minimum is not None and not value >= minimum):
                 raise StoreConfigInvalid(item.name, f"{value!r} must be {'at least 0' if minimum == 0 else 'positive'}")
         if self.max_adapter_bytes > self.host_bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-SourceKind = Literal["local", "s3"]
+SourceKind = Literal["local", "s3", "http", "hub", "catalog"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +16,8 @@ class SourceFile:
     name: str
     etag: str
     num_bytes: int
+    sha256: str | None = None  # hex digest of the content, where the source tells it
+    location: str = ""  # where its source reads it, if the adapter's name and the file's do not say it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,54 @@ class SourceChanged(Exception):
     """A file is no longer the one that was listed: list again and start over. It never leaves the store."""
 
 
+class ReadCancelled(Exception):
+    """Nobody waits for this read any more. Raised in the source's thread; it never leaves the store."""
+
+
+class RangeRead:
+    """A range of a file on its way into memory: bytes `start` .. `start + len(target) - 1`.
+
+    The source writes what arrives, in order, from any one thread; whoever waits sees `num_received` at any time, so
+    that a broken read goes on behind its last byte.
+    """
+
+    def __init__(self, start: int, target: memoryview, pace: Callable[[int], None] | None = None) -> None:
+        self.start = start
+        self.num_received = 0
+        self.sha256: str | None = None  # of the whole file, if the answer tells it
+        self._target = target
+        self._pace = pace
+        self._is_cancelled = False
+
+    @property
+    def end(self) -> int:
+        """Behind the last byte."""
+        return self.start + len(self._target)
+
+    @property
+    def num_missing(self) -> int:
+        """Bytes that have not been written yet."""
+        return len(self._target) - self.num_received
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """The next bytes of the range. Blocks where the rate is limited.
+
+        Raises: ReadCancelled; SourceChanged when more bytes come than the range has.
+        """
+        if self._is_cancelled:
+            raise ReadCancelled
+        if len(chunk) > self.num_missing:
+            raise SourceChanged(f"{len(chunk) - self.num_missing} bytes more than were listed")
+        self._target[self.num_received : self.num_received + len(chunk)] = chunk
+        self.num_received += len(chunk)
+        if self._pace is not None:
+            self._pace(len(chunk))
+
+    def cancel(self) -> None:
+        """The next write raises ReadCancelled. Callable from any thread."""
+        self._is_cancelled = True
+
+
 class Source(Protocol):
     """A place with adapters. `name` identifies it in records, versions and settings.
 
@@ -66,8 +117,12 @@ class Source(Protocol):
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
         """At most `limit` adapter names after `cursor`."""
 
-    async def fetch(self, name: str, listing: SourceListing) -> dict[str, bytes]:
-        """The content of exactly the files of `listing`. Raises SourceChanged when one is another by now."""
+    async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
+        """Writes a range of exactly the listed `file` to `part`.
+
+        Raises SourceChanged when it is another by now. On SourceUnavailable what `part` has received is right, as far
+        as the source's transport can tell.
+        """
 
     async def close(self) -> None:
         """Ends what the source keeps open."""
@@ -75,7 +130,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
-    """How to open a source: `uri` is `file:///folder` or `s3://bucket/prefix`. Plain data: it travels to the actor.
+    """How to open a source. Plain data: it travels to the actor. `uri` is one of
+
+        file:///folder        s3://bucket/prefix        https://host/prefix (or http)        hub://endpoint-host
 
     Credentials left out come from the usual chain (environment, profile, instance role): better than in settings.
     """
@@ -92,8 +149,14 @@ class SourceConfig:
     read_timeout_s: float = 20.0
     max_attempts: int = 3
     max_connections: int = 16
-    # "when_supported" also checks the bodies of servers that send checksums; some servers send wrong ones.
+    # s3: "when_supported" also checks the bodies of servers that send checksums; some servers send wrong ones.
+    request_checksums: Literal["when_required", "when_supported"] = "when_required"
     response_checksums: Literal["when_required", "when_supported"] = "when_required"
+    requester_pays: bool = False  # s3
+    verify_tls: bool | str = True  # False: any certificate; a path: a bundle of authorities
+    token: str | None = field(default=None, repr=False)  # hub and https: sent as a bearer token
+    revision: str = "main"  # hub: branch, tag or commit
+    repos: tuple[str, ...] | None = None  # hub: shell patterns of the repositories that may be asked for; None: all
 
     @property
     def label(self) -> str:

@@ -13,9 +13,16 @@ from pathlib import Path
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
 from adapter_store.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from adapter_store.records import check_name
-from adapter_store.sources.base import SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
+from adapter_store.sources.base import (
+    RangeRead,
+    SourceChanged,
+    SourceFile,
+    SourceKind,
+    SourceListing,
+    SourcePage,
+)
 
-_HASH_CHUNK_BYTES = 1 << 20
+_READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
 
 
@@ -42,9 +49,9 @@ class LocalSource:
         """See `Source.list`. The order is by the parts of the names."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._list, cursor, limit)
 
-    async def fetch(self, name: str, listing: SourceListing) -> dict[str, bytes]:
-        """See `Source.fetch`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._fetch, name, listing)
+    async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
+        """See `Source.read`."""
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
 
     async def close(self) -> None:
         """See `Source.close`."""
@@ -65,34 +72,33 @@ class LocalSource:
                 continue  # it went away between two looks
             except OSError as error:
                 raise self._unavailable(error) from error
-            files.append(SourceFile(name=file_name, etag=etag, num_bytes=num_bytes))
+            files.append(SourceFile(name=file_name, etag=etag, num_bytes=num_bytes, sha256=etag))
         known = {file.name for file in files}
         if not known & {CONFIG_FILE, WEIGHTS_FILE}:
             return None
         return SourceListing(files=tuple(sorted(files, key=lambda file: file.name)))
 
-    def _fetch(self, name: str, listing: SourceListing) -> dict[str, bytes]:
+    def _read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         folder = self._folder(name)
         if folder is None:
             raise SourceChanged(name)
-        contents = {}
-        for file in listing.files:
-            path = folder / file.name
-            try:
-                if not self._inside(path):
-                    raise SourceChanged(name)
-                with path.open("rb") as opened:
-                    # One byte more than listed tells a file that grew, without reading all of it.
-                    content = opened.read(file.num_bytes + 1)
-            except FileNotFoundError as error:
-                raise SourceChanged(name) from error
-            except OSError as error:
-                raise self._unavailable(error) from error
-            if len(content) != file.num_bytes or hashlib.sha256(content).hexdigest() != file.etag:
-                self._digests.pop(path, None)
+        path = folder / file.name
+        try:
+            if not self._inside(path):
                 raise SourceChanged(name)
-            contents[file.name] = content
-        return contents
+            with path.open("rb") as opened:
+                if os.fstat(opened.fileno()).st_size != file.num_bytes:
+                    raise SourceChanged(name)
+                opened.seek(part.start + part.num_received)
+                while part.num_missing:
+                    chunk = opened.read(min(part.num_missing, _READ_CHUNK_BYTES))
+                    if not chunk:
+                        raise SourceChanged(name)
+                    part.write(chunk)
+        except FileNotFoundError as error:
+            raise SourceChanged(name) from error
+        except OSError as error:
+            raise self._unavailable(error) from error
 
     def _folder(self, name: str) -> Path | None:
         folder = self.root / check_name(name)
@@ -113,7 +119,7 @@ class LocalSource:
             if known is not None and known[0] == identity:
                 return known[1], status.st_size
             hasher, num_bytes = hashlib.sha256(), 0
-            while chunk := file.read(_HASH_CHUNK_BYTES):
+            while chunk := file.read(_READ_CHUNK_BYTES):
                 hasher.update(chunk)
                 num_bytes += len(chunk)
             after = os.fstat(file.fileno())

@@ -17,7 +17,15 @@ from urllib3.exceptions import HTTPError
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
 from adapter_store.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from adapter_store.records import check_name
-from adapter_store.sources.base import SourceChanged, SourceConfig, SourceFile, SourceKind, SourceListing, SourcePage
+from adapter_store.sources.base import (
+    RangeRead,
+    SourceChanged,
+    SourceConfig,
+    SourceFile,
+    SourceKind,
+    SourceListing,
+    SourcePage,
+)
 
 DEFAULT_REGION = "us-east-1"  # without any region boto3 fails before it asks, which looks like a missing adapter
 _PAGE_KEYS = 1000
@@ -55,12 +63,9 @@ class S3Source:
         """See `Source.list`. The cursor is the last key that was looked at."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._list, cursor, limit)
 
-    async def fetch(self, name: str, listing: SourceListing) -> dict[str, bytes]:
-        """See `Source.fetch`. The files are read at the same time, each only if its ETag is the listed one."""
-        loop = asyncio.get_running_loop()
-        reads = [loop.run_in_executor(self._pool, self._read, name, file) for file in listing.files]
-        contents = await asyncio.gather(*reads)
-        return {file.name: content for file, content in zip(listing.files, contents, strict=True)}
+    async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
+        """See `Source.read`. Asks for the range, and only if the file's ETag is the listed one."""
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
 
     async def close(self) -> None:
         """See `Source.close`."""
@@ -86,28 +91,31 @@ class S3Source:
             return None
         return SourceListing(files=tuple(sorted(files, key=lambda file: file.name)))
 
-    def _read(self, name: str, file: SourceFile) -> bytes:
+    def _read(self, name: str, file: SourceFile, part: RangeRead) -> None:
+        if not part.num_missing:
+            return
         key = f"{self._prefix}{check_name(name)}/{file.name}"
+        first = part.start + part.num_received
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=key, IfMatch=file.etag)
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=key, IfMatch=file.etag, Range=f"bytes={first}-{part.end - 1}"
+            )
             with answer["Body"] as body:
                 # Some servers ignore If-Match; the ETag they send with the body is checked too.
-                if answer.get("ETag") != file.etag or answer.get("ContentLength") != file.num_bytes:
+                if answer.get("ETag") != file.etag or answer.get("ContentLength") != part.num_missing:
                     raise SourceChanged(key)
-                content = bytearray()
                 while chunk := body.read(_READ_CHUNK_BYTES):
-                    content += chunk
-                    if len(content) > file.num_bytes:
-                        raise SourceChanged(key)
+                    part.write(chunk)
         except ClientError as error:
-            if _status(error) in (404, 412):
+            if _status(error) in (404, 412, 416):
                 raise SourceChanged(key) from error
             self._refuse(error)
         except (BotoCoreError, HTTPError, OSError) as error:
             self._refuse(error)
-        if len(content) != file.num_bytes:
-            raise SourceUnavailable(self.name, f"{key!r} ended after {len(content)} of {file.num_bytes} bytes")
-        return bytes(content)
+        if part.num_missing:
+            raise SourceUnavailable(
+                self.name, f"{key!r} ended after {part.num_received} of {part.end - part.start} bytes"
+            )
 
     def _list(self, cursor: str | None, limit: int) -> SourcePage:
         names: list[str] = []

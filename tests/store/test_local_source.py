@@ -9,6 +9,7 @@ from adapter_store.errors import AdapterNameInvalid, SourceUnavailable, StoreCon
 from adapter_store.sources.base import SourceChanged, SourceConfig
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.opening import open_source
+from adapter_store.transfer import read_files
 from tests.support.fake_sources import small_adapter
 
 
@@ -45,7 +46,7 @@ def test_an_adapter_is_the_files_in_its_folder(root):
 
 
 async def fetched(source, name):
-    return await source.fetch(name, await source.stat(name))
+    return await read_files(source, name, await source.stat(name))
 
 
 def test_what_is_not_there_is_not_there(root):
@@ -81,7 +82,7 @@ def test_a_file_that_changes_after_it_was_listed_is_not_handed_out(root):
         listing = await source.stat("a")
         change()
         with pytest.raises(SourceChanged):
-            await source.fetch("a", listing)
+            await read_files(source, "a", listing)
 
     weights = root / "a" / "adapter_model.safetensors"
     run(

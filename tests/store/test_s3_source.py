@@ -17,6 +17,7 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceChanged, SourceConfig, SourceFile, SourceListing
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
+from adapter_store.transfer import read_files
 from tests.support.fake_sources import small_adapter, small_spec
 
 
@@ -76,7 +77,7 @@ def test_an_adapter_is_read_whole(endpoint, client):
     async def main():
         listing = await source.stat("a")
         assert listing.names == ("adapter_config.json", "adapter_model.safetensors")
-        return await source.fetch("a", listing)
+        return await read_files(source, "a", listing)
 
     assert run(source, main) == [small_adapter()]
 
@@ -115,7 +116,7 @@ def test_an_object_that_is_replaced_after_it_was_listed_is_not_handed_out(endpoi
         listing = await source.stat("a")
         change()
         with pytest.raises(SourceChanged):
-            await source.fetch("a", listing)
+            await read_files(source, "a", listing)
 
     key = {"Bucket": "adapters", "Key": "team/a/adapter_model.safetensors"}
     run(
@@ -226,9 +227,9 @@ def test_a_body_that_is_not_what_was_listed_is_never_handed_out(answer, error):
         async def main():
             if error is None:
                 with pytest.raises(SourceChanged):
-                    await source.fetch("a", listing)
+                    await read_files(source, "a", listing)
             else:
-                assert error in await refused(lambda: source.fetch("a", listing))
+                assert error in await refused(lambda: read_files(source, "a", listing))
 
         run(source, main)
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from adapter_store.errors import SourceUnavailable
-from adapter_store.sources.base import SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
+from adapter_store.sources.base import RangeRead, SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
 
 Files = dict[str, bytes]
 
@@ -118,24 +118,23 @@ class FakeSource:
         page = tuple(names[:limit])
         return SourcePage(names=page, next_cursor=page[-1] if len(names) > limit else None)
 
-    async def fetch(self, name: str, listing: SourceListing) -> Files:
-        self.fetches.append(name)
-        if self.gate is not None:
-            await self.gate.wait()
-        await asyncio.sleep(0)
-        if self.on_fetch is not None:
-            self.on_fetch()
+    async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
+        if file.name.endswith(".safetensors"):
+            self.fetches.append(name)
+            if self.gate is not None:
+                await self.gate.wait()
+            await asyncio.sleep(0)
+            if self.on_fetch is not None:
+                self.on_fetch()
         if self.failing_fetches or self.down:
-            self.failing_fetches -= bool(self.failing_fetches)
+            self.failing_fetches -= bool(self.failing_fetches) and file.name.endswith(".safetensors")
             raise SourceUnavailable(self.name, self.down or "connection reset")
-        files = self.adapters.get(name, {})
-        for file in listing.files:
-            if hashlib.md5(files.get(file.name, b"")).hexdigest() != file.etag:
-                raise SourceChanged(name)
-        contents = {file.name: files[file.name] for file in listing.files}
-        if self.on_fetched is not None:
+        content = self.adapters.get(name, {}).get(file.name, b"")
+        if hashlib.md5(content).hexdigest() != file.etag:
+            raise SourceChanged(name)
+        part.write(content[part.start + part.num_received : part.end])
+        if file.name.endswith(".safetensors") and self.on_fetched is not None:
             self.on_fetched()
-        return contents
 
     async def close(self) -> None:
         self.closed = True
