@@ -67,11 +67,7 @@ def pack_folder(path: str | Path, spec: Mapping[str, Any], limits: Limits | None
 
 def pack_checked(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None = None) -> PackedImage:
     """`pack`, for a spec that was read before."""
-    limits = limits or Limits()
-    inspected = inspect(files, spec, limits)
-    entries, num_bytes = _layout(inspected, DTYPE_BYTES[spec.dtype])
-    if limits.max_bytes is not None and num_bytes > limits.max_bytes:
-        raise AdapterTooLarge("its image", num_bytes, limits.max_bytes)
+    inspected, entries, num_bytes = plan_image(files, spec, limits)
     data = _aligned_zeros(num_bytes)
     weights = memoryview(files["adapter_model.safetensors"])
     for pair, entry in zip(inspected.pairs, entries, strict=True):
@@ -88,6 +84,21 @@ def pack_checked(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None 
     return PackedImage(
         manifest=manifest, data=data, rank=inspected.rank, num_bytes=num_bytes, config=inspected.settings.raw
     )
+
+
+def plan_image(
+    files: Mapping[str, Buffer], spec: Spec, limits: Limits | None = None, weights_bytes: int | None = None
+) -> tuple[Inspected, list[dict[str, Any]], int]:
+    """What is packed, where it goes, and how many bytes that takes; for `weights_bytes` see `inspect`.
+
+    Raises: AdapterRejected, AdapterTooLarge: everything that can be told without the weights.
+    """
+    limits = limits or Limits()
+    inspected = inspect(files, spec, limits, weights_bytes)
+    entries, num_bytes = _layout(inspected, DTYPE_BYTES[spec.dtype])
+    if limits.max_bytes is not None and num_bytes > limits.max_bytes:
+        raise AdapterTooLarge("its image", num_bytes, limits.max_bytes)
+    return inspected, entries, num_bytes
 
 
 def _layout(inspected: Inspected, item_bytes: int) -> tuple[list[dict[str, Any]], int]:

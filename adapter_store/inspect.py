@@ -90,18 +90,21 @@ def check_file_names(names: tuple[str, ...]) -> None:
         raise AdapterRejected(f"{CONFIG_FILE} is missing")
 
 
-def inspect(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None = None) -> Inspected:
+def inspect(
+    files: Mapping[str, Buffer], spec: Spec, limits: Limits | None = None, weights_bytes: int | None = None
+) -> Inspected:
     """Checks `files` (name -> content) against `spec`.
 
+    Of the weights the header is enough, if `weights_bytes` says how many bytes the whole file has.
     Raises: AdapterRejected with the first thing that is wrong; AdapterTooLarge.
     """
     limits = limits or Limits()
     check_file_names(tuple(files))
-    weights = files[WEIGHTS_FILE]
-    if limits.max_bytes is not None and len(weights) > limits.max_bytes:
-        raise AdapterTooLarge(WEIGHTS_FILE, len(weights), limits.max_bytes)
+    num_bytes = len(files[WEIGHTS_FILE]) if weights_bytes is None else weights_bytes
+    if limits.max_bytes is not None and num_bytes > limits.max_bytes:
+        raise AdapterTooLarge(WEIGHTS_FILE, num_bytes, limits.max_bytes)
     settings = parse_config(files[CONFIG_FILE], limits.max_rank)
-    tensors = parse_header(weights)
+    tensors = parse_header(files[WEIGHTS_FILE], num_bytes)
     names = list(spec.sites)
     unmatched = settings.unmatched_targets(names)
     if unmatched:

@@ -14,6 +14,7 @@ from adapter_store.errors import AdapterRejected
 from adapter_store.strict_json import load_object
 
 MAX_HEADER_BYTES = 16 << 20
+MIN_BYTES = 9  # of the file's begin, to know how long its header is and that it is one
 MAX_DIMS = 8
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the element types a LoRA may have
 _FOREIGN = {b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"GGUF": "a GGUF file"}
@@ -30,12 +31,14 @@ class TensorInfo:
     end: int
 
 
-def parse_header(data: bytes | memoryview) -> dict[str, TensorInfo]:
-    """The tensors of the file `data`, by name, in the order of their bytes.
+def parse_header(data: bytes | memoryview, num_bytes: int | None = None) -> dict[str, TensorInfo]:
+    """The tensors of a file of `num_bytes` that begins with `data`, by name, in the order of their bytes.
 
+    `data` is the whole file (the default), or as much of it as `num_header_bytes` says.
     Raises: AdapterRejected when anything about the header, the element types or the offsets is not exactly right.
     """
-    header_bytes = _header_length(data)
+    num_bytes = len(data) if num_bytes is None else num_bytes
+    header_bytes = num_header_bytes(data, num_bytes) - 8
     header = load_object(data[8 : 8 + header_bytes], "the safetensors header", MAX_HEADER_BYTES)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -50,18 +53,22 @@ def parse_header(data: bytes | memoryview) -> dict[str, TensorInfo]:
                 "the file has a gap or an overlap"
             )
         position = tensor.end
-    if position != len(data):
-        problem = "is truncated" if position > len(data) else "has bytes that no tensor names"
+    if position != num_bytes:
+        problem = "is truncated" if position > num_bytes else "has bytes that no tensor names"
         raise AdapterRejected(
-            f"the safetensors file {problem}: its tensors end at byte {position}, it has {len(data)} bytes"
+            f"the safetensors file {problem}: its tensors end at byte {position}, it has {num_bytes} bytes"
         )
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _header_length(data: bytes | memoryview) -> int:
-    if len(data) < 8:
-        raise AdapterRejected(f"the safetensors file is truncated: it has {len(data)} bytes, the header alone needs 8")
-    first = bytes(data[:9])
+def num_header_bytes(data: bytes | memoryview, num_bytes: int) -> int:
+    """How many bytes from its first on a file of `num_bytes` needs for its length field and its header.
+
+    `data` is its begin, `MIN_BYTES` of it or more. Raises: AdapterRejected when there cannot be such a header.
+    """
+    if num_bytes < 8:
+        raise AdapterRejected(f"the safetensors file is truncated: it has {num_bytes} bytes, the header alone needs 8")
+    first = bytes(data[:MIN_BYTES])
     for magic, what in _FOREIGN.items():
         # A header of 128 + 256 k bytes also begins with 0x80; what follows the length tells them apart.
         if first.startswith(magic) and first[8:9] != b"{":
@@ -72,13 +79,13 @@ def _header_length(data: bytes | memoryview) -> int:
             f"the safetensors header claims {length} bytes, the limit is {MAX_HEADER_BYTES}: the file is broken "
             "or is not safetensors"
         )
-    if length > len(data) - 8:
+    if length > num_bytes - 8:
         raise AdapterRejected(
-            f"the safetensors header claims {length} bytes, the file has only {len(data)}: it is truncated"
+            f"the safetensors header claims {length} bytes, the file has only {num_bytes}: it is truncated"
         )
     if first[8:9] != b"{":
         raise AdapterRejected("the file is not safetensors: its header does not begin with '{'")
-    return length
+    return 8 + length
 
 
 def _tensor(name: str, entry: Any, base: int) -> TensorInfo:
