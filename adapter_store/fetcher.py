@@ -1,26 +1,41 @@
-"""Brings one version of an adapter from its source to a packed image: downloads, checks, packs, and tries again."""
+"""Brings one version of an adapter from its source to a packed image: downloads, proves, checks and packs."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from adapter_store.catalog import Version
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
-from adapter_store.image import PackedImage, pack_checked
+from adapter_store.image import PackedImage, pack_checked, plan_image
 from adapter_store.inspect import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, Limits, check_file_names
 from adapter_store.peft_config import MAX_CONFIG_BYTES
 from adapter_store.records import StoreConfig
-from adapter_store.sources.base import Source, SourceChanged, SourceListing
+from adapter_store.sources.base import Source, SourceChanged, SourceListing, distrust
 from adapter_store.spec import Spec
-from adapter_store.transfer import read_files
+from adapter_store.threads import nice_pool
+from adapter_store.transfer import Downloaded, Downloader
+from adapter_store.verify import DigestMismatch
 
-MAX_PAUSE_S = 5.0
+_NUM_THREADS = 2  # that hash, check and pack: each keeps one core busy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A packed image, and the sha256 (hex) of each file it was made of, to be expected the next time."""
+
+    packed: PackedImage
+    sha256: dict[str, str]
 
 
 class Fetcher:
-    """At most `max_parallel_fetches` at a time, so that at most that many adapters are in memory unpacked."""
+    """At most `max_parallel_fetches` at a time from each source: at most that many adapters are in memory unpacked.
+
+    From each, so that a source that hangs keeps nobody from the others.
+    """
 
     def __init__(
         self,
@@ -30,28 +45,35 @@ class Fetcher:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._config = config
-        self._clock = clock
-        self._sleep = sleep
-        self._jitter = jitter
-        self._slots = asyncio.Semaphore(config.max_parallel_fetches)
+        self._pool = nice_pool(_NUM_THREADS, "adapters-pack", int(config.niceness))
+        self._downloader = Downloader(config, clock, sleep, jitter, self._pool)
+        self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.max_parallel_fetches))
         self._limits = Limits(max_rank=config.max_rank, max_bytes=config.max_adapter_bytes)
 
-    async def fetch(self, version: Version, source: Source, spec: Spec) -> PackedImage:
+    async def fetch(
+        self, version: Version, source: Source, spec: Spec, expected: Mapping[str, str] | None = None
+    ) -> Fetched:
         """Downloads and packs `version` for `spec`.
 
-        Raises: AdapterRejected and AdapterTooLarge, from the names and sizes alone where they tell; SourceUnavailable
-        after all retries; SourceChanged when the version is no longer what the source has.
+        `expected` are this project's own digests of its files (name -> sha256, hex), registered or seen before.
+        Raises: AdapterRejected and AdapterTooLarge, from the names, the sizes and the header alone where they tell;
+        SourceUnavailable after all retries; SourceChanged when the version is no longer what the source has.
         """
         name = version.key.name
         try:
             check_file_names(version.listing.names)
             listing = self._wanted(version.listing)
-            async with self._slots:
-                files = await self._download(version, listing, source)
+            async with self._slots[source.name]:
+                downloaded = await self._download(version, listing, source, spec, expected)
                 # In a thread: the loop answers others while numpy works.
-                return await asyncio.to_thread(pack_checked, files, spec, self._limits)
+                packed = await self._downloader.in_pool(pack_checked, downloaded.files, spec, self._limits)
+                return Fetched(packed=packed, sha256=downloaded.sha256)
         except (AdapterRejected, AdapterTooLarge) as error:
             raise error.named(name) from error
+
+    def close(self) -> None:
+        """Ends the threads, when they have done what they are at."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _wanted(self, listing: SourceListing) -> SourceListing:
         wanted = SourceListing(files=tuple(file for file in listing.files if file.name in ADAPTER_FILES))
@@ -61,23 +83,30 @@ class Fetcher:
                 raise AdapterTooLarge(file.name, file.num_bytes, limits[file.name])
         return wanted
 
-    async def _download(self, version: Version, listing: SourceListing, source: Source) -> dict[str, bytes]:
-        deadline = self._clock() + self._config.fetch_timeout_s
-        for attempt in range(self._config.fetch_retries + 1):
-            try:
-                left_s = deadline - self._clock()
-                files = await asyncio.wait_for(read_files(source, version.key.name, listing), left_s)
-                await self._check_unchanged(version, source)
-                return files
-            except TimeoutError as error:
-                reason = f"the download took longer than fetch_timeout_s={self._config.fetch_timeout_s:g}"
-                raise SourceUnavailable(source.name, reason) from error
-            except SourceUnavailable:
-                pause_s = self._pause_s(attempt)
-                if attempt == self._config.fetch_retries or self._clock() + pause_s >= deadline:
-                    raise
-                await self._sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+    async def _download(
+        self,
+        version: Version,
+        listing: SourceListing,
+        source: Source,
+        spec: Spec,
+        expected: Mapping[str, str] | None,
+    ) -> Downloaded:
+        name = version.key.name
+        sizes = {file.name: file.num_bytes for file in listing.files}
+
+        def check_header(files: Mapping[str, memoryview]) -> None:
+            plan_image(files, spec, self._limits, sizes[WEIGHTS_FILE])
+
+        try:
+            downloaded = await self._downloader.download(source, name, listing, check_header, expected)
+        except DigestMismatch as error:
+            distrust(source, name)
+            await self._check_unchanged(version, source)
+            if error.is_own:
+                raise AdapterRejected(str(error)) from error
+            raise SourceUnavailable(source.name, f"adapter {name!r}: {error}") from error
+        await self._check_unchanged(version, source)
+        return downloaded
 
     async def _check_unchanged(self, version: Version, source: Source) -> None:
         """Each file was the listed one when it was read; this proves that all of them were at the same time."""
@@ -87,7 +116,3 @@ class Fetcher:
             return  # what was read is what was listed; a source that went down since takes nothing from that
         if now is None or now.etags != version.listing.etags:
             raise SourceChanged(version.key.name)
-
-    def _pause_s(self, attempt: int) -> float:
-        """Exponential with full jitter, so that many stores do not come back at once."""
-        return float(min(MAX_PAUSE_S, self._config.retry_base_s * 2**attempt) * (0.5 + 0.5 * self._jitter()))

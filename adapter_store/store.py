@@ -176,6 +176,7 @@ class AdapterStore:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._fetcher.close()
         await self._resolver.close()
 
     def check_invariants(self) -> None:
@@ -244,8 +245,8 @@ class AdapterStore:
 
     async def _fly(self, key: ImageKey, version: Version, spec: Spec) -> _Held:
         try:
-            packed = await self._fetcher.fetch(version, self._resolver.source(version.key.source), spec)
-            held = await self._keep(key, packed)
+            fetched = await self._fetcher.fetch(version, self._resolver.source(version.key.source), spec)
+            held = await self._keep(key, fetched.packed)
         except BaseException as error:
             self._ended(key, error)
             raise

@@ -9,8 +9,8 @@ from adapter_store.errors import AdapterNameInvalid, SourceUnavailable, StoreCon
 from adapter_store.sources.base import SourceChanged, SourceConfig
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.opening import open_source
-from adapter_store.transfer import read_files
 from tests.support.fake_sources import small_adapter
+from tests.support.read_files import read_files
 
 
 def upload(folder, files=None):

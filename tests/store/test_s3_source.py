@@ -17,8 +17,8 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceChanged, SourceConfig, SourceFile, SourceListing
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
-from adapter_store.transfer import read_files
 from tests.support.fake_sources import small_adapter, small_spec
+from tests.support.read_files import read_files
 
 
 @pytest.fixture(scope="module")

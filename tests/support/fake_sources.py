@@ -126,8 +126,8 @@ class FakeSource:
             await asyncio.sleep(0)
             if self.on_fetch is not None:
                 self.on_fetch()
-        if self.failing_fetches or self.down:
-            self.failing_fetches -= bool(self.failing_fetches) and file.name.endswith(".safetensors")
+        if self.down or (self.failing_fetches and file.name.endswith(".safetensors")):
+            self.failing_fetches -= bool(self.failing_fetches)
             raise SourceUnavailable(self.name, self.down or "connection reset")
         content = self.adapters.get(name, {}).get(file.name, b"")
         if hashlib.md5(content).hexdigest() != file.etag:
