@@ -71,8 +71,8 @@ class Catalog:
         version = None
         if listing is not None:
             version = version_digest(key.source, key.name, listing.etags)
-            if version not in self._versions:
-                self._versions[version] = Version(version, key, listing)
+            # The digest is of the ETags alone; a listing that came damaged before is replaced.
+            self._versions[version] = Version(version, key, listing)
         before = self._names.get(key)
         self._num_missing += (version is None) - (before is not None and before.version is None)
         self._names[key] = _Name(version, now)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
+from adapter_store.asking import ask
 from adapter_store.catalog import Version
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
 from adapter_store.image import PackedImage, pack_checked, plan_image
@@ -69,6 +71,8 @@ class Fetcher:
                 packed = await self._downloader.in_pool(pack_checked, downloaded.files, spec, self._limits)
                 return Fetched(packed=packed, sha256=downloaded.sha256)
         except (AdapterRejected, AdapterTooLarge) as error:
+            # A listing has no proof of its own, and a damaged one must not be remembered as the adapter's fault.
+            await self._ask_again(version, source)
             raise error.named(name) from error
 
     def close(self) -> None:
@@ -101,18 +105,23 @@ class Fetcher:
             downloaded = await self._downloader.download(source, name, listing, check_header, expected)
         except DigestMismatch as error:
             distrust(source, name)
-            await self._check_unchanged(version, source)
             if error.is_own:
                 raise AdapterRejected(str(error)) from error
+            await self._ask_again(version, source)
             raise SourceUnavailable(source.name, f"adapter {name!r}: {error}") from error
-        await self._check_unchanged(version, source)
+        with contextlib.suppress(SourceUnavailable):  # going down now takes nothing from what was read
+            await self._ask_again(version, source)
         return downloaded
 
-    async def _check_unchanged(self, version: Version, source: Source) -> None:
-        """Each file was the listed one when it was read; this proves that all of them were at the same time."""
-        try:
-            now = await asyncio.wait_for(source.stat(version.key.name), self._config.stat_timeout_s)
-        except (SourceUnavailable, TimeoutError):
-            return  # what was read is what was listed; a source that went down since takes nothing from that
-        if now is None or now.etags != version.listing.etags:
+    async def _ask_again(self, version: Version, source: Source) -> None:
+        """Each file was the listed one when it was read; this proves that all of them were at the same time.
+
+        Raises: SourceChanged, SourceUnavailable.
+        """
+        now = await ask(source, version.key.name, self._config.stat_timeout_s)
+        if now is None or _identity(now) != _identity(version.listing):
             raise SourceChanged(version.key.name)
+
+
+def _identity(listing: SourceListing) -> list[tuple[str, str, int]]:
+    return [(file.name, file.etag, file.num_bytes) for file in listing.files]

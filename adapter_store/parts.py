@@ -10,10 +10,11 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from adapter_store.errors import SourceUnavailable
+from adapter_store.asking import unreadable
+from adapter_store.errors import SourceUnavailable, StoreError
 from adapter_store.pacing import Pacer, SourceGate
 from adapter_store.records import StoreConfig
-from adapter_store.sources.base import RangeRead, Source, SourceFile
+from adapter_store.sources.base import RangeRead, ReadCancelled, Source, SourceChanged, SourceFile
 
 MAX_PAUSE_S = 5.0
 # How sources tell in their reasons that a server is overloaded: its status or its code.
@@ -109,7 +110,7 @@ class PartReader:
     async def _try(self, file: SourceFile, part: RangeRead) -> None:
         async with self._slots, self._gate:
             try:
-                await self._source.read(self._name, file, part)
+                await self._read(file, part)
                 if part.num_missing:
                     raise SourceUnavailable(self._source.name, f"the answer ended {part.num_missing} bytes early")
             except SourceUnavailable as error:
@@ -119,6 +120,14 @@ class PartReader:
         self._gate.aimd.succeeded()
         if part.sha256 is not None:
             self.told[file.name] = part.sha256
+
+    async def _read(self, file: SourceFile, part: RangeRead) -> None:
+        try:
+            await self._source.read(self._name, file, part)
+        except (StoreError, SourceChanged, ReadCancelled):
+            raise
+        except Exception as error:
+            raise SourceUnavailable(self._source.name, unreadable(error)) from error
 
     def _pace(self, on_bytes: Callable[[int], None] | None) -> Callable[[int], None]:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from adapter_store.asking import ask
 from adapter_store.catalog import Catalog, NameKey, Version
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, SourceUnknown
 from adapter_store.records import StoreConfig, check_name
@@ -99,12 +100,10 @@ class Resolver:
     async def _ask(self, key: NameKey) -> str | None:
         before = self._catalog.current(key)
         try:
-            listing = await asyncio.wait_for(self._sources[key.source].stat(key.name), self._config.stat_timeout_s)
-        except (SourceUnavailable, TimeoutError) as error:
+            listing = await ask(self._sources[key.source], key.name, self._config.stat_timeout_s)
+        except SourceUnavailable as error:
             if before is None:
-                if isinstance(error, SourceUnavailable):
-                    raise
-                raise SourceUnavailable(key.source, f"no answer within {self._config.stat_timeout_s:g} s") from error
+                raise
             _log.warning("adapter %s: its source cannot be asked, its known version stays: %s", key.name, error)
             pause_s = min(self._config.unavailable_ttl_s, self._config.refresh_s)
             self._catalog.postpone(key, self._clock() - self._config.refresh_s + pause_s)

@@ -1,0 +1,180 @@
+"""Thousands of damaged answers of a bucket: no wrong byte is served, no request outlives its time, no other notices."""
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+
+import boto3
+import moto.s3.models
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from adapter_store.blobs import MemoryBlobs
+from adapter_store.errors import AdapterNotFound, SourceUnavailable
+from adapter_store.image import pack
+from adapter_store.records import StoreConfig
+from adapter_store.sources.base import SourceConfig
+from adapter_store.sources.opening import open_source
+from adapter_store.spec import spec_digest
+from adapter_store.store import AdapterStore
+from tests.support.fake_sources import small_adapter, small_spec
+from tests.support.fault_proxy import Fault, FaultProxy, Schedule
+
+SPEC = small_spec()
+DIGEST = spec_digest(SPEC)
+BUCKET = "adapters"
+UPLOADS = ("whole", "one-part", "two-parts", "two-parts-with-sha256")
+WEIGHTS = {"flip": 4, "reset": 3, "close": 3, "refuse": 2, "latency": 1, "rate": 1, "hang": 0.3}
+NUM_AT_ONCE = 8
+READ_TIMEOUT_S = 0.3
+FETCH_TIMEOUT_S = 3.0
+STAT_TIMEOUT_S = 2.0
+# A look at the source, the download, and a look whether it is still the same; for what a busy machine adds, and for a
+# second turn after a version that changed under the first, there is an allowance.
+DEADLINE_S = STAT_TIMEOUT_S + FETCH_TIMEOUT_S + STAT_TIMEOUT_S
+ALLOWANCE_S = 5.0
+
+
+@pytest.fixture
+def port(monkeypatch):
+    monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+def upload(port, adapters):
+    """Each in one of four ways: with the MD5 as ETag, with ETags of uploads in parts, and with a sha256 beside."""
+    endpoint = f"http://127.0.0.1:{port}"
+    keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=endpoint, **keys)
+    client.create_bucket(Bucket=BUCKET)
+    for index, (name, files) in enumerate(adapters.items()):
+        for file, content in files.items():
+            where = {"Bucket": BUCKET, "Key": f"{name}/{file}"}
+            how = UPLOADS[index % len(UPLOADS)]
+            if how == "whole":
+                client.put_object(**where, Body=content)
+                continue
+            more = {"Metadata": {"sha256": hashlib.sha256(content).hexdigest()}} if "sha256" in how else {}
+            in_parts = {**where, "UploadId": client.create_multipart_upload(**where, **more)["UploadId"]}
+            middle = len(content) // 2 if "two" in how else len(content)
+            parts = []
+            for number, body in enumerate(filter(None, (content[:middle], content[middle:])), 1):
+                etag = client.upload_part(**in_parts, PartNumber=number, Body=body)["ETag"]
+                parts.append({"PartNumber": number, "ETag": etag})
+            client.complete_multipart_upload(**in_parts, MultipartUpload={"Parts": parts})
+    client.close()
+
+
+class Outcomes:
+    """Acquires adapters and compares what it gets with the truth."""
+
+    def __init__(self, store, adapters):
+        self.store = store
+        self.images = {name: pack(files, SPEC).data for name, files in adapters.items()}
+        self.counts = Counter()
+        self.unexpected = []
+
+    async def ask(self, name, source):
+        try:
+            async with asyncio.timeout(DEADLINE_S + ALLOWANCE_S):
+                lease = await self.store.acquire(name, DIGEST, "me", source=source)
+        except TimeoutError:
+            self.unexpected.append((name, "beyond its deadline"))
+        except (SourceUnavailable, AdapterNotFound) as error:
+            self.counts[type(error).__name__] += 1
+            if f"adapter {name!r}" not in str(error):
+                self.unexpected.append((name, "which adapter it is, is not told", error))
+            return False
+        except Exception as error:
+            self.unexpected.append((name, repr(error)))
+        else:
+            self.counts["served"] += 1
+            if not np.array_equal(lease.image, self.images[name]):
+                self.unexpected.append((name, "wrong bytes"))
+            await self.store.release(lease.version, "me")
+            return True
+        return False
+
+
+def s3(name, address):
+    return open_source(
+        SourceConfig(
+            uri=f"s3://{BUCKET}", name=name, endpoint_url=address, addressing_style="path", max_attempts=1,
+            access_key_id="k", secret_access_key="s", read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=2.0,
+            max_connections=32,
+        )
+    )  # fmt: skip
+
+
+async def run_schedule(port, schedule, num_faulty, adapters):
+    """Fetches until `num_faulty` fetches have met a fault. Returns how those, and the healthy, went, and the faults."""
+    is_healthy = {name: name.startswith("healthy") for name in adapters}
+
+    def choose(target):
+        healthy = any(name in target for name in adapters if is_healthy[name])
+        return Fault() if healthy else schedule()
+
+    config = StoreConfig(
+        host_bytes=2 * NUM_AT_ONCE * pack(small_adapter(), SPEC).num_bytes,
+        max_adapter_bytes=5000, part_bytes=800, max_parallel_parts=4, max_parallel_fetches=2 * NUM_AT_ONCE,
+        fetch_timeout_s=FETCH_TIMEOUT_S, stat_timeout_s=STAT_TIMEOUT_S, retry_base_s=0.01, refresh_s=2.0,
+        missing_ttl_s=0.01, unavailable_ttl_s=0.01,
+    )  # fmt: skip
+    with FaultProxy(port, choose) as proxy:
+        sources = [s3("faulty", proxy.address), s3("direct", f"http://127.0.0.1:{port}")]
+        store = AdapterStore(sources, MemoryBlobs(), config)
+        await store.register_spec(SPEC)
+        damaged, healthy = Outcomes(store, adapters), Outcomes(store, adapters)
+        names = [name for name in adapters if not is_healthy[name]]
+        num_met = 0
+
+        async def be_damaged(mine):
+            nonlocal num_met
+            while num_met < num_faulty:
+                for name in mine:
+                    before = proxy.num_faults(name)
+                    await damaged.ask(name, "faulty")
+                    num_met += proxy.num_faults(name) > before
+                    store.check_invariants()
+
+        async def be_healthy(mine):
+            while num_met < num_faulty:
+                for name in mine:
+                    for source in ("faulty", "direct"):  # beside the damaged ones, and in a source of their own
+                        await healthy.ask(name, source)
+                        await asyncio.sleep(0.05)
+
+        everybody = [be_damaged(names[start::NUM_AT_ONCE]) for start in range(NUM_AT_ONCE)]
+        await asyncio.gather(*everybody, be_healthy([name for name in adapters if is_healthy[name]]))
+        await store.close()
+    return damaged, healthy, proxy.applied
+
+
+def try_schedule(port, seed, num_faulty):
+    adapters = {f"damaged-{seed}": small_adapter(seed=seed) for seed in range(40)}
+    adapters |= {f"healthy-{seed}": small_adapter(seed=100 + seed) for seed in range(8)}
+    upload(port, adapters)
+    schedule = Schedule(seed, share=0.3, weights=WEIGHTS, longest=10_000, seconds=0.02)
+    damaged, healthy, applied = asyncio.run(run_schedule(port, schedule, num_faulty, adapters))
+    print(f"damaged {dict(damaged.counts)}, healthy {dict(healthy.counts)}, faults {dict(applied)}")
+    assert damaged.unexpected == []
+    assert healthy.unexpected == []
+    assert set(healthy.counts) == {"served"}
+    assert set(applied) == set(WEIGHTS)
+    assert damaged.counts["served"] > damaged.counts.total() / 2
+
+
+def test_500_fetches_that_meet_faults_serve_no_wrong_byte_and_harm_nobody_else(port):
+    try_schedule(port, seed=1, num_faulty=500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 7))
+def test_thousands_of_fetches_that_meet_faults_serve_no_wrong_byte_and_harm_nobody_else(port, seed):
+    try_schedule(port, seed, num_faulty=2000)
