@@ -60,7 +60,6 @@ class FaultProxy:
 
     def __init__(self, port: int, choose: Callable[[str], Fault]) -> None:
         self.applied: Counter[str] = Counter()  # kinds
-        self._faults_at: Counter[str] = Counter()  # targets
         self._flipped: set[tuple[object, ...]] = set()
         self._upstream_port = port
         self._choose = choose
@@ -74,11 +73,6 @@ class FaultProxy:
     def address(self) -> str:
         """To be used instead of the server's."""
         return f"http://127.0.0.1:{self._port}"
-
-    def num_faults(self, text: str) -> int:
-        """Of the requests whose target names `text`, as a part of a path."""
-        parts = re.compile(rf"(?:^|[/=&]|%2F){re.escape(text)}(?:$|[/&]|%2F)")
-        return sum(number for target, number in list(self._faults_at.items()) if parts.search(target))
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
@@ -119,7 +113,6 @@ class FaultProxy:
                 fault = self._choose(target)
                 if fault.kind != "none":
                     self.applied[fault.kind] += 1
-                    self._faults_at[target] += 1
                 if fault.kind == "refuse":
                     _reset(writer)
                 else:
