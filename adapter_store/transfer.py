@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 
-from adapter_store.sources.base import RangeRead, Source, SourceChanged, SourceFile, SourceListing
+from adapter_store.sources.base import RangeRead, Source, SourceChanged, SourceFile, SourceListing, distrust
 
 
 async def read_files(source: Source, name: str, listing: SourceListing) -> dict[str, bytes]:
@@ -25,5 +25,6 @@ async def _read_file(source: Source, name: str, file: SourceFile) -> bytes:
     finally:
         part.cancel()
     if file.sha256 is not None and hashlib.sha256(content).hexdigest() != file.sha256:
+        distrust(source, name)
         raise SourceChanged(f"{name}/{file.name}")
     return bytes(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 SourceKind = Literal["local", "s3", "http", "hub", "catalog"]
 
@@ -128,6 +128,20 @@ class Source(Protocol):
         """Ends what the source keeps open."""
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A source that remembers digests it computed."""
+
+    def distrust(self, name: str) -> None:
+        """Forgets what it remembers of the files of adapter `name`."""
+
+
+def distrust(source: Source, name: str) -> None:
+    """To be called when the content of adapter `name` was not what its digests say: they are computed again."""
+    if isinstance(source, Remembers):
+        source.distrust(name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """How to open a source. Plain data: it travels to the actor. `uri` is one of
@@ -147,7 +161,7 @@ class SourceConfig:
     session_token: str | None = field(default=None, repr=False)
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 20.0
-    max_attempts: int = 3
+    max_attempts: int = 2  # of one request, before its body comes; whoever reads goes on after a broken body
     max_connections: int = 16
     # s3: "when_supported" also checks the bodies of servers that send checksums; some servers send wrong ones.
     request_checksums: Literal["when_required", "when_supported"] = "when_required"
