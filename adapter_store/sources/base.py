@@ -161,7 +161,7 @@ class SourceConfig:
     session_token: str | None = field(default=None, repr=False)
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 20.0
-    max_attempts: int = 3
+    max_attempts: int = 2  # of one request, before its body comes; whoever reads goes on after a broken body
     max_connections: int = 16
     # s3: "when_supported" also checks the bodies of servers that send checksums; some servers send wrong ones.
     request_checksums: Literal["when_required", "when_supported"] = "when_required"

@@ -7,7 +7,6 @@ import hashlib
 import os
 import stat as stat_module
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
@@ -21,6 +20,7 @@ from adapter_store.sources.base import (
     SourceListing,
     SourcePage,
 )
+from adapter_store.threads import nice_pool
 
 _READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
@@ -30,16 +30,17 @@ class LocalSource:
     """`root/<adapter name>/adapter_config.json` and the weights beside it.
 
     An ETag is the sha256 of the content, remembered by (mtime_ns, size, inode): a file that is copied, touched or
-    restored keeps its version. Links that lead out of the root are as if they were not there.
+    restored keeps its version. A file rewritten in place with its old time set back looks the same; whoever finds that
+    its content is another calls `distrust`. Links that lead out of the root are as if they were not there.
     """
 
     kind: SourceKind = "local"
 
-    def __init__(self, root: str | Path, name: str = "") -> None:
+    def __init__(self, root: str | Path, name: str = "", niceness: int = 0) -> None:
         self.root = Path(os.path.realpath(root))
         self.name = name or f"file://{self.root}"
         self._digests: dict[Path, tuple[_Identity, str]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="adapters-local")
+        self._pool = nice_pool(4, "adapters-local", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`."""
@@ -52,6 +53,12 @@ class LocalSource:
     async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         """See `Source.read`."""
         await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
+
+    def distrust(self, name: str) -> None:
+        """See `Remembers.distrust`."""
+        folder = self.root / check_name(name)
+        for file_name in KNOWN_FILES:
+            self._digests.pop(folder / file_name, None)
 
     async def close(self) -> None:
         """See `Source.close`."""

@@ -1,17 +1,17 @@
 """Adapters in a bucket: `s3://bucket/prefix/<adapter name>/adapter_config.json`, any S3-compatible server.
 
-boto3 is synchronous, so each call runs in this source's own threads.
+boto3 is synchronous, so each call runs in this source's own threads. Its transfer manager is not used (a range into a
+buffer needs none), so `preferred_transfer_client`, which could make that one drop a custom endpoint, does not apply.
 """
 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 from urllib3.exceptions import HTTPError
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
@@ -26,11 +26,14 @@ from adapter_store.sources.base import (
     SourceListing,
     SourcePage,
 )
+from adapter_store.sources.ranges import WrongRange, digest_or_none, num_bytes_to_skip, range_header
+from adapter_store.threads import nice_pool
 
 DEFAULT_REGION = "us-east-1"  # without any region boto3 fails before it asks, which looks like a missing adapter
 _PAGE_KEYS = 1000
 _PAGES_PER_CALL = 20  # bounds one `list` call over a bucket with few adapters and many other objects
 _READ_CHUNK_BYTES = 1 << 20
+_CHECKSUM_REMEDY = "if the server sends wrong ones, set response_checksums to when_required"
 _REMEDIES = {
     "NoSuchBucket": "the bucket does not exist",
     "AccessDenied": "access is denied; check the credentials and the bucket's policy",
@@ -44,19 +47,26 @@ _REMEDIES = {
 
 
 class S3Source:
-    """One prefix of one bucket."""
+    """One prefix of one bucket. A version is the ETags of its objects.
+
+    A bucket is never listed but by `list`, a page at a time: opening asks nothing, a lookup a fixed number of requests.
+    """
 
     kind: SourceKind = "s3"
 
-    def __init__(self, bucket: str, prefix: str, config: SourceConfig) -> None:
+    def __init__(self, bucket: str, prefix: str, config: SourceConfig, niceness: int = 0) -> None:
         self.name = config.label
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
+        self._common = {"Bucket": bucket} | ({"RequestPayer": "requester"} if config.requester_pays else {})
         self._client = _client(config)
-        self._pool = ThreadPoolExecutor(max_workers=config.max_connections, thread_name_prefix="adapters-s3")
+        self._pool = nice_pool(config.max_connections, "adapters-s3", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
-        """See `Source.stat`. One listing of exactly `<prefix>/<name>/`: `x/1` never sees `x/10`."""
+        """See `Source.stat`. One request for exactly `<prefix>/<name>/`: `x/1` never sees `x/10`.
+
+        Where that folder holds more than fits into one answer, one more for each file that matters.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._stat, name)
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
@@ -64,7 +74,10 @@ class S3Source:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._list, cursor, limit)
 
     async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
-        """See `Source.read`. Asks for the range, and only if the file's ETag is the listed one."""
+        """See `Source.read`. Asks for the range, and only if the file's ETag is the listed one.
+
+        `part.sha256` is what the object's metadata says under `sha256`.
+        """
         await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
 
     async def close(self) -> None:
@@ -75,41 +88,44 @@ class S3Source:
     def _stat(self, name: str) -> SourceListing | None:
         folder = f"{self._prefix}{check_name(name)}/"
         wanted = {folder + file: file for file in KNOWN_FILES}
-        files: list[SourceFile] = []
-        token: dict[str, str] = {}
-        while True:
-            page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=folder, Delimiter="/", **token)
-            for entry in page.get("Contents", ()):
-                if entry["Key"] in wanted:
-                    files.append(
-                        SourceFile(name=wanted[entry["Key"]], etag=entry["ETag"], num_bytes=int(entry["Size"]))
-                    )
-            if not page.get("IsTruncated"):
-                break
-            token = {"ContinuationToken": page["NextContinuationToken"]}
-        if not {file.name for file in files} & {CONFIG_FILE, WEIGHTS_FILE}:
+        page = self._page(Prefix=folder, Delimiter="/")
+        entries = page.get("Contents", [])
+        if page.get("IsTruncated"):  # beside its files lie a thousand others, or adapters below it
+            # A key is the first of those that begin with it.
+            entries = [entry for key in wanted for entry in self._page(Prefix=key, MaxKeys=1).get("Contents", ())]
+        files = {
+            entry["Key"]: SourceFile(
+                name=wanted[entry["Key"]], etag=_quoted(entry["ETag"]), num_bytes=int(entry["Size"])
+            )
+            for entry in entries
+            if entry["Key"] in wanted
+        }
+        if not {file.name for file in files.values()} & {CONFIG_FILE, WEIGHTS_FILE}:
             return None
-        return SourceListing(files=tuple(sorted(files, key=lambda file: file.name)))
+        return SourceListing(files=tuple(sorted(files.values(), key=lambda file: file.name)))
 
     def _read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         if not part.num_missing:
             return
         key = f"{self._prefix}{check_name(name)}/{file.name}"
-        first = part.start + part.num_received
         try:
-            answer = self._client.get_object(
-                Bucket=self._bucket, Key=key, IfMatch=file.etag, Range=f"bytes={first}-{part.end - 1}"
-            )
-            with answer["Body"] as body:
-                # Some servers ignore If-Match; the ETag they send with the body is checked too.
-                if answer.get("ETag") != file.etag or answer.get("ContentLength") != part.num_missing:
-                    raise SourceChanged(key)
-                while chunk := body.read(_READ_CHUNK_BYTES):
-                    part.write(chunk)
+            answer = self._client.get_object(**self._common, Key=key, IfMatch=file.etag, Range=range_header(part))
+            body = answer["Body"]
+            try:
+                self._receive(key, file, part, answer)
+            finally:
+                body.close()  # of a body that was not read to its end this closes the connection
         except ClientError as error:
             if _status(error) in (404, 412, 416):
                 raise SourceChanged(key) from error
             self._refuse(error)
+        except FlexibleChecksumError as error:
+            # What has been received is wrong, somewhere: no place to go on from.
+            raise SourceChanged(f"{key}: {error}; {_CHECKSUM_REMEDY}") from error
+        except WrongRange as error:
+            raise SourceUnavailable(self.name, str(error)) from error
+        except IncompleteReadError:
+            pass  # told below
         except (BotoCoreError, HTTPError, OSError) as error:
             self._refuse(error)
         if part.num_missing:
@@ -117,12 +133,26 @@ class S3Source:
                 self.name, f"{key!r} ended after {part.num_received} of {part.end - part.start} bytes"
             )
 
+    def _receive(self, key: str, file: SourceFile, part: RangeRead, answer: dict[str, Any]) -> None:
+        if _quoted(answer.get("ETag", "")) != file.etag:  # some servers ignore If-Match
+            raise SourceChanged(key)
+        skip = num_bytes_to_skip(file, part, answer.get("ContentRange"), answer.get("ContentLength"))
+        metadata = {field.lower(): value for field, value in answer.get("Metadata", {}).items()}  # rclone: Sha256
+        part.sha256 = digest_or_none(metadata.get("sha256"))
+        body = answer["Body"]  # read itself, not its raw stream: it checks the server's checksum, if asked to
+        while skip and (chunk := body.read(min(skip, _READ_CHUNK_BYTES))):
+            skip -= len(chunk)
+        while part.num_missing and (chunk := body.read(min(part.num_missing, _READ_CHUNK_BYTES))):
+            part.write(chunk)
+        if answer.get("ContentRange") is not None and not part.num_missing:
+            body.read(1)  # meets the end: gives the connection back, and compares the checksum
+
     def _list(self, cursor: str | None, limit: int) -> SourcePage:
         names: list[str] = []
         last = cursor
         for _ in range(_PAGES_PER_CALL):
             after = {"StartAfter": last} if last else {}
-            page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix, MaxKeys=_PAGE_KEYS, **after)
+            page = self._page(Prefix=self._prefix, MaxKeys=_PAGE_KEYS, **after)
             for entry in page.get("Contents", ()):
                 last = str(entry["Key"])
                 name = self._adapter_of(last)
@@ -142,9 +172,9 @@ class S3Source:
         except AdapterNameInvalid:
             return None  # it could not be asked for
 
-    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+    def _page(self, **arguments: Any) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = getattr(self._client, operation)(**arguments)
+            answer: dict[str, Any] = self._client.list_objects_v2(**self._common, **arguments)
             return answer
         except (BotoCoreError, ClientError, HTTPError, OSError) as error:
             self._refuse(error)
@@ -168,19 +198,25 @@ def _client(config: SourceConfig) -> Any:
         "s3",
         endpoint_url=config.endpoint_url,
         region_name=config.region or session.region_name or DEFAULT_REGION,
+        verify=None if config.verify_tls is True else config.verify_tls,  # None: boto3's own bundle, or AWS_CA_BUNDLE
         config=Config(
             connect_timeout=config.connect_timeout_s,
             read_timeout=config.read_timeout_s,
+            # Few: boto3 never retries a body, so whoever reads has to anyway, and its tries multiply with these.
             retries={"mode": "standard", "total_max_attempts": config.max_attempts},
             max_pool_connections=config.max_connections,
             s3={"addressing_style": config.addressing_style},
             signature_version="s3v4",
-            # Servers that are not AWS often lack the newer checksums; the safetensors layout, the sizes and the ETags
-            # are checked here instead.
-            request_checksum_calculation="when_required",
+            # Servers that are not AWS often lack the newer checksums, or answer a range with the whole object's.
+            request_checksum_calculation=config.request_checksums,
             response_checksum_validation=config.response_checksums,
         ),
     )
+
+
+def _quoted(etag: str) -> str:
+    """rclone lists ETags without the quotes that it sends with the object."""
+    return etag if etag.startswith('"') else f'"{etag}"'
 
 
 def _status(error: ClientError) -> int:

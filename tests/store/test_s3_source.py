@@ -1,40 +1,62 @@
-"""A bucket as a source, against an HTTP server: exact names, consistent reads, and errors that say what is wrong."""
+"""A bucket as a source, against S3 servers: exact names, consistent reads, and errors that say what is wrong.
+
+moto runs by default; `-m ceph` and `-m rclone` (`make test-s3`) run the same against real servers.
+"""
 
 import asyncio
-import socket
-import socketserver
-import threading
-from contextlib import contextmanager
+from contextlib import nullcontext
 
-import boto3
 import moto.settings
 import pytest
-from moto.server import ThreadedMotoServer
+from urllib3.exceptions import InsecureRequestWarning
 
 from adapter_store.blobs import MemoryBlobs
-from adapter_store.errors import SourceUnavailable
 from adapter_store.records import StoreConfig
-from adapter_store.sources.base import SourceChanged, SourceConfig, SourceFile, SourceListing
+from adapter_store.sources.base import RangeRead, SourceChanged, SourceConfig
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
+from tests.support import s3_servers
+from tests.support.ceph import ceph
+from tests.support.certificates import self_signed
 from tests.support.fake_sources import small_adapter, small_spec
-from tests.support.read_files import read_files
+from tests.support.source_calls import all_names, read_all, read_range, refused, run
+
+SERVERS = [
+    "moto-http",
+    "moto-https",
+    pytest.param("ceph-http", marks=pytest.mark.ceph),
+    pytest.param("ceph-https", marks=pytest.mark.ceph),
+    pytest.param("rclone-http", marks=pytest.mark.rclone),
+]
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    return self_signed(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture(scope="session")
+def ceph_cluster(tmp_path_factory, certificate):
+    with ceph(tmp_path_factory.mktemp("ceph"), certificate) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, certificate, tmp_path_factory):
+    kind, scheme = request.param.split("-")
+    if kind == "ceph":
+        yield request.getfixturevalue("ceph_cluster")[scheme == "https"]
+    elif kind == "rclone":
+        with s3_servers.rclone(tmp_path_factory.mktemp("rclone") / "buckets") as started:
+            yield started
+    else:
+        with s3_servers.moto(certificate if scheme == "https" else None) as started:
+            yield started
 
 
 @pytest.fixture
-def client(endpoint):
-    made = boto3.client(
-        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="k", aws_secret_access_key="s"
-    )
+def client(server):
+    made = server.client()
     made.create_bucket(Bucket="adapters")
     yield made
     for page in made.get_paginator("list_objects_v2").paginate(Bucket="adapters"):
@@ -44,79 +66,115 @@ def client(endpoint):
     made.close()
 
 
-def config(endpoint, uri="s3://adapters/team", **more):
-    defaults = {"access_key_id": "k", "secret_access_key": "s", "max_attempts": 1, "connect_timeout_s": 2.0}
-    return SourceConfig(uri=uri, endpoint_url=endpoint, **{**defaults, "addressing_style": "path", **more})
+def config(server, uri="s3://adapters/team", **more):
+    known = {
+        "access_key_id": server.access_key,
+        "secret_access_key": server.secret_key,
+        "verify_tls": server.ca_bundle or True,
+        "max_attempts": 1,
+        "connect_timeout_s": 2.0,
+        "addressing_style": "path",
+    }
+    return SourceConfig(uri=uri, endpoint_url=server.endpoint, **{**known, **more})
 
 
-def upload(client, name, files=None, prefix="team/"):
+def upload(client, name, files=None, prefix="team/", **more):
     for file, content in (files or small_adapter()).items():
-        client.put_object(Bucket="adapters", Key=f"{prefix}{name}/{file}", Body=content)
+        client.put_object(Bucket="adapters", Key=f"{prefix}{name}/{file}", Body=content, **more)
 
 
-def run(source, *calls):
-    async def main():
-        try:
-            return [await call() for call in calls]
-        finally:
-            await source.close()
-
-    return asyncio.run(main())
-
-
-async def refused(call):
-    with pytest.raises(SourceUnavailable) as caught:
-        await call()
-    return caught.value.reason
-
-
-def test_an_adapter_is_read_whole(endpoint, client):
+def test_an_adapter_is_read_whole(server, client):
     upload(client, "a")
-    source = open_source(config(endpoint))
+    source = open_source(config(server))
 
     async def main():
         listing = await source.stat("a")
         assert listing.names == ("adapter_config.json", "adapter_model.safetensors")
-        return await read_files(source, "a", listing)
+        return await read_all(source, "a", listing)
 
     assert run(source, main) == [small_adapter()]
 
 
-def test_a_name_never_sees_a_longer_one(endpoint, client):
+def test_any_range_of_a_file_can_be_read(server, client):
+    content = bytes(range(256)) * 4096  # 1 MiB
+    upload(client, "a", {"adapter_model.safetensors": content})
+    source = open_source(config(server))
+
+    async def main():
+        (file,) = (await source.stat("a")).files
+        for start, end in [(0, 1), (255, 257), (1, len(content)), (len(content) - 1, len(content))]:
+            assert await read_range(source, "a", file, start, end) == content[start:end]
+
+    run(source, main)
+
+
+def test_a_read_that_broke_goes_on_behind_its_last_byte(server, client):
+    content = bytes(range(256))
+    upload(client, "a", {"adapter_model.safetensors": content})
+    source = open_source(config(server))
+
+    async def main():
+        (file,) = (await source.stat("a")).files
+        target = bytearray(200)
+        part = RangeRead(50, memoryview(target))
+        part.write(content[50:90])
+        await source.read("a", file, part)
+        assert bytes(target) == content[50:250]
+
+    run(source, main)
+
+
+def test_a_digest_in_the_metadata_is_told(server, client):
+    """rclone says `Sha256` where the others say `sha256`."""
+    upload(client, "a", Metadata={"sha256": "AB" * 32})
+    upload(client, "b", Metadata={"sha256": "another notation"})
+    source = open_source(config(server))
+
+    async def main(name):
+        (file, _) = (await source.stat(name)).files
+        part = RangeRead(0, memoryview(bytearray(file.num_bytes)))
+        await source.read(name, file, part)
+        return part.sha256
+
+    assert run(source, lambda: main("a"), lambda: main("b")) == ["ab" * 32, None]
+
+
+def test_a_name_never_sees_a_longer_one(server, client):
     upload(client, "x/10")
     upload(client, "x/1/sub")
-    source = open_source(config(endpoint))
+    source = open_source(config(server))
     missing, there = run(source, lambda: source.stat("x/1"), lambda: source.stat("x/10"))
     assert missing is None
     assert there is not None
 
 
-def test_a_missing_region_is_no_missing_adapter(endpoint, client, monkeypatch):
+def test_a_missing_region_is_no_missing_adapter(server, client, monkeypatch):
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     upload(client, "a")
-    source = open_source(config(endpoint))
+    source = open_source(config(server))
     assert run(source, lambda: source.stat("a"))[0] is not None
 
 
-def test_a_bucket_without_a_prefix_is_a_source_too(endpoint, client):
+def test_a_bucket_without_a_prefix_is_a_source_too(server, client):
     upload(client, "a", prefix="")
     client.put_object(Bucket="adapters", Key="adapter_config.json", Body=b"{}")
-    source = open_source(config(endpoint, uri="s3://adapters"))
+    source = open_source(config(server, uri="s3://adapters"))
     page, found = run(source, lambda: source.list(None, 10), lambda: source.stat("a"))
     assert page.names == ("a",)
     assert found is not None
 
 
-def test_an_object_that_is_replaced_after_it_was_listed_is_not_handed_out(endpoint, client):
+def test_an_object_that_is_replaced_after_it_was_listed_is_not_handed_out(server, client):
+    """rclone ignores If-Match; the ETag of its answer tells."""
     upload(client, "a")
-    source = open_source(config(endpoint))
+    source = open_source(config(server))
 
     async def main(change):
         listing = await source.stat("a")
         change()
         with pytest.raises(SourceChanged):
-            await read_files(source, "a", listing)
+            await read_all(source, "a", listing)
 
     key = {"Bucket": "adapters", "Key": "team/a/adapter_model.safetensors"}
     run(
@@ -126,29 +184,18 @@ def test_an_object_that_is_replaced_after_it_was_listed_is_not_handed_out(endpoi
     )
 
 
-def test_a_listing_pages_lazily_and_ignores_what_is_no_adapter(endpoint, client):
+def test_a_listing_pages_lazily_and_ignores_what_is_no_adapter(server, client):
     for number in range(5):
         upload(client, f"n{number}")
     client.put_object(Bucket="adapters", Key="team/notes.txt", Body=b"")
     client.put_object(Bucket="adapters", Key="team/.bad name/adapter_config.json", Body=b"{}")
     client.put_object(Bucket="adapters", Key="teammate/n9/adapter_config.json", Body=b"{}")
-    source = open_source(config(endpoint))
-
-    async def main():
-        seen, cursor = [], None
-        while True:
-            page = await source.list(cursor, 2)
-            assert len(page.names) <= 2
-            seen += page.names
-            cursor = page.next_cursor
-            if cursor is None:
-                return seen
-
-    assert run(source, main) == [[f"n{number}" for number in range(5)]]
+    source = open_source(config(server))
+    assert run(source, lambda: all_names(source, 2)) == [[f"n{number}" for number in range(5)]]
 
 
-def test_a_bucket_that_does_not_exist_is_told(endpoint, client):
-    source = open_source(config(endpoint, uri="s3://no-such-bucket/x"))
+def test_a_bucket_that_does_not_exist_is_told(server, client):
+    source = open_source(config(server, uri="s3://no-such-bucket/x"))
     stat, listed = run(
         source, lambda: refused(lambda: source.stat("a")), lambda: refused(lambda: source.list(None, 10))
     )
@@ -156,89 +203,73 @@ def test_a_bucket_that_does_not_exist_is_told(endpoint, client):
     assert "NoSuchBucket" in listed
 
 
-def test_wrong_credentials_are_told_and_not_a_missing_adapter(endpoint, client, monkeypatch):
+def test_wrong_credentials_are_told_and_not_a_missing_adapter(server, client, monkeypatch):
     upload(client, "a")
-    source = open_source(config(endpoint))
-    monkeypatch.setattr(moto.settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)
+    source = open_source(config(server, access_key_id="nobody"))
+    if server.kind == "moto":
+        monkeypatch.setattr(moto.settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0)
     (reason,) = run(source, lambda: refused(lambda: source.stat("a")))
     monkeypatch.undo()
-    assert "InvalidAccessKeyId" in reason
+    assert "the access key is unknown" in reason
 
 
-def test_an_endpoint_that_is_down_is_told():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, never listening: every connection is refused
-        source = open_source(config(f"http://127.0.0.1:{taken.getsockname()[1]}"))
-        (reason,) = run(source, lambda: refused(lambda: source.stat("a")))
-    assert "EndpointConnectionError" in reason
+def test_each_source_has_credentials_of_its_own(server, client, monkeypatch):
+    """A wrong secret of one leaves the other alone, and so do those of the environment."""
+    upload(client, "a")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-somebody-else")
+    right, wrong = open_source(config(server)), open_source(config(server, secret_access_key="wrong"))
+    assert run(right, lambda: right.stat("a"))[0] is not None
+    if server.kind == "moto":  # checks no secrets, only whether it knows the key
+        run(wrong)
+    else:
+        assert "the secret key is wrong" in run(wrong, lambda: refused(lambda: wrong.stat("a")))[0]
 
 
-def test_an_endpoint_that_never_answers_is_given_up():
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        source = open_source(config(f"http://127.0.0.1:{silent.getsockname()[1]}", read_timeout_s=0.2))
-        (reason,) = run(source, lambda: refused(lambda: source.stat("a")))
-    assert "ReadTimeoutError" in reason
-
-
-def test_no_credentials_at_all_are_told(endpoint, monkeypatch):
+def test_no_credentials_at_all_are_told(server, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    source = open_source(config(endpoint, access_key_id=None, secret_access_key=None))
+    source = open_source(config(server, access_key_id=None, secret_access_key=None))
     (reason,) = run(source, lambda: refused(lambda: source.stat("a")))
     assert "NoCredentialsError" in reason
 
 
-@contextmanager
-def answering(answer):
-    """The address of a server that answers every connection with the same bytes and hangs up."""
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self):
-            while self.rfile.readline() not in (b"\r\n", b""):
-                pass
-            self.wfile.write(answer)
-
-    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+def test_a_certificate_that_nobody_vouches_for_is_refused_unless_told_otherwise(server, client):
+    upload(client, "a")
+    trusting = open_source(config(server, verify_tls=False))
+    # urllib3 warns of each request whose certificate it did not look at.
+    with pytest.warns(InsecureRequestWarning) if server.ca_bundle else nullcontext():
+        assert run(trusting, lambda: trusting.stat("a"))[0] is not None
+    if server.ca_bundle:
+        source = open_source(config(server, verify_tls=True))
+        assert "SSLError" in run(source, lambda: refused(lambda: source.stat("a")))[0]
 
 
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 10\r\n\r\n12345', "ended after 5 of 10 bytes"),
-        (b'HTTP/1.1 200 OK\r\nETag: "other"\r\nContent-Length: 10\r\n\r\n1234567890', None),
-        (b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 9\r\n\r\n123456789', None),
-        (b"HTTP/1.1 412 Precondition Failed\r\nContent-Length: 0\r\n\r\n", None),
-        (b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n", "503"),
-    ],
-)
-def test_a_body_that_is_not_what_was_listed_is_never_handed_out(answer, error):
-    listing = SourceListing(files=(SourceFile(name="adapter_config.json", etag='"e"', num_bytes=10),))
+@pytest.mark.parametrize("checksums", ["when_required", "when_supported"])
+def test_checksums_that_a_server_sends_are_checked_when_asked_for(server, client, checksums):
+    """rclone answers a range with the checksum of the whole object: it can only be used without.
 
-    with answering(answer) as address:
-        source = open_source(config(address))
+    rgw 16 keeps no checksums, and over HTTPS refuses an upload with one.
+    """
+    more = {} if server.kind == "ceph" else {"ChecksumAlgorithm": "CRC32"}
+    upload(client, "a", {"adapter_model.safetensors": b"0123456789"}, **more)
+    source = open_source(config(server, response_checksums=checksums, request_checksums=checksums))
 
-        async def main():
-            if error is None:
-                with pytest.raises(SourceChanged):
-                    await read_files(source, "a", listing)
-            else:
-                assert error in await refused(lambda: read_files(source, "a", listing))
+    async def main():
+        (file,) = (await source.stat("a")).files
+        if server.kind == "rclone" and checksums == "when_supported":
+            with pytest.raises(SourceChanged, match="set response_checksums to when_required"):
+                await read_range(source, "a", file, 2, 8)
+        else:
+            assert await read_range(source, "a", file, 2, 8) == b"234567"
 
-        run(source, main)
+    run(source, main)
 
 
-def test_the_store_serves_from_a_bucket_and_sees_a_new_upload(endpoint, client):
+def test_the_store_serves_from_a_bucket_and_sees_a_new_upload(server, client):
     upload(client, "a")
 
     async def main():
-        store = AdapterStore([open_source(config(endpoint))], MemoryBlobs(), StoreConfig(refresh_s=0))
+        store = AdapterStore([open_source(config(server))], MemoryBlobs(), StoreConfig(refresh_s=0))
         digest = await store.register_spec(small_spec())
         first = await store.acquire("a", digest, "me")
         upload(client, "a", small_adapter(seed=8))
