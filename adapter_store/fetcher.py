@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from adapter_store.catalog import Version
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
@@ -17,6 +19,14 @@ from adapter_store.spec import Spec
 from adapter_store.transfer import read_files
 
 MAX_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A packed image, and the sha256 (hex) of the files it was packed from."""
+
+    packed: PackedImage
+    sha256: dict[str, str]
 
 
 class Fetcher:
@@ -36,8 +46,10 @@ class Fetcher:
         self._slots = asyncio.Semaphore(config.max_parallel_fetches)
         self._limits = Limits(max_rank=config.max_rank, max_bytes=config.max_adapter_bytes)
 
-    async def fetch(self, version: Version, source: Source, spec: Spec) -> PackedImage:
-        """Downloads and packs `version` for `spec`.
+    async def fetch(
+        self, version: Version, source: Source, spec: Spec, expected: Mapping[str, str] | None = None
+    ) -> Fetched:
+        """Downloads and packs `version` for `spec`. `expected`: the sha256 that files must have, where they are known.
 
         Raises: AdapterRejected and AdapterTooLarge, from the names and sizes alone where they tell; SourceUnavailable
         after all retries; SourceChanged when the version is no longer what the source has.
@@ -49,7 +61,12 @@ class Fetcher:
             async with self._slots:
                 files = await self._download(version, listing, source)
                 # In a thread: the loop answers others while numpy works.
-                return await asyncio.to_thread(pack_checked, files, spec, self._limits)
+                sha256 = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+                for file, digest in (expected or {}).items():
+                    if sha256.get(file, digest) != digest:
+                        raise AdapterRejected(f"{file} has the sha256 {sha256[file]}, {digest} is expected")
+                packed = await asyncio.to_thread(pack_checked, files, spec, self._limits)
+                return Fetched(packed=packed, sha256=sha256)
         except (AdapterRejected, AdapterTooLarge) as error:
             raise error.named(name) from error
 
