@@ -70,6 +70,9 @@ class Fetcher:
         except (AdapterRejected, AdapterTooLarge) as error:
             raise error.named(name) from error
 
+    def close(self) -> None:
+        """Nothing is kept open between two downloads."""
+
     def _wanted(self, listing: SourceListing) -> SourceListing:
         wanted = SourceListing(files=tuple(file for file in listing.files if file.name in ADAPTER_FILES))
         limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: self._config.max_adapter_bytes}

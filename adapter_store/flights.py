@@ -51,12 +51,11 @@ class Flights:
         pins: Pins,
         config: StoreConfig,
         clock: Callable[[], float],
-        wall: Callable[[], float],
     ) -> None:
         self.counts: Counter[str] = Counter()
         self._catalog, self._host, self._disk, self._index = catalog, host, disk, index
         self._fetcher, self._resolver, self._pins = fetcher, resolver, pins
-        self._config, self._clock, self._wall = config, clock, wall
+        self._config, self._clock = config, clock
         self._flights: dict[ImageKey, asyncio.Task[Held]] = {}
         self._awaited: Counter[ImageKey] = Counter()  # how many callers are about to lease an image
         self._spills: dict[ImageKey, _Spill] = {}  # in the order in which they came
@@ -195,7 +194,7 @@ class Flights:
         """The version's name first, then the image: what is on disk can be found again while the source is down."""
         version = spill.version
         if self._catalog.current(version.key) == version.digest:
-            known = Known(version.digest, version.listing, spill.sha256, self._wall())
+            known = Known(version.digest, version.listing, spill.sha256, self._resolver.checked_at(version.key))
             await self._index.remember(version.key, known)
         if self._disk is None or (data := await self._host.view(key)) is None:
             return

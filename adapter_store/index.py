@@ -130,9 +130,9 @@ class Index:
         row = (*key, known.version, json.dumps(asdict(known.listing)), json.dumps(known.sha256), known.checked_at)
         await self.database.write("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?)", [row])
 
-    async def checked(self, keys: Iterable[NameKey], at: float) -> None:
-        """The sources said that these still stand for what is known."""
-        rows = [(at, *key) for key in keys]
+    async def checked(self, checks: Iterable[tuple[NameKey, float]]) -> None:
+        """The sources said at these times that these names stand for what is known."""
+        rows = [(at, *key) for key, at in checks]
         await self.database.write("UPDATE versions SET checked_at = ? WHERE source = ? AND name = ?", rows)
 
     async def forget(self, keys: Iterable[NameKey]) -> None:

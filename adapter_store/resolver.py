@@ -41,6 +41,7 @@ class Resolver:
         self._clock, self._wall = clock, wall
         self._on_replaced = on_replaced
         self._asking: dict[NameKey, asyncio.Task[str | None]] = {}
+        self._down: set[str] = set()  # sources of which the log says so
         self._checked: set[NameKey] = set()  # since the index was told last
 
     @property
@@ -93,6 +94,11 @@ class Resolver:
             await self._remembered(key)
         digest = self._catalog.current(key)
         return None if digest is None else self._catalog.version(digest)
+
+    def checked_at(self, key: NameKey) -> float:
+        """When the source last spoke of `key`, by the clock on the wall."""
+        checked_at = self._catalog.checked_at(key)
+        return 0.0 if checked_at is None else self._wall() - (self._clock() - checked_at)
 
     async def changed(self, key: NameKey, *, is_gone: bool = False) -> None:
         """`key` was registered anew, or is gone: what was known of it does not count any more."""
@@ -159,10 +165,15 @@ class Resolver:
                 if isinstance(error, SourceUnavailable):
                     raise
                 raise SourceUnavailable(key.source, f"no answer within {self._config.stat_timeout_s:g} s") from error
-            _log.warning("adapter %s: its source cannot be asked, its known version stays: %s", key.name, error)
+            if key.source not in self._down:
+                _log.warning(
+                    "known versions of its adapters stay while a source cannot be asked: %s", error or "timeout"
+                )
+                self._down.add(key.source)
             pause_s = min(self._config.unavailable_ttl_s, self._config.refresh_s)
             self._catalog.postpone(key, self._clock() - self._config.refresh_s + pause_s)
             return before
+        self._down.discard(key.source)
         digest = self._catalog.observe(key, listing, self._clock())
         if before is not None or digest is not None:
             self._checked.add(key)

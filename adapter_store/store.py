@@ -66,6 +66,7 @@ class AdapterStore:
         self._specs: dict[str, Spec] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._beginning: asyncio.Task[None] | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
         self._reports = Reports(self._tiers, self._specs, self.config, clock)
 
     # What a name stands for
@@ -238,9 +239,10 @@ class AdapterStore:
         """Ends everything under way. Images that others hold stay theirs; what is on disk stays there."""
         if self._beginning is not None:
             await asyncio.wait([self._beginning])
-        for task in self._tasks:
+        tasks = [task for task in (*self._tasks, self._housekeeping) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._tiers.close()
 
     def check_invariants(self) -> None:
@@ -253,7 +255,7 @@ class AdapterStore:
         """Reads what was written down before the first answer is given that depends on it."""
         if self._beginning is None:
             self._beginning = asyncio.create_task(self._tiers.begin())
-            self._spawn(self._keep_house())
+            self._housekeeping = asyncio.create_task(self._keep_house())
         if not self._beginning.done():
             await asyncio.shield(self._beginning)
 

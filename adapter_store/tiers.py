@@ -66,9 +66,17 @@ class Tiers:
             )
         every_source = (CatalogSource(self.index, sources), *sources)
         self.resolver = Resolver(self.catalog, every_source, self.index, config, clock, self._replaced, wall)
-        fetcher = Fetcher(config, clock, sleep, jitter)
+        self._fetcher = Fetcher(config, clock, sleep, jitter)
         self.flights = Flights(
-            self.catalog, self.host, self.disk, self.index, fetcher, self.resolver, self.pins, config, clock, wall
+            self.catalog,
+            self.host,
+            self.disk,
+            self.index,
+            self._fetcher,
+            self.resolver,
+            self.pins,
+            config,
+            clock,
         )
         self.warmth = Warmth(
             self.catalog, self.host, self.disk, self.index, self.flights, self.resolver, self.pins, config, wall
@@ -101,6 +109,7 @@ class Tiers:
     async def close(self) -> None:
         """Ends everything under way, writes down what is worth it and gives the folder back."""
         await self.flights.close()
+        self._fetcher.close()
         try:
             await self.warmth.write_down()
         except IndexUnavailable as error:

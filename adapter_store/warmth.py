@@ -80,9 +80,9 @@ class Warmth:
         if not self._index.is_durable:
             return
         now = self._wall()
-        checked = self._resolver.take_checked()
+        checked = {key for key in self._resolver.take_checked() if self._catalog.checked_at(key) is not None}
         gone = {key for key in checked if self._catalog.current(key) is None}
-        await self._index.checked(checked - gone, now)
+        await self._index.checked((key, self._resolver.checked_at(key)) for key in checked - gone)
         await self._index.forget(gone)
         await self._index.set_traffic(self.traffic.take_changed(), before=now - self._forget_s)
         if self._disk is not None:

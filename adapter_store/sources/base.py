@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 SourceKind = Literal["local", "s3", "http", "hub", "catalog"]
 
@@ -128,6 +128,20 @@ class Source(Protocol):
 
     async def close(self) -> None:
         """Ends what the source keeps open."""
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A source that remembers digests it computed."""
+
+    def distrust(self, name: str) -> None:
+        """Forgets what it remembers of the files of adapter `name`."""
+
+
+def distrust(source: Source, name: str) -> None:
+    """To be called when the content of adapter `name` was not what its digests say: they are computed again."""
+    if isinstance(source, Remembers):
+        source.distrust(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

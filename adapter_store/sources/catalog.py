@@ -23,9 +23,11 @@ from adapter_store.sources.base import (
     SourceKind,
     SourceListing,
     SourcePage,
+    distrust,
 )
 
 MAX_ROWS = 100_000  # of one call
+_MAX_LISTED = 10_000
 _MAX_LOCATION_CHARS = 400
 _MAX_URL_CHARS = 8192
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -45,6 +47,7 @@ class CatalogSource:
     def __init__(self, index: Index, sources: Sequence[Source]) -> None:
         self._index = index
         self._sources = {source.name: source for source in sources}
+        self._listed: dict[str, tuple[str, str]] = {}  # name -> source and location, of those listed last
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`."""
@@ -62,6 +65,10 @@ class CatalogSource:
             listing = await source.stat(row.location or row.name)
         if listing is None:
             return None
+        self._listed.pop(name, None)
+        self._listed[name] = (row.source, row.location or row.name)
+        if len(self._listed) > _MAX_LISTED:
+            del self._listed[next(iter(self._listed))]
         return SourceListing(files=tuple(_wrapped(file, row) for file in listing.files), origin=_origin(row))
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
@@ -83,6 +90,12 @@ class CatalogSource:
 
     async def close(self) -> None:
         """The sources are closed by whoever opened them."""
+
+    def distrust(self, name: str) -> None:
+        """See `Remembers.distrust`."""
+        source, location = self._listed.get(name, ("", ""))
+        if source in self._sources:
+            distrust(self._sources[source], location)
 
     async def expected(self, name: str) -> dict[str, str]:
         """The digests that a row says its files have."""
