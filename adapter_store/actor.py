@@ -2,8 +2,8 @@
 
 The actor's name holds the protocol version and a digest of its configuration: programs of two versions, or with other
 sources, get two stores and never talk past each other; the one nobody calls any more leaves after `idle_exit_s`.
-A restarted actor begins empty: names, images and leases are found again from the sources on demand, specs are
-registered again by the callers (SpecUnknown), and `heartbeat` tells owners which leases are gone.
+A restarted actor begins with an empty host: names and images are found again on disk (`disk_path`) or from the sources
+on demand, specs are registered again by the callers (SpecUnknown), and `heartbeat` tells owners which leases are gone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
-from adapter_store.records import AdapterPage, AdapterRecord, Lease, StoreConfig, StoreStatus
+from adapter_store.blobs import BlobsFull
+from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreConfig, StoreStatus
 from adapter_store.sources.base import SourceConfig
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
 
-PROTOCOL_VERSION = 1  # rises with every change to what the actor's methods take and return
+PROTOCOL_VERSION = 2  # rises with every change to what the actor's methods take and return
 NAMESPACE = "chorus"
 NAME = "adapter-store"
 IDLE_EXIT_S = 300.0
@@ -39,7 +40,12 @@ class RayBlobs:
 
     async def put(self, data: NDArray[np.uint8]) -> Any:
         """Copies `data` into shared memory, in a thread: the first touch of fresh pages takes a while."""
-        return await asyncio.to_thread(ray.put, data)
+        try:
+            return await asyncio.to_thread(ray.put, data)
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise BlobsFull(
+                f"Ray's object store has no room for {data.nbytes} bytes: {type(error).__name__}"
+            ) from error
 
     async def has(self, handle: Any) -> bool:
         """A get on the own node maps the pages, it copies nothing; what was spilled is brought back."""
@@ -50,6 +56,14 @@ class RayBlobs:
         except RayError:
             return False
         return True
+
+    async def view(self, handle: Any) -> NDArray[np.uint8] | None:
+        """A view of the shared memory."""
+        try:
+            array: NDArray[np.uint8] = await asyncio.wait_for(asyncio.wrap_future(handle.future()), _LOOK_TIMEOUT_S)
+        except (TimeoutError, GetTimeoutError, RayError):
+            return None
+        return array
 
     def drop(self, handle: Any) -> None:
         """Nothing to do: Ray frees the object with its last reference."""
@@ -86,6 +100,30 @@ class AdapterStoreActor:
     async def prefetch(self, name: str, spec_digest: str | None = None, source: str | None = None) -> None:
         """See `AdapterStore.prefetch`."""
         await self._answer(self._store.prefetch(name, spec_digest, source))
+
+    async def expect(self, name: str, source: str | None = None) -> None:
+        """See `AdapterStore.expect`."""
+        await self._answer(self._store.expect(name, source))
+
+    async def register(self, rows: tuple[Registration, ...]) -> None:
+        """See `AdapterStore.register`."""
+        await self._answer(self._store.register(rows))
+
+    async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """See `AdapterStore.unregister`."""
+        return await self._answer(self._store.unregister(names))
+
+    async def pin(self, name: str, source: str | None = None) -> AdapterRecord:
+        """See `AdapterStore.pin`."""
+        return await self._answer(self._store.pin(name, source))
+
+    async def unpin(self, name: str, source: str | None = None) -> AdapterRecord:
+        """See `AdapterStore.unpin`."""
+        return await self._answer(self._store.unpin(name, source))
+
+    async def warm_set(self, spec_digest: str, budget_bytes: int) -> tuple[AdapterRecord, ...]:
+        """See `AdapterStore.warm_set`."""
+        return await self._answer(self._store.warm_set(spec_digest, budget_bytes))
 
     async def acquire(
         self, name: str, spec_digest: str, owner: str, version: str | None = None, source: str | None = None

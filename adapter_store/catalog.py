@@ -53,15 +53,20 @@ class _Image:
 
 
 class Catalog:
-    """Names, versions, states and leases. `max_missing` bounds what is remembered of names that are not there."""
+    """Names, versions, states and leases.
 
-    def __init__(self, max_missing: int = 10_000) -> None:
+    `max_missing` bounds what is remembered of names that are not there, `max_names` of all: the half that was looked
+    for longest ago is forgotten, but for names with an image.
+    """
+
+    def __init__(self, max_missing: int = 10_000, max_names: int = 50_000) -> None:
         self._names: dict[NameKey, _Name] = {}
         self._versions: dict[str, Version] = {}
         self._images: dict[ImageKey, _Image] = {}
         self._images_of: dict[str, set[ImageKey]] = {}  # by version
         self._leased: set[ImageKey] = set()  # images with leases, so that expiry looks at no others
         self._max_missing = max_missing
+        self._max_names = max_names
         self._num_missing = 0
 
     # Names
@@ -71,15 +76,17 @@ class Catalog:
         version = None
         if listing is not None:
             version = version_digest(key.source, key.name, listing.etags)
-            # The digest is of the ETags alone; a listing that came damaged before is replaced.
+            # The digest is of the ETags alone: a listing that was damaged, or has other (signed) URLs, is replaced.
             self._versions[version] = Version(version, key, listing)
-        before = self._names.get(key)
+        before = self._names.pop(key, None)
         self._num_missing += (version is None) - (before is not None and before.version is None)
         self._names[key] = _Name(version, now)
         if before is not None and before.version not in (None, version):
             self._forget_if_unused(str(before.version))
         if self._num_missing > self._max_missing:
             self._forget_missing()
+        if len(self._names) > self._max_names:
+            self._forget_oldest()
         return version
 
     def checked_at(self, key: NameKey) -> float | None:
@@ -97,7 +104,7 @@ class Catalog:
         return None if name is None else name.version
 
     def forget_name(self, key: NameKey) -> None:
-        """The next question about `key` goes to its source; the version stays known while it is of use."""
+        """The next question about `key` goes to its source; its version stays known until that is answered."""
         name = self._names.get(key)
         if name is not None:
             name.checked_at = float("-inf")
@@ -273,3 +280,12 @@ class Catalog:
         for key in [key for key, name in self._names.items() if name.version is None][: self._max_missing // 2]:
             del self._names[key]
             self._num_missing -= 1
+
+    def _forget_oldest(self) -> None:
+        for key, name in list(self._names.items())[: self._max_names // 2]:
+            if name.version is not None and name.version in self._images_of:
+                continue
+            del self._names[key]
+            self._num_missing -= name.version is None
+            if name.version is not None:
+                self._forget_if_unused(name.version)

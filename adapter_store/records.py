@@ -48,11 +48,13 @@ class AdapterState(StrEnum):
     """Where an image is, as the store sees it."""
 
     COLD = "cold"  # only in its source
+    DISK = "disk"  # packed, on disk: what a cold image is called that the disk tier has
     FETCHING = "fetching"  # being read, checked and packed
     HOST = "host"  # packed, in host memory
     FAILED = "failed"  # refused or unreachable, remembered for a while
 
 
+# Of what the catalog keeps. DISK is none of them: the disk tier says what it has, and may lose it at any time.
 TRANSITIONS: dict[AdapterState, frozenset[AdapterState]] = {
     AdapterState.COLD: frozenset({AdapterState.FETCHING}),
     AdapterState.FETCHING: frozenset({AdapterState.HOST, AdapterState.FAILED, AdapterState.COLD}),
@@ -72,6 +74,8 @@ class AdapterRecord:
     rank: int | None = None
     num_bytes: int | None = None
     reason: str | None = None  # why it is FAILED
+    is_pinned: bool = False
+    requests: float = 0.0  # those of late count more: each counts half after `traffic_half_life_s`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,7 @@ class Lease:
     owner: str
     spec_digest: str
     manifest: dict[str, Any]
-    image: Any  # the BlobStore's handle: an array, or an ObjectRef of one
+    image: Any  # the BlobStore's handle: an array, an ObjectRef of one, or a FileImage
     num_bytes: int
     rank: int
     ttl_s: float
@@ -134,6 +138,14 @@ class StoreStatus:
     evictions: int
     rejections: int
     uptime_s: float
+    disk_bytes: int
+    disk_used_bytes: int
+    num_disk_images: int
+    disk_hits: int
+    disk_evictions: int
+    num_registered: int
+    num_pinned: int
+    degraded: tuple[str, ...]  # the tiers that are out of order now: "disk", "host"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from adapter_store.asking import ask
 from adapter_store.catalog import Catalog, NameKey, Version
+from adapter_store.database import IndexUnavailable
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, SourceUnknown
+from adapter_store.index import Index, Known
 from adapter_store.records import StoreConfig, check_name
 from adapter_store.sources.base import Source
 
@@ -18,23 +21,34 @@ _log = logging.getLogger(__name__)
 class Resolver:
     """Names -> versions. Simultaneous questions about a name are asked once; an answer counts for `refresh_s`.
 
-    `on_replaced` is told of the version that a name has just left.
+    What the index remembers of a name counts as an answer that was given when it was written down, so that a store that
+    was restarted goes on while a source is down. `on_replaced` is told of the version that a name has just left.
     """
 
     def __init__(
         self,
         catalog: Catalog,
         sources: Sequence[Source],
+        index: Index,
         config: StoreConfig,
         clock: Callable[[], float],
-        on_replaced: Callable[[str], None],
+        on_replaced: Callable[[NameKey, str], None],
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._catalog = catalog
         self._sources = {source.name: source for source in sources}
+        self._index = index
         self._config = config
-        self._clock = clock
+        self._clock, self._wall = clock, wall
         self._on_replaced = on_replaced
         self._asking: dict[NameKey, asyncio.Task[str | None]] = {}
+        self._down: set[str] = set()  # sources of which the log says so
+        self._checked: set[NameKey] = set()  # since the index was told last
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """By name, in the order in which they are asked."""
+        return self._sources
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -50,17 +64,59 @@ class Resolver:
     async def resolve(self, name: str, source: str | None = None, *, force: bool = False) -> Version:
         """The version of `name` in `source`, or in the first source that has it; `force` asks whatever is known.
 
-        A source that does not answer ends the search: a later one might hold another adapter of the same name.
+        A source that does not answer ends the search, as a later one might hold another adapter of the same name;
+        unless it said before that it has none, and a later one is known to have one.
         Raises: AdapterNameInvalid, AdapterNotFound, SourceUnavailable, SourceUnknown.
         """
         check_name(name)
         wanted = self.source_names if source is None else (self.source(source).name,)
+        down: SourceUnavailable | None = None
         for source_name in wanted:
-            digest = await self._digest(NameKey(source_name, name), force)
+            key = NameKey(source_name, name)
+            if down is not None and self._catalog.current(key) is None:
+                continue
+            try:
+                digest = await self._digest(key, force)
+            except SourceUnavailable as error:
+                if self._catalog.checked_at(key) is None:
+                    raise
+                down = down or error
+                continue
             version = None if digest is None else self._catalog.version(digest)
             if version is not None:
                 return version
+        if down is not None:
+            raise down
         raise AdapterNotFound(name, wanted)
+
+    async def recall(self, key: NameKey) -> Version | None:
+        """What the index remembers of `key`, if nothing is known of it; the source is asked when its time is over."""
+        if self._catalog.checked_at(key) is None:
+            await self._remembered(key)
+        digest = self._catalog.current(key)
+        return None if digest is None else self._catalog.version(digest)
+
+    def checked_at(self, key: NameKey) -> float:
+        """When the source last spoke of `key`, by the clock on the wall."""
+        checked_at = self._catalog.checked_at(key)
+        return 0.0 if checked_at is None else self._wall() - (self._clock() - checked_at)
+
+    async def changed(self, key: NameKey, *, is_gone: bool = False) -> None:
+        """`key` was registered anew, or is gone: what was known of it does not count any more."""
+        if self._asking.get(key) is not None:
+            await asyncio.wait([self._asking[key]])  # it may have looked before
+        before = self._catalog.current(key)
+        if not is_gone:
+            self._catalog.forget_name(key)
+        elif self._catalog.checked_at(key) is not None:
+            self._catalog.observe(key, None, self._clock())
+            if before is not None:
+                self._on_replaced(key, before)
+
+    def take_checked(self) -> set[NameKey]:
+        """The names of which a source has spoken since the last call."""
+        checked, self._checked = self._checked, set()
+        return checked
 
     async def close(self) -> None:
         """Ends the questions under way and the sources."""
@@ -79,7 +135,7 @@ class Resolver:
             await asyncio.wait([running])  # it may have looked before the change that the caller knows of
             running = None
         if running is None:
-            running = asyncio.create_task(self._ask(key))
+            running = asyncio.create_task(self._ask(key, force))
             self._asking[key] = running
             running.add_done_callback(lambda task: self._asked(key, task))
         return await asyncio.shield(running)  # a cancelled waiter cancels nobody else
@@ -97,19 +153,46 @@ class Resolver:
         missing = self._catalog.current(key) is None
         return self._clock() - checked_at < (self._config.missing_ttl_s if missing else self._config.refresh_s)
 
-    async def _ask(self, key: NameKey) -> str | None:
+    async def _ask(self, key: NameKey, force: bool) -> str | None:
+        if self._catalog.checked_at(key) is None:
+            await self._remembered(key)
+            if not force and self._is_fresh(key):
+                return self._catalog.current(key)
         before = self._catalog.current(key)
         try:
             listing = await ask(self._sources[key.source], key.name, self._config.stat_timeout_s)
         except SourceUnavailable as error:
             if before is None:
                 raise
-            _log.warning("adapter %s: its source cannot be asked, its known version stays: %s", key.name, error)
+            if key.source not in self._down:
+                _log.warning("known versions of its adapters stay while a source cannot be asked: %s", error)
+                self._down.add(key.source)
             pause_s = min(self._config.unavailable_ttl_s, self._config.refresh_s)
             self._catalog.postpone(key, self._clock() - self._config.refresh_s + pause_s)
             return before
+        self._down.discard(key.source)
         digest = self._catalog.observe(key, listing, self._clock())
+        if before is not None or digest is not None:
+            self._checked.add(key)
         if before is not None and before != digest:
             _log.info("adapter %s: version %s -> %s", key.name, before[:12], digest and digest[:12])
-            self._on_replaced(before)
+            self._on_replaced(key, before)
         return digest
+
+    async def _remembered(self, key: NameKey) -> None:
+        known = await self._known(key)
+        if known is None or self._catalog.checked_at(key) is not None:
+            return
+        age_s = self._wall() - known.checked_at
+        if age_s < 0:  # the clock was set back since
+            age_s = self._config.refresh_s
+        self._catalog.observe(key, known.listing, self._clock() - age_s)
+
+    async def _known(self, key: NameKey) -> Known | None:
+        if not self._index.is_durable:
+            return None
+        try:
+            return await self._index.known(key)
+        except IndexUnavailable as error:
+            _log.debug("the index cannot be asked for adapter %s: %s", key.name, error)
+            return None

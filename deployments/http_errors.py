@@ -65,6 +65,8 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "adapter_too_large": _adapter(422),
         "adapter_version_gone": _adapter(409),
         "source_unknown": _wrong(400),
+        "registration_invalid": _wrong(400),
+        "pin_refused": _adapter(409),
         # Load.
         "queue_full": _later(429, 1, "rate_limit_error", "overloaded"),
         # Parts that are away, and come back.

@@ -25,6 +25,7 @@ class SourceListing:
     """The files of an adapter that matter to serving, as they were at one moment, sorted by name."""
 
     files: tuple[SourceFile, ...]
+    origin: str = ""  # where they come from, if the adapter's name does not say it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -33,8 +34,9 @@ class SourceListing:
 
     @property
     def etags(self) -> tuple[tuple[str, str], ...]:
-        """(name, ETag) of every file: what a version is a digest of."""
-        return tuple((file.name, file.etag) for file in self.files)
+        """(name, ETag) of every file, and the origin if there is one: what a version is a digest of."""
+        origin = (("", self.origin),) if self.origin else ()
+        return (*origin, *((file.name, file.etag) for file in self.files))
 
     @property
     def num_bytes(self) -> int:

@@ -7,9 +7,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from adapter_store.catalog import Catalog, ImageKey, NameKey
 from adapter_store.errors import AdapterRejected, StoreFull
-from adapter_store.host_cache import HostCache
 from adapter_store.records import TRANSITIONS, AdapterState
 from adapter_store.sources.base import SourceFile, SourceListing
+from adapter_store.value_cache import ValueCache
 
 A, B = NameKey("s", "a"), NameKey("s", "b")
 SPECS = ("spec0", "spec1")
@@ -88,7 +88,7 @@ def test_names_that_are_not_there_are_forgotten_before_they_fill_the_memory():
     assert catalog.current(A) is not None
 
 
-@pytest.mark.parametrize("state", list(AdapterState))
+@pytest.mark.parametrize("state", list(TRANSITIONS))
 def test_only_the_transitions_of_the_table_are_possible(state):
     moves = {
         AdapterState.FETCHING: Catalog.start_fetch,
@@ -114,12 +114,12 @@ def test_only_the_transitions_of_the_table_are_possible(state):
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Catalog and HostCache together, as the store uses them, against a model of dicts."""
+    """Catalog and ValueCache together, as the store uses them, against a model of dicts."""
 
     def __init__(self):
         super().__init__()
         self.catalog = Catalog(max_missing=3)
-        self.cache = HostCache(BUDGET, self.catalog.is_leased)
+        self.cache = ValueCache(BUDGET, self.catalog.is_leased)
         self.now = 0
         self.leases = {}  # (image, owner) -> expires
         self.sizes = {}  # image -> bytes
@@ -157,7 +157,7 @@ class StoreMachine(RuleBasedStateMachine):
         held = {image for image, _ in self.leases}
         fits = sum(self.sizes[image] for image in held) + size <= BUDGET
         try:
-            victims = self.cache.add(image, size)
+            victims = self.cache.add(image, size, 1.0)
         except StoreFull:
             assert not fits, "there was room"
             self.catalog.fetch_dropped(image)
@@ -227,29 +227,3 @@ class StoreMachine(RuleBasedStateMachine):
 
 StoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestCatalogAndCacheTogether = StoreMachine.TestCase
-
-
-def test_the_least_recently_used_goes_first():
-    cache = HostCache(3, lambda key: False)
-    for key in "abc":
-        cache.add(key, 1)
-    cache.touch("a")
-    assert cache.add("d", 2) == ("b", "c")
-    assert cache.keys() == ("a", "d")
-
-
-def test_a_full_cache_changes_nothing_when_it_refuses():
-    cache = HostCache(3, lambda key: key == "a")
-    cache.add("a", 2)
-    cache.add("b", 1)
-    with pytest.raises(StoreFull) as caught:
-        cache.add("c", 2)
-    assert (caught.value.num_bytes, caught.value.budget_bytes) == (2, 3)
-    assert cache.keys() == ("a", "b")
-
-
-def test_a_key_cannot_be_held_twice():
-    cache = HostCache(3, lambda key: False)
-    cache.add("a", 1)
-    with pytest.raises(ValueError, match="already"):
-        cache.add("a", 1)

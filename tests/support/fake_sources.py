@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from adapter_store.blobs import BlobsFull
 from adapter_store.errors import SourceUnavailable
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
 
@@ -146,10 +147,13 @@ class FakeBlobs:
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}
         self.lost: set[int] = set()
+        self.max_bytes: int | None = None  # as many as shared memory has
         self._next = 0
 
     async def put(self, data: Any) -> int:
         await asyncio.sleep(0)
+        if self.max_bytes is not None and sum(map(len, self.arrays.values())) + len(data) > self.max_bytes:
+            raise BlobsFull("shared memory is full")
         self._next += 1
         self.arrays[self._next] = data
         return self._next
@@ -157,6 +161,10 @@ class FakeBlobs:
     async def has(self, handle: int) -> bool:
         await asyncio.sleep(0)
         return handle not in self.lost
+
+    async def view(self, handle: int) -> Any:
+        await asyncio.sleep(0)
+        return self.arrays.get(handle)
 
     def drop(self, handle: int) -> None:
         del self.arrays[handle]

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from adapter_store.blobs import FileImage, map_image
 from adapter_store.image import pack
 from adapter_store.records import Lease, StoreConfig
 from adapter_store.spec import spec_digest
@@ -24,16 +25,44 @@ class World:
     def __init__(self, *sources: FakeSource, **config: Any) -> None:
         self.sources = sources or (FakeSource({"a": small_adapter(seed=1), "b": small_adapter(seed=2)}),)
         self.source = self.sources[0]
-        self.clock, self.blobs = FakeClock(), FakeBlobs()
+        self.clock = FakeClock()
         config = {"host_bytes": 10 * IMAGE_BYTES, "max_adapter_bytes": 5000, "max_parallel_fetches": 2, **config}
+        self.config = StoreConfig(**config)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new store, as a process has it that was just started."""
+        self.blobs = FakeBlobs()
         self.store = AdapterStore(
             self.sources,
             self.blobs,
-            StoreConfig(**config),
+            self.config,
             clock=self.clock,
+            wall=self.clock,
             sleep=self.clock.sleep,
             jitter=lambda: 1.0,
         )
+
+    async def restart(self) -> None:
+        """Ends the store and begins a new one on the same disk; callers tell it their spec again."""
+        await self.settle()
+        self.store.check_invariants()
+        await self.store.close()
+        self.begin()
+        await self.store.register_spec(SPEC)
+
+    async def settle(self) -> None:
+        """Returns when nothing goes on in the background any more."""
+        tiers = self.store._tiers
+        while tasks := [*self.store._tasks, *tiers.flights._flights.values()]:
+            await asyncio.wait(tasks)
+        await tiers.flights.spilled()
+        if tiers.disk is not None:
+            await tiers.disk.has_stock()
+
+    def bytes_of(self, lease: Lease) -> Any:
+        """What the holder of a lease reads."""
+        return map_image(lease.image) if isinstance(lease.image, FileImage) else self.blobs.arrays[lease.image]
 
     async def acquire(self, name: str = "a", owner: str = "me", **more: Any) -> Lease:
         return await self.store.acquire(name, DIGEST, owner, **more)

@@ -1,0 +1,306 @@
+"""Host, disk, source: an image is looked for in this order, over restarts, and while one of them is out of order."""
+
+import asyncio
+import errno
+
+import numpy as np
+import pytest
+
+from adapter_store import objects
+from adapter_store.blobs import FileImage
+from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreConfigInvalid
+from adapter_store.image import pack
+from adapter_store.records import AdapterState
+from tests.support.fake_sources import FakeSource, small_adapter
+from tests.support.store_world import IMAGE_BYTES, SPEC, World
+
+
+def in_world(test):
+    """Runs an async test with a World whose disk tier is in `tmp_path`; at its end the store's parts must agree."""
+
+    def run(tmp_path, monkeypatch, caplog):
+        async def main():
+            world = World(disk_path=str(tmp_path / "disk"), refresh_s=10.0)
+            world.monkeypatch, world.folder, world.log = monkeypatch, tmp_path / "disk", caplog
+            await world.store.register_spec(SPEC)
+            await test(world)
+            await world.settle()
+            world.store.check_invariants()
+            await world.store.close()
+
+        asyncio.run(main())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+def files_of(world):
+    return sorted(path for path in (world.folder / "objects").rglob("*") if path.is_file())
+
+
+async def right(world, name="a", seed=1, **more):
+    """Acquires, and compares what is served with the packed true files."""
+    lease = await world.acquire(name, **more)
+    assert np.array_equal(world.bytes_of(lease), pack(small_adapter(seed=seed), SPEC).data)
+    return lease
+
+
+@in_world
+async def test_after_a_restart_an_adapter_comes_from_disk(world):
+    before = await right(world)
+    await world.restart()
+    assert (await world.store.resolve("a")).state is AdapterState.DISK
+    assert (await right(world)).version == before.version
+    assert world.source.fetches == ["a"]
+    assert (await world.store.status()).disk_hits == 1
+
+
+@in_world
+async def test_after_a_restart_known_adapters_are_served_while_the_source_is_down(world):
+    before = await right(world)
+    await world.restart()
+    world.source.down = "no route to host"
+    world.clock.now += 1000
+    lease = await right(world)
+    assert (lease.version, lease.name) == (before.version, "a")
+    with pytest.raises(SourceUnavailable, match="no route"):
+        await world.acquire("b")
+    world.clock.now += 1000
+    await right(world)
+    assert len([r for r in world.log.records if "known versions" in r.message]) == 1
+
+
+@in_world
+async def test_a_name_looked_up_shortly_before_a_restart_is_not_looked_up_again(world):
+    await right(world)
+    asked = len(world.source.stats)
+    await world.restart()
+    world.clock.now += 5
+    await right(world)
+    assert len(world.source.stats) == asked
+    world.clock.now += 5
+    await right(world)
+    assert len(world.source.stats) == asked + 1
+
+
+@in_world
+async def test_a_clock_that_was_set_back_does_not_keep_an_old_version(world):
+    old = await right(world)
+    await world.settle()
+    world.source.adapters["a"] = small_adapter(seed=9)
+    world.clock.now -= 500
+    await world.restart()
+    assert (await right(world, seed=9)).version != old.version
+
+
+@in_world
+async def test_what_fell_out_of_host_memory_comes_back_from_disk_without_its_source(world):
+    lease = await right(world)
+    await world.settle()
+    await world.store.release(lease.version, "me")
+    for number in range(12):
+        world.source.adapters[f"n{number}"] = small_adapter(seed=number)
+        other = await world.acquire(f"n{number}")
+        await world.store.release(other.version, "me")
+        await world.settle()
+    assert lease.image not in world.blobs.arrays
+    world.source.fetches.clear()
+    await right(world)
+    assert world.source.fetches == []
+
+
+@in_world
+async def test_an_image_that_was_changed_on_disk_is_never_served(world):
+    await right(world)
+    await world.settle()
+    (path,) = files_of(world)
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    await world.restart()
+    await right(world)
+    assert world.source.fetches == ["a", "a"]
+    await world.restart()
+    await right(world)
+    assert world.source.fetches == ["a", "a"], "it was written again"
+
+
+@in_world
+async def test_a_file_that_was_cut_short_or_is_gone_is_a_miss(world):
+    for harm in (lambda path: path.write_bytes(path.read_bytes()[:-1]), lambda path: path.unlink()):
+        world.source.fetches.clear()
+        await right(world)
+        await world.settle()
+        for path in files_of(world):
+            harm(path)
+        await world.restart()
+        await right(world)
+        assert world.source.fetches[-1:] == ["a"]
+
+
+@in_world
+async def test_two_adapters_with_the_same_weights_share_a_file(world):
+    world.source.adapters["twin"] = small_adapter(seed=1, lora_alpha=64)
+    await right(world)
+    twin = await right(world, "twin")
+    await world.settle()
+    assert len(files_of(world)) == 1
+    status = await world.store.status()
+    assert (status.num_disk_images, status.disk_used_bytes) == (2, IMAGE_BYTES)
+    await world.restart()
+    again = await right(world, "twin")
+    assert again.manifest == twin.manifest != (await right(world)).manifest
+
+
+@in_world
+async def test_files_that_nobody_knows_are_deleted_after_a_restart(world):
+    await right(world)
+    await world.settle()
+    (known,) = files_of(world)
+    (known.parent / ("0" * 62)).write_bytes(b"left over")
+    known.with_name(known.name + ".part").write_bytes(b"half")
+    await world.restart()
+    await world.settle()
+    assert files_of(world) == [known]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_cannot_be_written_costs_no_answer_and_is_tried_again(code, tmp_path, monkeypatch, caplog):
+    @in_world
+    async def scenario(world):
+        real = objects.write_file
+
+        def fail(path, data):
+            path.write_bytes(bytes(data[:3]))
+            raise OSError(code, "no")
+
+        monkeypatch.setattr(objects, "write_file", fail)
+        for name, seed in (("a", 1), ("b", 2)):
+            await right(world, name, seed)
+            await world.settle()
+        assert (await world.store.status()).degraded == ("disk",)
+        assert files_of(world) == []
+        assert len([record for record in caplog.records if "does not work" in record.message]) == 1
+        monkeypatch.setattr(objects, "write_file", real)
+        world.clock.now += 30
+        world.source.adapters["c"] = small_adapter(seed=3)
+        await right(world, "c", 3)
+        await world.settle()
+        assert (await world.store.status()).degraded == ()
+        assert len(files_of(world)) == 1
+
+    scenario(tmp_path, monkeypatch, caplog)
+
+
+@in_world
+async def test_a_disk_that_cannot_be_read_costs_no_answer(world):
+    await right(world)
+    await world.restart()
+    world.monkeypatch.setattr(objects.ObjectFiles, "read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+    await right(world)
+    assert world.source.fetches == ["a", "a"]
+    assert (await world.store.status()).degraded == ("disk",)
+
+
+@in_world
+async def test_an_index_that_is_no_database_is_set_aside_and_everything_is_found_again(world):
+    await right(world)
+    await world.settle()
+    await world.store.close()
+    (world.folder / "index.sqlite").write_bytes(b"not a database, by far" * 500)
+    for path in world.folder.glob("index.sqlite-*"):
+        path.unlink()
+    world.begin()
+    await world.store.register_spec(SPEC)
+    await right(world)
+    assert world.source.fetches == ["a", "a"]
+    assert len(list(world.folder.glob("index.sqlite.broken-*"))) == 1
+    assert len([record for record in world.log.records if "register and pin again" in record.getMessage()]) == 1
+    await world.restart()
+    await right(world)
+    assert world.source.fetches == ["a", "a"]
+
+
+@in_world
+async def test_a_second_store_goes_without_the_folder_until_the_first_has_left_it(world):
+    await right(world)
+    await world.settle()
+    other = World(world.source, disk_path=str(world.folder))
+    await other.store.register_spec(SPEC)
+    await right(other)
+    await other.settle()
+    assert (await other.store.status()).degraded == ("disk",)
+    assert len([record for record in world.log.records if "in use by process" in record.getMessage()]) == 1
+    await world.store.close()
+    await other.store._tiers.keep_house()
+    await other.settle()
+    status = await other.store.status()
+    assert (status.degraded, status.num_disk_images) == ((), 1)
+    await other.store.close()
+    world.begin()
+
+
+def test_a_path_that_cannot_be_a_folder_is_refused_at_start(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreConfigInvalid, match="disk_path"):
+        World(disk_path=str(tmp_path / "file"))
+
+
+def test_no_source_may_be_called_catalog():
+    with pytest.raises(StoreConfigInvalid, match="'catalog'"):
+        World(FakeSource({}, "catalog"))
+
+
+@in_world
+async def test_with_shared_memory_full_of_leased_images_the_next_one_is_served_from_a_file(world):
+    world.blobs.max_bytes = IMAGE_BYTES
+    first = await right(world)
+    second = await right(world, "b", 2)
+    assert isinstance(second.image, FileImage)
+    assert np.array_equal(world.bytes_of(first), pack(small_adapter(seed=1), SPEC).data)
+    assert (await world.store.status()).degraded == ("host",)
+    mapped = world.bytes_of(second)
+    await world.store.release(second.version, "me")
+    del world.source.adapters["b"]
+    world.clock.now += 20
+    with pytest.raises(AdapterNotFound):
+        await world.acquire("b")
+    assert (await world.store.status()).degraded == ()
+    with pytest.raises(FileNotFoundError):
+        world.bytes_of(second)
+    assert np.array_equal(mapped, pack(small_adapter(seed=2), SPEC).data), "who has mapped it keeps it"
+
+
+@in_world
+async def test_with_shared_memory_full_images_that_nobody_leases_make_room(world):
+    world.blobs.max_bytes = 2 * IMAGE_BYTES
+    for seed in range(4):
+        world.source.adapters[f"n{seed}"] = small_adapter(seed=seed)
+        lease = await right(world, f"n{seed}", seed)
+        await world.settle()
+        assert not isinstance(lease.image, FileImage)
+        await world.store.release(lease.version, "me")
+    assert (await world.store.status()).degraded == ()
+
+
+@in_world
+async def test_the_disk_tier_stays_within_its_bytes_and_keeps_what_is_leased(world):
+    await world.store.close()
+    world.config = type(world.config)(
+        host_bytes=10 * IMAGE_BYTES,
+        max_adapter_bytes=5000,
+        disk_path=str(world.folder),
+        disk_bytes=2 * IMAGE_BYTES,
+    )
+    world.begin()
+    await world.store.register_spec(SPEC)
+    await right(world)
+    for seed in range(5):
+        world.source.adapters[f"n{seed}"] = small_adapter(seed=10 + seed)
+        lease = await right(world, f"n{seed}", 10 + seed)
+        await world.settle()
+        await world.store.release(lease.version, "me")
+    assert sum(path.stat().st_size for path in files_of(world)) <= 2 * IMAGE_BYTES
+    assert (await world.store.resolve("a")).state is AdapterState.HOST
+    await world.restart()
+    assert (await world.store.resolve("a")).state is AdapterState.DISK
