@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,3 +34,15 @@ class MemoryBlobs:
 
     def drop(self, handle: Any) -> None:
         """Nothing to do: the last holder of the array frees it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """A handle: an image in a file of this node. Whoever has mapped it keeps its bytes when the file is deleted."""
+
+    path: str
+
+
+def map_image(handle: FileImage) -> NDArray[np.uint8]:
+    """The bytes of `handle`, mapped, not read. Raises: FileNotFoundError when the store has let it go, or died."""
+    return np.memmap(handle.path, dtype=np.uint8, mode="r")

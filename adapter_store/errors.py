@@ -11,6 +11,8 @@
     ├── SpecUnknown             spec_unknown            the caller must register its image spec first (after a restart)
     ├── SpecInvalid             spec_invalid            an image spec that images cannot be packed for
     ├── StoreFull               store_full              every byte of the host budget is leased; try again
+    ├── RegistrationInvalid     registration_invalid    a row of the catalog that can never be served
+    ├── PinRefused              pin_refused             pins would take more than half of the host budget
     └── StoreConfigInvalid      store_config_invalid    a setting that cannot work, found at start
 
 A message names the value, the limit and the remedy. Errors travel between processes: they pickle with their fields.
@@ -191,6 +193,37 @@ class StoreFull(StoreError):
             num_bytes=num_bytes,
             held_bytes=held_bytes,
             budget_bytes=budget_bytes,
+        )
+
+
+class RegistrationInvalid(StoreError):
+    """A row of the catalog that can never be served. None of the rows that came with it was written."""
+
+    code = "registration_invalid"
+    name: str
+    reason: str
+
+    def __init__(self, name: str, reason: str) -> None:
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        super().__init__(f"adapter {shown!r} cannot be registered: {reason}", name=name, reason=reason)
+
+
+class PinRefused(StoreError):
+    """Pinned adapters may take half of the host budget; this one would take more."""
+
+    code = "pin_refused"
+    name: str
+    num_bytes: int
+    limit_bytes: int
+
+    def __init__(self, name: str, num_bytes: int, pinned_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"adapter {name!r} cannot be pinned: its {num_bytes} bytes and the {pinned_bytes} that are pinned already "
+            f"are more than {limit_bytes}, half of host_bytes; unpin another one or raise host_bytes",
+            name=name,
+            num_bytes=num_bytes,
+            pinned_bytes=pinned_bytes,
+            limit_bytes=limit_bytes,
         )
 
 

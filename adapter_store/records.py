@@ -72,6 +72,8 @@ class AdapterRecord:
     rank: int | None = None
     num_bytes: int | None = None
     reason: str | None = None  # why it is FAILED
+    is_pinned: bool = False
+    requests: float = 0.0  # those of late count more: each counts half after `traffic_half_life_s`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,7 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
     {
         # The request.
         "invalid_api_key": Answer(401, "authentication_error", 401, "authentication"),
+        "admin_key_required": Answer(403, "permission_error", 403, "authentication"),
         "invalid_request": _wrong(400),
         "request_error": _wrong(400),
         "unsupported_parameter": _wrong(400),
@@ -65,6 +66,8 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "adapter_too_large": _adapter(422),
         "adapter_version_gone": _adapter(409),
         "source_unknown": _wrong(400),
+        "registration_invalid": _wrong(400),
+        "pin_refused": _adapter(409),
         # Load.
         "queue_full": _later(429, 1, "rate_limit_error", "overloaded"),
         # Parts that are away, and come back.
