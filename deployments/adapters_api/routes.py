@@ -47,7 +47,7 @@ def routes(gateway: Gateway) -> APIRouter:
 
     @router.post("", responses=answers(examples.REGISTERED), dependencies=ADMIN)
     async def register(body: RegisterRequest) -> dict[str, Any]:
-        """Register one adapter or a list: all of them or, when one cannot be, none. A known name is replaced.
+        """Register one adapter or a list of up to 1000: all of them or none. A known name is replaced.
 
         `source` is a configured one and `location` a name in it (the adapter's own when left out; on the hub also
         `repository@revision`). `urls` gives the files' own addresses instead, for a source of kind http. The files

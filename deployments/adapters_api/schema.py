@@ -10,7 +10,7 @@ from adapter_store.records import Registration
 from deployments.adapters_api import examples
 from deployments.wire import Body
 
-MAX_ROWS = 10_000
+MAX_ROWS = 1000
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Url = Annotated[str, Field(pattern=r"^https?://[^/]", max_length=4000)]
 
