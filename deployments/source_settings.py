@@ -26,7 +26,13 @@ def _variable(name: str) -> str:
     return name
 
 
+def _bundle(verify: bool | str) -> bool | str:
+    return verify if isinstance(verify, bool) else str(Path(verify).resolve())
+
+
 VariableName = Annotated[str, AfterValidator(_variable)]
+# A file: certificates of the authorities to trust. False: whatever answers is trusted.
+VerifyTls = Annotated[bool | str, AfterValidator(_bundle)]
 Checksums = Literal["when_required", "when_supported"]
 
 
@@ -56,15 +62,10 @@ class S3Source(Settings):
     request_checksums: Checksums = "when_required"  # some S3-compatible stores refuse more
     response_checksums: Checksums = "when_required"
     requester_pays: bool = False
-    verify_tls: bool | str = True  # a file: certificates of the authorities to trust; false: whatever answers
+    verify_tls: VerifyTls = True
     access_key_id_env: VariableName | None = None
     secret_access_key_env: VariableName | None = None
     session_token_env: VariableName | None = None
-
-    @field_validator("verify_tls")
-    @classmethod
-    def _absolute(cls, verify: bool | str) -> bool | str:
-        return verify if isinstance(verify, bool) else str(Path(verify).resolve())
 
     @check(mode="after")
     def _keys_come_in_pairs(self) -> Self:
@@ -82,6 +83,7 @@ class HttpSource(Settings):
     name: str = Field(default="http", pattern=SOURCE_NAME)
     base_url: str = Field(pattern=HTTP_URL)
     token_env: VariableName | None = None  # sent as a bearer token
+    verify_tls: VerifyTls = True
 
 
 class HubSource(Settings):
@@ -93,6 +95,7 @@ class HubSource(Settings):
     revision: str = Field(default="main", min_length=1)  # branch, tag or commit
     repos: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns; None: every repository
     token_env: VariableName | None = None
+    verify_tls: VerifyTls = True
 
 
 Source = Annotated[FileSource | S3Source | HttpSource | HubSource, Field(discriminator="kind")]

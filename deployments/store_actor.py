@@ -51,7 +51,8 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
     if isinstance(source, FileSource):
         return SourceConfig(uri=Path(source.path).as_uri(), name=source.name)
     if isinstance(source, HttpSource):
-        return SourceConfig(uri=source.base_url, name=source.name, token=secret("token_env"))
+        token = secret("token_env")
+        return SourceConfig(uri=source.base_url, name=source.name, token=token, verify_tls=source.verify_tls)
     if isinstance(source, S3Source):
         return SourceConfig(
             uri=f"s3://{source.bucket}/{source.prefix}",
@@ -72,6 +73,7 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
         name=source.name,
         endpoint_url=source.endpoint,
         token=secret("token_env"),
+        verify_tls=source.verify_tls,
         revision=source.revision,
         repos=source.repos,
     )

@@ -7,32 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Protocol
 
 from adapter_store.errors import StoreError
 from adapter_store.records import AdapterRecord
 from deployments.adapters import Held, HeldAdapters
 from deployments.calls import Refused
-from engine.errors import EngineError
+from engine.errors import AdapterError, EngineError
 from engine.lora.image import AdapterImage
+from engine.stats import EngineStats
 
 logger = logging.getLogger("ray.serve")
 
+POLL_S = 0.02
+LOAD_WAIT_S = 30.0  # a busy device gets an adapter within; what takes longer counts as having no room
 _FAULTS = (StoreError, EngineError, Refused)  # that need no traceback
 
 
 class Device(Protocol):
     """The engine, as far as adapters without a request go."""
 
-    async def preload(self, image: AdapterImage) -> bool:
-        """Brings `image` to the device, after what requests need; False: there is no room that nobody uses."""
+    def preload(self, image: AdapterImage) -> None:
+        """Begins to load `image` where nobody else has to go for it; else the engine drops it. May read it in."""
         ...
 
-    async def pin_adapter(self, key: str) -> None:
-        """Keeps a loaded version until `unpin_adapter`. Raises: AdapterError."""
+    def pin_adapter(self, key: str) -> None:
+        """Keeps a resident version until `unpin_adapter`. May wait for a step. Raises: AdapterError."""
         ...
 
-    async def unpin_adapter(self, key: str) -> None: ...
+    def unpin_adapter(self, key: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
 
 
 class WarmSets(Protocol):
@@ -53,6 +59,7 @@ class Warmer:
         pinned: tuple[str, ...],
         budget_bytes: int,
         refresh_s: float,
+        load_wait_s: float = LOAD_WAIT_S,
     ) -> None:
         self._adapters = adapters
         self._device = device
@@ -60,7 +67,9 @@ class Warmer:
         self._names = pinned
         self._budget_bytes = budget_bytes
         self._refresh_s = refresh_s
+        self._load_wait_s = load_wait_s
         self._pinned: dict[str, str] = {}  # name -> version
+        self._told: dict[str, str] = {}  # name -> why it could not be pinned at the last look
 
     @property
     def pinned(self) -> list[str]:
@@ -80,21 +89,24 @@ class Warmer:
         for name in self._names:
             try:
                 await self._pin(name)
+                self._told.pop(name, None)
             except Exception as error:
-                _warn(f"adapter {name!r} cannot be pinned on this replica, which goes on", error)
+                if self._told.get(name) != str(error):  # once, not with every look
+                    _warn(f"adapter {name!r} cannot be pinned on this replica, which goes on", error)
+                self._told[name] = str(error)
 
     async def _pin(self, name: str) -> None:
+        """Raises: AdapterError when it does not fit; what `HeldAdapters.borrowed` does."""
         before = self._pinned.get(name)
         async with self._adapters.borrowed(name, None, None) as held:
             if held.version == before:
                 return
             if not await self._load(held):
-                logger.warning("adapter %r cannot be pinned on this replica: no room on the device", name)
-                return
-            await self._device.pin_adapter(held.version)
+                raise AdapterError("no room beside what the device has; raise engine.adapter_bytes, or pin fewer")
+            await asyncio.to_thread(self._device.pin_adapter, held.version)
             self._pinned[name] = held.version
         if before is not None:
-            await self._device.unpin_adapter(before)
+            self._device.unpin_adapter(before)
 
     async def warm_up(self) -> None:
         """Brings in what the store says is asked for, until there is no room."""
@@ -117,14 +129,24 @@ class Warmer:
         logger.info("%d of %d adapters of the warm set were brought in", num_loaded, len(records))
 
     async def _load(self, held: Held) -> bool:
-        """The engine may drop the image as soon as it has it, so it counts as the engine's from the beginning."""
-        before, is_loaded = held.in_engine, False
+        """Whether the device has it now.
+
+        It counts as the engine's before the engine has it, which may drop it at once, and says so.
+        """
         held.in_engine = True
         try:
-            is_loaded = await self._device.preload(held.image)
-        finally:
-            held.in_engine = before or is_loaded
-        return is_loaded
+            await asyncio.to_thread(self._device.preload, held.image)
+        except BaseException:
+            held.in_engine = False
+            raise
+        deadline = time.monotonic() + self._load_wait_s
+        while held.version not in self._device.stats().resident_adapters:
+            if time.monotonic() > deadline:
+                held.in_engine = False
+            if not held.in_engine:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
 
 
 def _warn(what: str, error: Exception) -> None:
