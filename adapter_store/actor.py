@@ -51,6 +51,14 @@ class RayBlobs:
             return False
         return True
 
+    async def view(self, handle: Any) -> NDArray[np.uint8] | None:
+        """A view of the shared memory."""
+        try:
+            array: NDArray[np.uint8] = await asyncio.wait_for(asyncio.wrap_future(handle.future()), _LOOK_TIMEOUT_S)
+        except (TimeoutError, GetTimeoutError, RayError):
+            return None
+        return array
+
     def drop(self, handle: Any) -> None:
         """Nothing to do: Ray frees the object with its last reference."""
 

@@ -1,22 +1,35 @@
-"""Where packed images lie: the store holds handles, a BlobStore turns arrays into handles."""
+"""Where packed images lie: the store holds handles, a BlobStore turns arrays into handles.
+
+When its place is full, an image goes into a file instead (`ImageFiles`), so that it can be served all the same.
+"""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+class BlobsFull(Exception):
+    """There is no room for another array now. It never leaves the store."""
+
+
 class BlobStore(Protocol):
     """Keeps arrays; a handle keeps its array until `drop`, or until the place that holds it is lost."""
 
     async def put(self, data: NDArray[np.uint8]) -> Any:
-        """Keeps `data` and returns its handle."""
+        """Keeps `data` and returns its handle. Raises: BlobsFull."""
 
     async def has(self, handle: Any) -> bool:
         """Whether the array behind `handle` can still be had."""
+
+    async def view(self, handle: Any) -> NDArray[np.uint8] | None:
+        """The array behind `handle`, without a copy; None when it cannot be had now."""
 
     def drop(self, handle: Any) -> None:
         """Lets the array go."""
@@ -32,6 +45,10 @@ class MemoryBlobs:
     async def has(self, handle: Any) -> bool:
         return True
 
+    async def view(self, handle: Any) -> NDArray[np.uint8] | None:
+        array: NDArray[np.uint8] = handle
+        return array
+
     def drop(self, handle: Any) -> None:
         """Nothing to do: the last holder of the array frees it."""
 
@@ -46,3 +63,38 @@ class FileImage:
 def map_image(handle: FileImage) -> NDArray[np.uint8]:
     """The bytes of `handle`, mapped, not read. Raises: FileNotFoundError when the store has let it go, or died."""
     return np.memmap(handle.path, dtype=np.uint8, mode="r")
+
+
+class ImageFiles:
+    """Images in files of a folder of their own, below `parent` (None: the system's for temporary files).
+
+    Blocking. The folder is made with the first file and deleted by `close`.
+    """
+
+    def __init__(self, parent: Path | None) -> None:
+        self._parent = parent
+        self._folder: Path | None = None
+        self._number = 0
+
+    def put(self, data: NDArray[np.uint8]) -> FileImage:
+        """Writes `data`. Raises: OSError."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="adapter-images-", dir=self._parent))
+        self._number += 1
+        path = self._folder / str(self._number)
+        try:
+            data.tofile(path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return FileImage(str(path))
+
+    def drop(self, handle: FileImage) -> None:
+        """Deletes the file."""
+        Path(handle.path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Deletes all of it."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None

@@ -11,7 +11,7 @@
     ├── SpecUnknown             spec_unknown            the caller must register its image spec first (after a restart)
     ├── SpecInvalid             spec_invalid            an image spec that images cannot be packed for
     ├── StoreFull               store_full              every byte of the host budget is leased; try again
-    ├── RegistrationInvalid     registration_invalid    a row of the catalog that can never be served
+    ├── RegistrationInvalid     registration_invalid    a row that can never be served; no row of its call was written
     ├── PinRefused              pin_refused             pins would take more than half of the host budget
     └── StoreConfigInvalid      store_config_invalid    a setting that cannot work, found at start
 

@@ -20,6 +20,8 @@ EXAMPLES = [
     errors.SpecUnknown("0" * 64),
     errors.SpecInvalid("dtype"),
     errors.StoreFull(1, 2, 3),
+    errors.RegistrationInvalid("x", "no source is named 'y'"),
+    errors.PinRefused("x", 3, 2, 4),
     errors.StoreConfigInvalid("refresh_s", "negative"),
 ]
 
