@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from adapter_store.errors import SourceUnavailable
+from adapter_store.errors import SourceUnavailable, StoreError
 from adapter_store.records import AdapterRecord, Lease
 from deployments.calls import Refused
 from engine.lora.image import AdapterImage, AdapterManifest
@@ -35,7 +35,7 @@ class Store(Protocol):
         """The lease and the bytes of the image (a view of shared memory)."""
         ...
 
-    async def release(self, version: str) -> None: ...
+    def release(self, version: str) -> Coroutine[Any, Any, None]: ...
 
 
 @dataclass(slots=True)
@@ -70,7 +70,8 @@ class HeldAdapters:
         self._meanings: dict[tuple[str, str | None], _Meaning] = {}
         self._held: dict[str, Held] = {}
         self._loading: dict[tuple[str, str | None, str | None], asyncio.Task[Held]] = {}
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._renewing: set[tuple[str, str | None]] = set()
+        self._background_tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def borrowed(self, name: str, source: str | None, version: str | None) -> AsyncIterator[Held]:
@@ -113,17 +114,35 @@ class HeldAdapters:
         if known is None or known.version not in self._held:
             return None
         if self._clock() < known.until_s:
+            if self._clock() >= known.until_s - self._refresh_s / 2 and (name, source) not in self._renewing:
+                self._renewing.add((name, source))
+                self._background(self._renew(name, source), "a name is asked for again when it is needed")
             return known.version
         try:
-            record = await self._store.resolve(name, source, wait_s=RESOLVE_WAIT_S)
+            return await self._ask(name, source)
         except (Refused, SourceUnavailable) as error:
             logger.warning("adapter %r goes on as version %s: %s", name, known.version[:12], error)
             self._mean(name, source, known.version)
             return known.version
-        if record.version is not None and record.version in self._held:
-            self._mean(name, source, record.version)
-            return record.version
-        return None
+
+    async def _ask(self, name: str, source: str | None) -> str | None:
+        """What the store says that `name` means, if that version is held."""
+        record = await self._store.resolve(name, source, wait_s=RESOLVE_WAIT_S)
+        if record.version is None or record.version not in self._held:
+            return None
+        self._mean(name, source, record.version)
+        return record.version
+
+    async def _renew(self, name: str, source: str | None) -> None:
+        """Asks ahead of time, so that requests for a name in steady use never wait for the store."""
+        try:
+            if await self._ask(name, source) is None:
+                self._meanings.pop((name, source), None)
+        except StoreError as error:
+            if not error.retryable:
+                self._meanings.pop((name, source), None)  # the next request is told why
+        finally:
+            self._renewing.discard((name, source))
 
     def _mean(self, name: str, source: str | None, version: str) -> None:
         if len(self._meanings) >= MAX_NAMES:
@@ -168,14 +187,14 @@ class HeldAdapters:
         if held.users or held.in_engine or self._held.get(held.version) is not held:
             return
         del self._held[held.version]
-        self._background(self._store.release(held.version))
+        self._background(self._store.release(held.version), "a lease was not given back and will expire")
 
-    def _background(self, work: Awaitable[None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None], if_it_fails: str) -> None:
         task = asyncio.ensure_future(work)
-        self._releasing.add(task)
-        task.add_done_callback(self._released)
+        self._background_tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, if_it_fails))
 
-    def _released(self, task: asyncio.Task[None]) -> None:
-        self._releasing.discard(task)
+    def _ended(self, task: asyncio.Task[None], if_it_fails: str) -> None:
+        self._background_tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.warning("a lease was not given back and will expire: %s", error)
+            logger.warning("%s: %s", if_it_fails, error)

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+import deployments.adapters_api.routes as adapters_routes
 import deployments.lorax.replies as lorax_replies
 import deployments.lorax.routes as lorax_routes
 import deployments.openai.replies as openai_replies
@@ -43,6 +44,7 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAP
     app = FastAPIOffline(title="Chorus", version=version("chorus-serve"), redoc_url=None, static_url=DOCS_FILES)
     app.include_router(openai_routes.routes(gateway))
     app.include_router(lorax_routes.routes(gateway))
+    app.include_router(adapters_routes.routes(gateway))
     _add_operation(app, gateway)
     for kind in (Refused, EngineError, StoreError):
         app.add_exception_handler(kind, _on_error)

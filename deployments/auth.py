@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import logging
 import os
+from dataclasses import dataclass
 
 from deployments.calls import Fault, Refused
 
@@ -14,42 +15,64 @@ logger = logging.getLogger("ray.serve")
 MIN_KEY_CHARS = 16
 
 
-class ApiKeys:
-    """The accepted keys, kept as digests. No keys: everyone may ask."""
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `tenant` is a short digest of the key, "" where none is needed."""
 
-    def __init__(self, keys: tuple[str, ...] = ()) -> None:
+    tenant: str
+    may_change: bool  # what is served
+
+
+class ApiKeys:
+    """The accepted keys, kept as digests. An admin key is accepted wherever a key is, and may change adapters.
+
+    Without keys everyone may ask; without keys of either kind everyone may change adapters as well.
+    """
+
+    def __init__(self, keys: tuple[str, ...] = (), admin_keys: tuple[str, ...] = ()) -> None:
         self._digests = tuple(_digest(key) for key in keys)
+        self._admin_digests = tuple(_digest(key) for key in admin_keys)
 
     @classmethod
-    def from_env(cls, name: str | None) -> ApiKeys:
-        """Keys of the environment variable `name`, separated by commas.
+    def from_env(cls, name: str | None, admin_name: str | None = None) -> ApiKeys:
+        """Keys of the environment variables `name` and `admin_name`, separated by commas.
 
-        Raises: ValueError when the variable is missing or a key is short: a typo must not open the server.
+        Raises: ValueError when a variable is missing or a key is short: a typo must not open the server.
         """
         if name is None:
             logger.warning("api_keys_env is not set: everyone who reaches the port may use this server")
-            return cls()
-        keys = tuple(key.strip() for key in os.environ.get(name, "").split(",") if key.strip())
-        if not keys:
-            raise ValueError(f"api_keys_env names {name!r}, but that environment variable holds no key; set it")
-        if any(len(key) < MIN_KEY_CHARS for key in keys):
-            raise ValueError(f"{name} holds a key of less than {MIN_KEY_CHARS} characters; use longer keys")
-        return cls(keys)
+        return cls(_read("api_keys_env", name), _read("admin_keys_env", admin_name))
 
-    def tenant(self, authorization: str | None) -> str:
-        """A short digest of the caller's key; "" when the server is open. Raises: Refused (`invalid_api_key`).
+    def caller(self, authorization: str | None) -> Caller:
+        """Raises: Refused (`invalid_api_key`).
 
         All keys are compared, each in constant time, so that the answer's time tells nothing.
         """
-        if not self._digests:
-            return ""
         scheme, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            problem = "no API key was given" if not key else "the API key is not known"
-            raise Refused(Fault(code="invalid_api_key", message=f"{problem}; send 'Authorization: Bearer <key>'"))
-        return digest.hex()[:12]
+        is_bearer = scheme.lower() == "bearer"
+        matches, admin_matches = (
+            [hmac.compare_digest(digest, known) for known in digests]
+            for digests in (self._digests, self._admin_digests)
+        )
+        is_admin = is_bearer and any(admin_matches)
+        if is_admin or (is_bearer and any(matches)):
+            return Caller(digest.hex()[:12], is_admin)
+        if not self._digests:
+            return Caller("", not self._admin_digests)
+        problem = "no API key was given" if not key else "the API key is not known"
+        raise Refused(Fault(code="invalid_api_key", message=f"{problem}; send 'Authorization: Bearer <key>'"))
+
+
+def _read(setting: str, name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    keys = tuple(key.strip() for key in os.environ.get(name, "").split(",") if key.strip())
+    if not keys:
+        raise ValueError(f"{setting} names {name!r}, but that environment variable holds no key; set it")
+    if any(len(key) < MIN_KEY_CHARS for key in keys):
+        raise ValueError(f"{name} holds a key of less than {MIN_KEY_CHARS} characters; use longer keys")
+    return keys
 
 
 def _digest(key: str) -> bytes:

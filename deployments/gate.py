@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.auth import ApiKeys
+from deployments.auth import ApiKeys, Caller
 from deployments.calls import Fault, Refused
 
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/docs/oauth2-redirect"})
@@ -17,7 +17,7 @@ DOCS_FILES = "/docs/files"  # what the page at /docs loads: open too
 
 
 class Gate:
-    """Middleware. Sets `request.state.tenant`."""
+    """Middleware. Sets `request.state.caller`."""
 
     def __init__(
         self, app: ASGIApp, *, keys: ApiKeys, max_body_bytes: int, refuse: Callable[[str, Fault], Response]
@@ -34,12 +34,12 @@ class Gate:
         headers = dict(scope["headers"])
         try:
             is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(DOCS_FILES + "/")
-            tenant = "" if is_open else self._keys.tenant(_text(headers.get(b"authorization")))
+            caller = Caller("", False) if is_open else self._keys.caller(_text(headers.get(b"authorization")))
             self._check_length(headers.get(b"content-length"))
         except Refused as error:
             await self._refuse(scope["path"], error.fault)(scope, receive, send)
             return
-        scope.setdefault("state", {})["tenant"] = tenant
+        scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, self._bounded(receive), send)
 
     def _check_length(self, content_length: bytes | None) -> None:

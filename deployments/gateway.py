@@ -7,28 +7,43 @@ import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Protocol
 
-from adapter_store.records import AdapterPage, AdapterRecord, StoreStatus, check_name
+from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
 from deployments.asks import Ask
 from deployments.calls import Call, Fault, Refused, prefix_hints
 from deployments.prompts import Prompts
+from deployments.settings import is_allowed
 from deployments.streams import Backend, Primed, all_primed, answer
 from engine.errors import InvalidRequest
 from engine.request import OutputDelta
 
 logger = logging.getLogger("ray.serve")
 
+FIRST_CURSOR = "0:"  # of the store's listing
+MAX_STORE_PAGES = 8  # that one page of ours is made of: sources may give short ones
+
 
 class Adapters(Protocol):
     """The adapter store, as a router uses it."""
 
-    def tell(self, name: str) -> None:
+    def expect(self, name: str, source: str | None) -> None:
         """A request for `name` is on its way; returns at once."""
         ...
 
     async def resolve(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def refresh(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def prefetch(self, name: str, source: str | None = None) -> None: ...
+
+    async def pin(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def unpin(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def register(self, rows: tuple[Registration, ...]) -> None: ...
+
+    async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]: ...
 
     async def list_adapters(self, cursor: str | None, limit: int) -> AdapterPage: ...
 
@@ -59,13 +74,36 @@ class Gateway:
 
     def allows(self, name: str) -> bool:
         """Whether the allow-list has the adapter `name`."""
-        return self.allowed is None or any(fnmatchcase(name, pattern) for pattern in self.allowed)
+        return is_allowed(name, self.allowed)
 
     def check_adapter(self, name: str, param: str) -> None:
         """Raises: AdapterNameInvalid; Refused (`model_not_found`) when the allow-list has no such name."""
         check_name(name)
         if not self.allows(name):
             raise Refused(Fault(code="model_not_found", message=f"adapter {name!r} is not served here", param=param))
+
+    def check_source(self, source: str | None, param: str) -> None:
+        """Raises: InvalidRequest when there is no source of that name."""
+        if source is not None and source not in self.sources:
+            known = ", ".join(self.sources) or "none"
+            raise InvalidRequest(param, f"{source!r} is not configured; known: {known}")
+
+    async def list_adapters(self, after: str | None, limit: int) -> AdapterPage:
+        """Those of at most `limit` names behind `after` that the allow-list has: a page may be short, even empty.
+
+        However many names there are, and however few of them are allowed, a page costs no more than a page.
+        """
+        cursor: str | None = after or FIRST_CURSOR
+        found: list[AdapterRecord] = []
+        num_seen = 0
+        for _ in range(MAX_STORE_PAGES):
+            if cursor is None or num_seen >= limit:
+                break
+            page = await self.adapters.list_adapters(cursor, limit - num_seen)
+            num_seen += len(page.records)
+            found += [record for record in page.records if self.allows(record.name)]
+            cursor = page.next_cursor
+        return AdapterPage(records=tuple(found), next_cursor=cursor)
 
     async def open(self, ask: Ask, tenant: str) -> Opened:
         """Starts all prompts of `ask`; returns when each has its first tokens.
@@ -74,10 +112,8 @@ class Gateway:
         """
         if ask.adapter is not None:
             self.check_adapter(ask.adapter, ask.model_param)
-            if ask.adapter_source is not None and ask.adapter_source not in self.sources:
-                known = ", ".join(self.sources) or "none"
-                raise InvalidRequest("adapter_source", f"{ask.adapter_source!r} is not configured; known: {known}")
-            self.adapters.tell(ask.adapter)
+            self.check_source(ask.adapter_source, "adapter_source")
+            self.adapters.expect(ask.adapter, ask.adapter_source)
         prompts = await self.prompts.encode(ask)
         request_id = uuid.uuid4().hex
         seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed

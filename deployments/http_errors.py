@@ -48,6 +48,7 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
     {
         # The request.
         "invalid_api_key": Answer(401, "authentication_error", 401, "authentication"),
+        "admin_key_required": Answer(403, "permission_error", 403, "authentication"),
         "invalid_request": _wrong(400),
         "request_error": _wrong(400),
         "unsupported_parameter": _wrong(400),

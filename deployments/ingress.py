@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -21,7 +20,7 @@ from deployments.calls import Call, Fault, Refused, StreamItem
 from deployments.gateway import Gateway
 from deployments.prompts import Prompts
 from deployments.settings import AppArgs
-from deployments.store_actor import connect
+from deployments.store_actor import connector
 from deployments.store_client import StoreClient
 from deployments.streams import ReplicaLost
 
@@ -88,12 +87,12 @@ class Router:
     """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
 
     async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Raises: ConfigError; ValueError when the API keys are missing."""
-        self._keys = ApiKeys.from_env(args.api_keys_env)
+        """Raises: ConfigError; ValueError when keys or other secrets are missing."""
+        self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env)
         self._limits = args.limits
         tokenizer = args.engine_config().tokenizer
         prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
-        store = StoreClient(functools.partial(connect, args.adapters), wait_s=args.adapters.store_wait_s)
+        store = StoreClient(connector(args.adapters), wait_s=args.adapters.store_wait_s)
         await store.start()
         self._gateway = Gateway(
             backend=ServeBackend(replicas, wait_s=args.replica_wait_s),

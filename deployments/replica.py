@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import os
 import threading
@@ -20,8 +19,9 @@ from deployments.adapters import Held, HeldAdapters
 from deployments.calls import Call, Refused, StreamItem
 from deployments.http_errors import fault_of
 from deployments.settings import AppArgs
-from deployments.store_actor import connect
+from deployments.store_actor import connector
 from deployments.store_client import StoreClient
+from deployments.warm import Device, Warmer
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -38,7 +38,7 @@ class Replica:
     """Runs requests that routers send. Created by Serve; see `deployments.app`."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Raises: ConfigError, ModelNotSupported; Refused when there is no adapter store."""
+        """Raises: ConfigError, ModelNotSupported; ValueError when a secret is missing; Refused without a store."""
         self._id = serve.get_replica_context().replica_id.unique_id
         config = args.engine_config()
         engine = await asyncio.to_thread(Engine, config)
@@ -46,7 +46,7 @@ class Replica:
         self._capacity = config.max_num_seqs
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
-            functools.partial(connect, args.adapters),
+            connector(args.adapters),
             wait_s=args.adapters.store_wait_s,
             owner=self._id,
             spec=spec.to_dict(),
@@ -59,7 +59,15 @@ class Replica:
         self._engine.start()
         self._in_hand = 0
         self._prefixes: OrderedDict[int, None] = OrderedDict()
-        self._heart = asyncio.ensure_future(self._beat())
+        self._warmer = Warmer(
+            self._adapters,
+            cast("Device", self._engine),
+            self._store,
+            pinned=args.adapters.pinned,
+            budget_bytes=args.warm_bytes,
+            refresh_s=args.adapters.refresh_s,
+        )
+        self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run())]
 
     async def generate(self, call: Call) -> AsyncGenerator[StreamItem]:
         """Items of `call`. The first, which is empty, says that it arrived; a failure is the last.
@@ -129,6 +137,7 @@ class Replica:
             "in_hand": self._in_hand,
             "resident": self._adapters.names_of(stats.resident_adapters),
             "host": self._adapters.names,
+            "pinned": self._warmer.pinned,
             "engine": dataclasses.asdict(stats),
         }
 
@@ -143,9 +152,10 @@ class Replica:
 
     async def __del__(self) -> None:
         """Called by Serve after it has drained this replica."""
-        heart = getattr(self, "_heart", None)
-        if heart is not None:
-            heart.cancel()
+        tasks = getattr(self, "_tasks", None)
+        if tasks is not None:
+            for task in tasks:
+                task.cancel()
             await asyncio.to_thread(self._engine.close)
 
 

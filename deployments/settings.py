@@ -1,59 +1,32 @@
 """What `args` of serve_config.yaml may say. Strict: an unknown name or a wrong type stops the start and is named.
 
-Secrets are never settings: API keys come from an environment variable that is named here, S3 credentials from the
-default chain (environment, profile, instance role).
+Secrets are never settings: settings name the environment variables that hold them, on every node where a router or a
+replica may run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, create_model, field_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
 from pydantic import model_validator as check
 
+from adapter_store.errors import AdapterNameInvalid
+from adapter_store.records import check_name
+from deployments.source_settings import CATALOG, Settings, Source, VariableName
 from engine.config import MIB, EngineConfig
 from engine.errors import ConfigError
 
 GIB = 1024 * MIB
-SOURCE_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
-class Settings(BaseModel):
-    """Base of all settings: no unknown names, no conversions of types, no changes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class FileSource(Settings):
-    """A folder with one folder per adapter."""
-
-    kind: Literal["file"]
-    name: str = Field(default="local", pattern=SOURCE_NAME)  # what a request's adapter_source may say
-    path: str
-
-    @field_validator("path")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        return str(Path(path).resolve())
-
-
-class S3Source(Settings):
-    """A bucket, or a part of one, with one "folder" per adapter."""
-
-    kind: Literal["s3"]
-    name: str = Field(default="s3", pattern=SOURCE_NAME)
-    bucket: str = Field(min_length=3)
-    prefix: str = ""
-    endpoint_url: str | None = None  # of an S3-compatible store; None: AWS
-    region: str | None = None
-    addressing_style: Literal["auto", "path", "virtual"] = "auto"
-
-
-Source = Annotated[FileSource | S3Source, Field(discriminator="kind")]
+def is_allowed(name: str, patterns: tuple[str, ...] | None) -> bool:
+    """Whether one of the shell `patterns` has the adapter `name`; None has all."""
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class AdapterSettings(Settings):
@@ -61,9 +34,16 @@ class AdapterSettings(Settings):
 
     sources: tuple[Source, ...] = Field(default=(), strict=False)  # in order: the first that knows a name has it
     allowed: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns of names; None: all
+    pinned: tuple[str, ...] = Field(default=(), strict=False)  # names that every replica keeps on its device
+    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with; None: half of engine.adapter_bytes
     host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
+    disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
+    disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
     max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as uploaded and as packed
     max_rank: PositiveInt = 512
+    fetch_bytes_per_s: PositiveInt | None = None  # of all downloads together; None: as fast as they go
+    niceness: int = Field(default=10, ge=0, le=19)  # of the threads that fetch and pack: 19 runs only when all is idle
+    traffic_half_life_s: PositiveFloat = 600.0  # what is kept and warmed goes by requests; one counts half after
     refresh_s: PositiveFloat = 10.0  # a re-uploaded adapter is seen within
     store_wait_s: PositiveFloat = 20.0  # a request waits so long for a restarting store, then 503
     lease_ttl_s: PositiveFloat = 30.0  # a replica that stays silent so long loses its leases
@@ -76,11 +56,30 @@ class AdapterSettings(Settings):
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
             raise ValueError(f"two sources have one name: {names}; give each a name of its own")
+        if CATALOG in names:
+            raise ValueError(f"{CATALOG!r} is the name of what is registered by POST /adapters; choose another")
         return sources
+
+    @field_validator("disk_path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).resolve())
+
+    @check(mode="after")
+    def _pinned_is_served(self) -> Self:
+        for name in self.pinned:
+            try:
+                check_name(name)
+            except AdapterNameInvalid as error:
+                raise ValueError(f"pinned: {error}") from error
+            if not is_allowed(name, self.allowed):
+                raise ValueError(f"pinned: the patterns of `allowed` leave out {name!r}; pin what may be served")
+        return self
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        return tuple(source.name for source in self.sources)
+        """What a request's adapter_source may say."""
+        return (CATALOG, *(source.name for source in self.sources))
 
 
 class LimitSettings(Settings):
@@ -111,7 +110,7 @@ class AppArgs(Settings):
 
     model: str  # folder with a transformers checkpoint
     model_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)  # name of the base in the API
-    engine: dict[str, Any] = {}  # fields of EngineConfig
+    engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
     num_replicas: PositiveInt = 1
     num_routers: PositiveInt = 1
     replica_num_cpus: float = Field(default=1.0, ge=0.0)
@@ -119,7 +118,10 @@ class AppArgs(Settings):
     router_num_cpus: float = Field(default=0.25, ge=0.0)
     adapters: AdapterSettings = AdapterSettings()
     limits: LimitSettings = LimitSettings()
-    api_keys_env: str | None = None  # variable with comma-separated keys; None: anyone may ask
+    api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: anyone may ask
+    admin_keys_env: VariableName | None = (
+        None  # keys that may change adapters; None: nobody, or anyone without api_keys
+    )
     replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
     max_resumes: int = Field(default=8, ge=0)  # an answer moves to another replica so often
     drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
@@ -131,13 +133,6 @@ class AppArgs(Settings):
             raise ValueError(f"model folder {model!r} does not exist under {str(Path.cwd())!r}")
         return str(Path(model).resolve())
 
-    @field_validator("api_keys_env")
-    @classmethod
-    def _variable_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("must be the NAME of an environment variable; keys do not belong into settings")
-        return name
-
     @check(mode="after")
     def _engine_is_valid(self) -> Self:
         _EngineSettings.model_validate(self.engine)
@@ -146,6 +141,12 @@ class AppArgs(Settings):
         except ConfigError as error:
             raise ValueError(f"engine: {error}") from error
         return self
+
+    @property
+    def warm_bytes(self) -> int:
+        """How many bytes of adapters a new replica brings in before anybody asks for them."""
+        given = self.adapters.warm_bytes
+        return self.engine_config().adapter_bytes // 2 if given is None else given
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings, paths absolute."""

@@ -15,8 +15,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from adapter_store.blobs import FileImage, map_image
 from adapter_store.errors import SpecUnknown, StoreError
-from adapter_store.records import AdapterPage, AdapterRecord, Lease, StoreStatus
+from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreStatus
 from deployments.calls import Fault, Refused
 
 logger = logging.getLogger("ray.serve")
@@ -52,10 +53,10 @@ class StoreClient:
 
     # ---- for routers
 
-    def tell(self, name: str) -> None:
-        """Asks the store to fetch `name`, without waiting for anything."""
+    def expect(self, name: str, source: str | None) -> None:
+        """Tells the store that a request for `name` is on its way, without waiting for anything."""
         if self._actor is not None:
-            self._actor.prefetch.remote(name)  # what fails here fails again, and is told, when a replica leases it
+            self._actor.expect.remote(name, source)  # what fails is told when a replica leases it
 
     async def list_adapters(self, cursor: str | None, limit: int) -> AdapterPage:
         page: AdapterPage = await self._call("list_adapters", cursor, limit)
@@ -64,6 +65,28 @@ class StoreClient:
     async def status(self) -> StoreStatus:
         status: StoreStatus = await self._call("status")
         return status
+
+    async def refresh(self, name: str, source: str | None = None) -> AdapterRecord:
+        record: AdapterRecord = await self._call("refresh", name, source)
+        return record
+
+    async def prefetch(self, name: str, source: str | None = None) -> None:
+        await self._call("prefetch", name, None, source)
+
+    async def pin(self, name: str, source: str | None = None) -> AdapterRecord:
+        record: AdapterRecord = await self._call("pin", name, source)
+        return record
+
+    async def unpin(self, name: str, source: str | None = None) -> AdapterRecord:
+        record: AdapterRecord = await self._call("unpin", name, source)
+        return record
+
+    async def register(self, rows: tuple[Registration, ...]) -> None:
+        await self._call("register", rows)
+
+    async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        gone: tuple[str, ...] = await self._call("unregister", names)
+        return gone
 
     # ---- for both
 
@@ -79,13 +102,18 @@ class StoreClient:
         while True:
             lease: Lease = await self._call("acquire", name, self._digest, self._owner, version, source)
             try:
-                return lease, await asyncio.to_thread(ray.get, lease.image)
-            except (ObjectLostError, GetTimeoutError) as error:
+                return lease, await _bytes_of(lease.image)
+            except (ObjectLostError, GetTimeoutError, FileNotFoundError) as error:
                 # The store died after it answered: a miss, not an error.
                 if time.monotonic() > deadline:
                     raise _unavailable(f"the image of {name!r} was lost {self._wait_s:g} s long") from error
                 logger.warning("the image of %r is lost, asking again: %s", name, error)
                 await asyncio.sleep(FIRST_PAUSE_S)
+
+    async def warm_set(self, budget_bytes: int) -> tuple[AdapterRecord, ...]:
+        """What a new replica should begin with: pinned adapters, then those with the most requests of late."""
+        records: tuple[AdapterRecord, ...] = await self._call("warm_set", self._digest, budget_bytes)
+        return records
 
     async def release(self, version: str) -> None:
         await self._call("release", version, self._owner)
@@ -126,6 +154,11 @@ class StoreClient:
                 if isinstance(cause, StoreError):
                     raise cause from None
                 raise
+
+
+async def _bytes_of(image: Any) -> object:
+    """In a thread: an image may be on its way from another node, and a file be slow to open."""
+    return await asyncio.to_thread(map_image if isinstance(image, FileImage) else ray.get, image)
 
 
 def _unavailable(message: str) -> Refused:

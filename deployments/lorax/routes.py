@@ -43,7 +43,7 @@ def routes(gateway: Gateway) -> APIRouter:
 
 async def _stream(gateway: Gateway, body: GenerateRequest, request: Request) -> Response:
     asked = body.parameters or Parameters()
-    opened = await gateway.open(generate_ask(body, gateway.model_id, stream=True), request.state.tenant)
+    opened = await gateway.open(generate_ask(body, gateway.model_id, stream=True), request.state.caller.tenant)
     writer = replies.TokenWriter(gateway.prompts, alternatives=asked.return_k_alternatives is not None)
     seed = opened.seed if samples(asked) else None
     prefix = body.inputs if asked.return_full_text else ""
@@ -53,7 +53,7 @@ async def _stream(gateway: Gateway, body: GenerateRequest, request: Request) -> 
 
 async def _whole(gateway: Gateway, body: GenerateRequest, request: Request) -> dict[str, Any]:
     asked = body.parameters or Parameters()
-    opened = await gateway.open(generate_ask(body, gateway.model_id, stream=False), request.state.tenant)
+    opened = await gateway.open(generate_ask(body, gateway.model_id, stream=False), request.state.caller.tenant)
     async with closing(opened):
         by_prompt, _ = await collect(opened)
     ranked = sorted(by_prompt[0].values(), key=lambda sample: -sample.mean_logprob)

@@ -19,7 +19,6 @@ from deployments.responses import EventResponse, closing
 
 OWNER = "chorus"
 MAX_PAGE = 1000
-FIRST_CURSOR = "0:"
 
 
 def routes(gateway: Gateway) -> APIRouter:
@@ -61,7 +60,7 @@ def routes(gateway: Gateway) -> APIRouter:
 async def _serve(
     gateway: Gateway, kind: replies.Kind, body: Sampling, ask: Ask, request: Request, *, echo: bool = False
 ) -> Response:
-    opened = await gateway.open(ask, request.state.tenant)
+    opened = await gateway.open(ask, request.state.caller.tenant)
     head = replies.Head(kind=kind, request_id=opened.request_id, created=int(time.time()), model=body.model)
     echoes = [_echo(gateway, ask, opened, index) if echo else "" for index in range(len(opened.prompts))]
     if body.stream:
@@ -81,14 +80,11 @@ def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:
 async def _models(gateway: Gateway, started: int, after: str | None, limit: int) -> dict[str, Any]:
     """One page: the base, then the adapters, source by source. `after` is what the last page gave as `next`."""
     found = {gateway.model_id: _base(gateway.model_id, started)} if after is None else {}
-    cursor: str | None = after or FIRST_CURSOR
-    while cursor is not None and len(found) < limit:
-        page = await gateway.adapters.list_adapters(cursor, limit - len(found))
-        for record in page.records:
-            if gateway.allows(record.name):
-                # Of a name that two sources have, the first is the one that is served.
-                found.setdefault(record.name, _adapter(record, gateway.model_id, started))
-        cursor = page.next_cursor
+    page = await gateway.list_adapters(after, limit - len(found))
+    for record in page.records:
+        # Of a name that two sources have, the first is the one that is served.
+        found.setdefault(record.name, _adapter(record, gateway.model_id, started))
+    cursor = page.next_cursor
     ids = list(found)
     return {
         "object": "list",

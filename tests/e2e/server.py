@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 KEY = "e2e-key-0123456789abcdef"
+ADMIN_KEY = "e2e-admin-key-0123456789abcdef"
 START_S = 240.0
 STOP_S = 60.0
 
@@ -37,10 +38,11 @@ class Server:
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
         config["http_options"]["port"] = self.port
         args = config["applications"][0]["args"]
-        args["api_keys_env"] = "CHORUS_E2E_KEYS"
+        args |= {"api_keys_env": "CHORUS_E2E_KEYS", "admin_keys_env": "CHORUS_E2E_ADMIN_KEYS"}
         args["engine"] |= {"max_num_seqs": 16, "max_queued_requests": 24}
         args["adapters"] |= {
             "refresh_s": 2.0,
+            "disk_path": str(self._folder / "cache"),
             "sources": [
                 {"kind": "file", "path": str(adapters)},
                 {"kind": "s3", "bucket": bucket, "endpoint_url": s3_endpoint, "addressing_style": "path"},
@@ -62,6 +64,7 @@ class Server:
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts a proxy late
             "CHORUS_E2E_KEYS": f"{KEY},another-key-0123456789",
+            "CHORUS_E2E_ADMIN_KEYS": ADMIN_KEY,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.e2e.server import KEY, ROOT, Server
+from tests.e2e.server import ADMIN_KEY, KEY, ROOT, Server
 from tests.support.documents import Fence, expected_output, marked
 
 pytestmark = pytest.mark.ray
@@ -31,7 +31,7 @@ def test_a_curl_command_answers_as_the_document_says(fence: Fence, server: Serve
         program, *arguments = shlex.split(ADDRESS.sub(server.url, command))
         assert program == "curl", f"{fence}: {command}"
         done = subprocess.run(
-            ["curl", "--fail-with-body", "--max-time", "60", "-H", f"authorization: Bearer {KEY}", *arguments],
+            ["curl", "--fail-with-body", "--max-time", "60", "-H", f"authorization: Bearer {ADMIN_KEY}", *arguments],
             capture_output=True,
             text=True,
             check=False,

@@ -20,7 +20,7 @@ from demo.text import held_out
 from demo.transforms import TRANSFORMS
 from tests.e2e.bad_adapters import BAD
 from tests.e2e.conftest import ADAPTERS, Bucket
-from tests.e2e.server import KEY, ROOT, Server
+from tests.e2e.server import ADMIN_KEY, KEY, ROOT, Server
 
 pytestmark = [
     pytest.mark.ray,
@@ -198,6 +198,22 @@ def test_an_adapter_uploaded_again_is_new_for_new_requests_and_old_for_running_o
     before, text, new = asyncio.run(run())
     assert before.startswith("HELLO WORLD")
     assert (text, new) == (before, "hheelllloo")
+
+
+def test_an_adapter_that_is_registered_is_served_under_its_name_until_it_is_taken_back(server: Server):
+    row = {"name": "team/shout", "source": "local", "location": "upper"}
+    body = {"model": row["name"], "prompt": "hello\n", "temperature": 0}
+    admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+    assert server.client.post("/v1/completions", json=body).status_code == 404
+    assert server.client.post("/adapters", json=row).status_code == 403, "a key that may ask may not change"
+    assert server.client.post("/adapters", json=row, headers=admin).json() == {"registered": 1}
+    # That the name was not there is remembered for a moment.
+    server.wait_until(lambda: server.client.post("/v1/completions", json=body).status_code == 200, 10)
+    assert server.client.post("/v1/completions", json=body).json()["choices"][0]["text"] == "HELLO"
+    assert row["name"] in {entry["id"] for entry in server.client.get("/v1/models").json()["data"]}
+    gone = server.client.delete(f"/adapters/{row['name']}", headers=admin)
+    assert gone.json() == {"unregistered": [row["name"]]}
+    server.wait_until(lambda: server.client.post("/v1/completions", json=body).status_code == 404, 10)
 
 
 def _kill(server: Server, title: str) -> None:

@@ -173,6 +173,20 @@ def test_the_object_store_fits_into_shared_memory_and_holds_the_adapters(overlay
         assert store_bytes < int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * gib
 
 
+@overlays
+def test_the_disk_tier_is_on_a_volume_that_holds_it(overlay: Path) -> None:
+    """On every node, as above. A volume that is exactly full would have the pod evicted: the index needs room too."""
+    from deployments.settings import AdapterSettings
+
+    adapters = serve_config(overlay)["applications"][0]["args"]["adapters"]
+    disk_bytes = adapters.get("disk_bytes", AdapterSettings.model_fields["disk_bytes"].default)
+    for pod in pods(overlay):
+        (mount,) = (m for c in pod["containers"] for m in c["volumeMounts"] if m["mountPath"] == adapters["disk_path"])
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == mount["name"])
+        assert disk_bytes < 0.95 * int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) * (1 << 30)
+        assert not mount.get("readOnly")
+
+
 def test_the_ray_of_the_manifests_is_the_ray_of_the_project() -> None:
     requirement = (ROOT / "pyproject.toml").read_text().split('"ray[serve]>=', 1)[1].split(",", 1)[0]
     for overlay in OVERLAYS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from adapter_store.errors import AdapterNotFound
-from adapter_store.records import AdapterPage, AdapterRecord, StoreStatus
+from adapter_store.errors import AdapterNotFound, PinRefused, RegistrationInvalid
+from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus
 from deployments.api import create_api
 from deployments.auth import ApiKeys
 from deployments.calls import Call, Fault, Refused, StreamItem
@@ -27,6 +27,7 @@ from engine.text.tokenizer import Tokenizer
 EOS = 256
 VOCAB_SIZE = 257
 KEY = "a-key-of-sixteen-or-more"
+ADMIN_KEY = "an-admin-key-of-sixteen-or-more"
 
 
 class _HfTokenizer:
@@ -146,22 +147,51 @@ class FakeBackend:
 
 @dataclass
 class FakeAdapters:
-    """A store with some names."""
+    """A store with some names; `calls` are those that change something."""
 
     names: Sequence[str] = ("alpha", "beta", "gamma")
-    told: list[str] = field(default_factory=list)
+    expected: list[tuple[str, str | None]] = field(default_factory=list)
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    registered: dict[str, Registration] = field(default_factory=dict)
+    pages: list[int] = field(default_factory=list)  # the sizes asked for
 
-    def tell(self, name: str) -> None:
-        self.told.append(name)
+    def expect(self, name: str, source: str | None) -> None:
+        self.expected.append((name, source))
 
     async def resolve(self, name: str, source: str | None = None) -> AdapterRecord:
-        if name not in self.names:
+        if name not in self.names and name not in self.registered:
             raise AdapterNotFound(name, ("local",))
         return AdapterRecord(name=name, source="local", version="v1")
 
+    async def refresh(self, name: str, source: str | None = None) -> AdapterRecord:
+        self.calls.append(("refresh", name, source))
+        return await self.resolve(name, source)
+
+    async def prefetch(self, name: str, source: str | None = None) -> None:
+        self.calls.append(("prefetch", name, source))
+
+    async def pin(self, name: str, source: str | None = None) -> AdapterRecord:
+        if name == "gamma":
+            raise PinRefused(name, 2, 1, 2)
+        self.calls.append(("pin", name, source))
+        return replace(await self.resolve(name, source), is_pinned=True)
+
+    async def unpin(self, name: str, source: str | None = None) -> AdapterRecord:
+        self.calls.append(("unpin", name, source))
+        return await self.resolve(name, source)
+
+    async def register(self, rows: tuple[Registration, ...]) -> None:
+        if any(row.location == "nowhere" for row in rows):
+            raise RegistrationInvalid(rows[0].name, "no such place")
+        self.registered |= {row.name: row for row in rows}
+
+    async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if self.registered.pop(name, None) is not None)
+
     async def list_adapters(self, cursor: str | None, limit: int) -> AdapterPage:
+        self.pages.append(limit)
         inner = (cursor or "0:").partition(":")[2]
-        rest = [name for name in sorted(self.names) if name > inner]
+        rest = [name for name in sorted({*self.names, *self.registered}) if name > inner]
         records = tuple(AdapterRecord(name=name, source="local", version=None) for name in rest[:limit])
         return AdapterPage(records=records, next_cursor=f"0:{rest[limit - 1]}" if len(rest) > limit else None)
 

@@ -58,14 +58,14 @@ def test_an_adapter_outside_the_allow_list_does_not_exist():
     response = _post(CHAT, _chat(model="beta"), served)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
     assert [entry["id"] for entry in _get("/v1/models", served).json()["data"]] == ["demo", "alpha"]
-    assert served.adapters.told == ["alpha"]
+    assert served.adapters.expected == [("alpha", None)]
 
 
 @pytest.mark.parametrize("name", ["../etc", "a//b", "/abs", "a/../b", "-x", "x" * 201])
 def test_a_name_that_is_a_path_is_refused_before_the_store_hears_of_it(name: str):
     served = serve()
     assert _post(CHAT, _chat(model=name), served).status_code == 400
-    assert served.adapters.told == []
+    assert served.adapters.expected == []
 
 
 def test_only_known_keys_may_ask_and_health_and_docs_are_open():
@@ -122,6 +122,13 @@ def test_a_body_or_a_prompt_that_is_too_large_is_refused():
         return await served.client.post(CHAT, content=body(), headers={"content-type": "application/json"})
 
     assert asyncio.run(chunked()).json()["error"]["code"] == "body_too_large"
+
+
+def test_the_store_hears_of_an_adapter_before_its_prompt_is_tokenised():
+    served = serve(limits=LimitSettings(max_prompt_bytes=100))
+    body = {"inputs": "x" * 200, "parameters": {"adapter_id": "alpha", "adapter_source": "s3"}}
+    assert _post("/generate", body, served).status_code == 413
+    assert served.adapters.expected == [("alpha", "s3")]
 
 
 def test_a_list_of_too_many_prompts_is_refused():

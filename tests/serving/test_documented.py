@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments.adapters_api import examples as adapters
 from deployments.lorax import examples as lorax
 from deployments.openai import examples as openai
 from tests.serving.fakes import serve
@@ -37,6 +38,7 @@ def _events(text: str) -> list[dict[str, Any]]:
         ("/v1/completions", openai.COMPLETION_REQUEST, openai.COMPLETION_ANSWER),
         ("/generate", lorax.REQUEST, lorax.ANSWER),
         ("/", lorax.REQUEST, [lorax.ANSWER]),
+        ("/adapters", adapters.REGISTER, adapters.REGISTERED),
     ],
 )
 def test_an_example_has_the_fields_of_an_answer(path: str, body: dict[str, Any], answer: Any):
@@ -61,11 +63,11 @@ def test_an_example_of_an_event_is_like_one_of_the_stream(path: str, body: dict[
 
 
 @pytest.mark.parametrize("path", POSTS)
-def test_every_route_that_generates_tells_what_it_does_and_how_it_fails(path: str):
+def test_every_route_that_is_posted_to_tells_what_it_does_and_how_it_fails(path: str):
     operation = SCHEMA["paths"][path]["post"]
     assert operation["description"]
     assert {"401", "413", "422", "429", "503"} <= set(operation["responses"])
-    assert ("400" in operation["responses"]) == path.startswith("/v1")  # LoRAX says 422
+    assert ("400" in operation["responses"]) == path.startswith(("/v1", "/adapters"))  # LoRAX says 422
     name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
     assert SCHEMA["components"]["schemas"][name]["example"]
 

@@ -29,8 +29,10 @@ class FakeStore:
     leases: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     pause: asyncio.Event | None = None
+    resolved: int = 0
 
     async def resolve(self, name: str, source: str | None = None, *, wait_s: float | None = None) -> AdapterRecord:
+        self.resolved += 1
         self._check(name)
         return AdapterRecord(name=name, source="local", version=self.version)
 
@@ -122,6 +124,43 @@ def test_a_new_upload_is_used_after_refresh_and_the_old_version_can_still_be_ask
         assert await rig.use() == "v2"
         assert await rig.use(version="v1") == "v1"
         assert rig.store.leases == ["v1", "v2"]
+
+    _run(test)
+
+
+def test_a_name_in_steady_use_is_asked_for_ahead_of_time_so_that_no_request_waits_for_the_store():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        for now_s in (1.0, 3.0, 3.1, 5.5, 8.0, 8.1):
+            rig.now_s = now_s
+            before = rig.store.resolved
+            assert await rig.use() == "v1"
+            assert rig.store.resolved == before, "the request itself asked nothing"
+            await asyncio.sleep(0.01)
+        assert rig.store.resolved == 3, "at 3.0, 5.5 and 8.0: once in each second half"
+
+    _run(test)
+
+
+def test_what_was_learnt_ahead_of_time_counts_from_the_next_request_on():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.version, rig.now_s = "v2", 3.0
+        assert await rig.use() == "v1"
+        await asyncio.sleep(0.01)
+        assert await rig.use() == "v2"
+
+    _run(test)
+
+
+def test_a_store_that_is_away_when_it_is_asked_ahead_of_time_changes_nothing():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.away, rig.now_s = True, 3.0
+        for _ in range(2):
+            assert await rig.use() == "v1"
+            await asyncio.sleep(0.01)
+        assert rig.store.leases == ["v1"]
 
     _run(test)
 

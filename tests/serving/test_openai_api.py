@@ -53,7 +53,7 @@ def test_a_chat_is_answered_with_usage():
 def test_the_model_field_chooses_the_adapter_and_the_store_is_told_of_it():
     served = serve()
     assert _post(CHAT, _chat(model="alpha"), served).json()["choices"][0]["message"]["content"] == "HELLO"
-    assert served.adapters.told == ["alpha"]
+    assert served.adapters.expected == [("alpha", None)]
     assert served.backend.calls[0].adapter == "alpha"
 
 

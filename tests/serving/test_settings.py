@@ -36,6 +36,20 @@ def _args(**changes: Any) -> AppArgs:
         ({"adapters": {"sources": [{"kind": "file"}]}}, "path"),
         ({"adapters": {"sources": [{"kind": "s3", "bucket": "abc", "secret": "x"}]}}, "secret"),
         ({"adapters": {"sources": [{"kind": "file", "path": "a"}, {"kind": "file", "path": "b"}]}}, "local"),
+        ({"adapters": {"sources": [{"kind": "file", "path": "a", "name": "catalog"}]}}, "catalog"),
+        (
+            {"adapters": {"sources": [{"kind": "s3", "bucket": "abc", "access_key_id_env": "A"}]}},
+            "secret_access_key_env",
+        ),
+        ({"adapters": {"sources": [{"kind": "s3", "bucket": "abc", "session_token_env": "T"}]}}, "session_token_env"),
+        ({"adapters": {"sources": [{"kind": "http", "base_url": "ftp://h/x"}]}}, "base_url"),
+        ({"adapters": {"sources": [{"kind": "http", "base_url": "https://h/x?a=b"}]}}, "base_url"),
+        ({"adapters": {"sources": [{"kind": "hub", "token_env": "hf_abc-def"}]}}, "NAME of an environment variable"),
+        ({"adapters": {"pinned": ["../x"]}}, "../x"),
+        ({"adapters": {"pinned": ["x"], "allowed": ["y*"]}}, "pinned: the patterns of `allowed` leave out 'x'"),
+        ({"adapters": {"niceness": 20}}, "niceness"),
+        ({"adapters": {"warm_bytes": -1}}, "warm_bytes"),
+        ({"admin_keys_env": "sk-abc"}, "admin_keys_env"),
         ({"api_keys_env": "sk-abc"}, "api_keys_env"),
         ({"limits": {"max_body_bytes": -1}}, "max_body_bytes"),
     ],
@@ -47,8 +61,9 @@ def test_a_setting_that_cannot_work_is_named(changes: dict[str, Any], named: str
 
 def test_relative_paths_are_resolved_when_the_application_is_built(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    args = _args(model="demo", adapters={"sources": [{"kind": "file", "path": "demo/adapters"}]})
+    args = _args(model="demo", adapters={"sources": [{"kind": "file", "path": "demo/adapters"}], "disk_path": "cache"})
     assert args.model == str(ROOT / "demo")
+    assert args.adapters.disk_path == str(ROOT / "cache")
     assert args.adapters.sources[0].path == str(ROOT / "demo" / "adapters")  # type: ignore[union-attr]
 
 
@@ -56,6 +71,11 @@ def test_settings_travel_between_processes():
     args = _args(engine={"max_num_seqs": 4}, adapters={"sources": [{"kind": "s3", "bucket": "abc"}]})
     assert pickle.loads(pickle.dumps(args)) == args
     assert args.engine_config().max_num_seqs == 4
+
+
+def test_a_new_replica_warms_half_of_what_its_device_keeps_unless_it_is_told_otherwise():
+    assert _args(engine={"adapter_bytes": 1000}).warm_bytes == 500
+    assert _args(engine={"adapter_bytes": 1000}, adapters={"warm_bytes": 0}).warm_bytes == 0
 
 
 def test_the_shipped_config_is_valid_for_serve_and_for_us(monkeypatch: pytest.MonkeyPatch):

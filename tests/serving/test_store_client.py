@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import OwnerDiedError, RayActorError
 
+from adapter_store.blobs import FileImage
 from adapter_store.errors import AdapterNotFound, SpecUnknown
 from deployments.calls import Refused
 from deployments.store_client import StoreClient
 
 SPEC = {"sites": []}
+
+
+class _Answer:
+    """Like an ObjectRef: the call is made whether or not anybody awaits it."""
+
+    def __init__(self, outcome: Callable[[], Any]) -> None:
+        self._outcome = outcome
+
+    def __await__(self) -> Generator[None, None, Any]:
+        yield from asyncio.sleep(0).__await__()
+        return self._outcome()
 
 
 class FakeActor:
@@ -25,15 +38,18 @@ class FakeActor:
         self.calls: list[tuple[Any, ...]] = []
 
     def __getattr__(self, method: str) -> Any:
-        async def remote(*args: Any) -> Any:
+        def remote(*args: Any) -> Any:
             self.calls.append((method, *args))
-            outcomes = self.outcomes.get(method, [None])
-            outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
+            return _Answer(lambda: self._outcome(method))
 
         return SimpleNamespace(remote=remote)
+
+    def _outcome(self, method: str) -> Any:
+        outcomes = self.outcomes.get(method, [None])
+        outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def _client(actor: FakeActor, *, wait_s: float = 2.0, connect: Callable[[], Any] | None = None) -> StoreClient:
@@ -98,3 +114,52 @@ def test_an_error_of_the_store_is_told_at_once():
     with pytest.raises(AdapterNotFound):
         asyncio.run(_client(actor).resolve("a"))
     assert len(actor.calls) == 1
+
+
+def test_a_request_is_told_to_the_store_without_waiting_and_before_there_is_a_store_not_at_all():
+    async def main() -> list[tuple[Any, ...]]:
+        actor = FakeActor(status=["status"])
+        client = _client(actor)
+        client.expect("a", None)
+        await client.start()
+        client.expect("a", "s3")
+        return actor.calls
+
+    assert asyncio.run(main()) == [("status",), ("register_spec", SPEC), ("expect", "a", "s3")]
+
+
+def test_an_image_that_is_a_file_is_mapped_and_one_that_is_gone_is_leased_again(tmp_path: Path):
+    there = tmp_path / "there"
+    there.write_bytes(b"bytes")
+    images = [SimpleNamespace(image=FileImage(str(path))) for path in (tmp_path / "gone", there)]
+    actor = FakeActor(acquire=images)  # type: ignore[arg-type]
+    _, data = asyncio.run(_client(actor).lease("a", None, None))
+    there.unlink()
+    assert bytes(memoryview(data)) == b"bytes"  # type: ignore[arg-type]
+    assert [call[0] for call in actor.calls] == ["acquire", "acquire"]
+
+
+def test_an_image_that_stays_lost_is_unavailable():
+    actor = FakeActor(acquire=[SimpleNamespace(image=FileImage("/nowhere/at/all"))])
+    with pytest.raises(Refused) as caught:
+        asyncio.run(_client(actor, wait_s=0.05).lease("a", None, None))
+    assert caught.value.fault.code == "store_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "sent"),
+    [
+        ("refresh", ("a", "s3"), ("a", "s3")),
+        ("prefetch", ("a", "s3"), ("a", None, "s3")),
+        ("pin", ("a", "s3"), ("a", "s3")),
+        ("unpin", ("a", "s3"), ("a", "s3")),
+        ("register", (("row",),), (("row",),)),
+        ("unregister", (("a",),), (("a",),)),
+        ("warm_set", (5,), ("d", 5)),
+    ],
+)
+def test_changes_are_made_again_when_the_store_restarts_under_them(method: str, given: Any, sent: Any):
+    actor = FakeActor(**{method: [RayActorError(), "answer"]})
+    answer = asyncio.run(getattr(_client(actor), method)(*given))
+    assert answer == (None if method in ("register", "prefetch") else "answer")
+    assert actor.calls == [(method, *sent)] * 2

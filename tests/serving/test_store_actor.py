@@ -1,0 +1,89 @@
+"""What the store's actor is started with: the settings, and secrets that no setting, log or name shows."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from adapter_store.errors import StoreConfigInvalid
+from deployments.settings import AdapterSettings
+from deployments.store_actor import connector, source_config, store_config
+
+SECRETS = {"KEY_ID": "AKIDEXAMPLE", "SECRET": "s3cr3t-value", "SESSION": "s3ssion-value", "TOKEN": "t0ken-value"}
+SOURCES: list[dict[str, Any]] = [
+    {
+        "kind": "s3", "bucket": "mine", "prefix": "prod", "endpoint_url": "https://s3.local", "region": "eu-1",
+        "addressing_style": "path", "request_checksums": "when_supported", "response_checksums": "when_supported",
+        "requester_pays": True, "verify_tls": "/etc/ca.pem", "access_key_id_env": "KEY_ID",
+        "secret_access_key_env": "SECRET", "session_token_env": "SESSION",
+    },
+    {"kind": "http", "base_url": "https://files.local/adapters", "verify_tls": False, "token_env": "TOKEN"},
+    {"kind": "hub", "endpoint": "https://hub.local", "revision": "v2", "repos": ["me/*"], "token_env": "TOKEN"},
+    {"kind": "file", "path": "/adapters"},
+]  # fmt: skip
+
+
+def _settings(**fields: Any) -> AdapterSettings:
+    return AdapterSettings.model_validate({"sources": SOURCES} | fields)
+
+
+def test_every_source_reaches_the_store_as_it_was_set():
+    s3, http, hub, folder = (source_config(source, SECRETS) for source in _settings().sources)
+    assert (s3.uri, s3.name, s3.endpoint_url, s3.region) == ("s3://mine/prod", "s3", "https://s3.local", "eu-1")
+    assert (s3.addressing_style, s3.request_checksums, s3.response_checksums) == ("path", *("when_supported",) * 2)
+    assert (s3.requester_pays, s3.verify_tls) == (True, "/etc/ca.pem")
+    assert (s3.access_key_id, s3.secret_access_key, s3.session_token) == (
+        "AKIDEXAMPLE",
+        "s3cr3t-value",
+        "s3ssion-value",
+    )
+    assert (http.uri, http.name, http.token) == ("https://files.local/adapters", "http", "t0ken-value")
+    assert (hub.uri, hub.endpoint_url, hub.token) == ("hub://hub.local", "https://hub.local", "t0ken-value")
+    assert (hub.revision, hub.repos) == ("v2", ("me/*",))
+    assert (http.verify_tls, hub.verify_tls) == (False, True)
+    assert (folder.uri, folder.name) == ("file:///adapters", "local")
+
+
+def test_credentials_that_are_not_named_are_left_to_the_usual_chain():
+    (source,) = _settings(sources=[{"kind": "s3", "bucket": "mine"}]).sources
+    config = source_config(source, SECRETS)
+    assert (config.access_key_id, config.secret_access_key, config.session_token) == (None, None, None)
+
+
+@pytest.mark.parametrize("missing", ["KEY_ID", "SECRET", "SESSION", "TOKEN"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_missing_secret_is_named_at_start(missing: str, value: str | None, monkeypatch: pytest.MonkeyPatch):
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    if value is None:
+        monkeypatch.delenv(missing)
+    else:
+        monkeypatch.setenv(missing, value)
+    with pytest.raises(ValueError, match=f"'{missing}'") as caught:
+        connector(_settings())
+    assert not any(secret in str(caught.value) for secret in SECRETS.values())
+
+
+def test_secrets_are_in_no_repr_and_no_log(caplog: pytest.LogCaptureFixture):
+    settings = _settings()
+    with caplog.at_level(logging.DEBUG):
+        shown = repr([source_config(source, SECRETS) for source in settings.sources]) + repr(settings) + caplog.text
+    for name in ("SECRET", "SESSION", "TOKEN"):
+        assert SECRETS[name] not in shown
+
+
+def test_the_tiers_of_the_store_are_as_they_were_set():
+    fields: dict[str, Any] = {
+        "host_bytes": 1000, "max_adapter_bytes": 100, "disk_path": "/cache", "disk_bytes": 2000, "niceness": 19,
+        "fetch_bytes_per_s": 5, "traffic_half_life_s": 60.0, "max_rank": 8, "lease_ttl_s": 9.0,
+    }  # fmt: skip
+    config = store_config(_settings(**fields, refresh_s=4.0))
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert config.refresh_s == 2.0
+
+
+def test_a_store_that_could_hold_no_adapter_is_refused_at_start():
+    with pytest.raises(StoreConfigInvalid):
+        connector(_settings(sources=[], host_bytes=10))
