@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -72,12 +71,6 @@ async def load(args: argparse.Namespace, rate: float) -> tuple[list[Seen], float
         return list(seen), time.perf_counter() - start
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
-    """Milliseconds."""
-    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
-    return {f"p{p}_ms": round(cuts[p - 1] * 1e3, 1) for p in (50, 90, 99)}
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -105,8 +98,8 @@ def main() -> None:
             "failed": len(seen) - len(good),
             "requests_per_s": round(len(good) / seconds, 2),
             "tokens_per_s": round(len(good) * args.new_tokens / seconds, 1),
-            "ttft": percentiles([s.times_s[0] - s.sent_s for s in good]),
-            "itl": percentiles(gaps or [0.0]),
+            "ttft": workload.percentiles([s.times_s[0] - s.sent_s for s in good]),
+            "itl": workload.percentiles(gaps or [0.0]),
         }
         workload.print_figures(figures, args)
 

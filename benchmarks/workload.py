@@ -78,6 +78,12 @@ def spread(rounds: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Milliseconds, of seconds."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [*values] * 99
+    return {f"p{p}_ms": round(cuts[p - 1] * 1e3, 2) for p in (50, 90, 99)}
+
+
 def print_figures(figures: dict[str, Any], args: argparse.Namespace) -> None:
     """One JSON line: figures, configuration and provenance."""
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -43,6 +43,7 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("equality",), 80),
     (("demo",), 60),
     (("serving",), 15),
+    (("soak",), 15),
     (("e2e",), 120),
 )
 _RANK = {folder: rank for rank, (folders, _) in enumerate(BUDGETS) for folder in folders}

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from adapter_store.store import AdapterStore
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--requests", "2", "--prompt-tokens", "4", "--new-tokens", "4", "--num-adapters", "2"]
 
@@ -84,3 +86,44 @@ def test_steps_of_one_device_are_set_against_their_floors() -> None:
         "rates", *["decode 1 x 40"] * 4, *["decode 4 x 40"] * 4, "prefill of 2 x 32"
     ]  # fmt: skip
     assert all(row["floor_ms"] > 0 for row in rows if row["case"].endswith("base"))
+
+
+def test_one_adapter_is_read_once_however_many_ask_for_it_at_once() -> None:
+    for row in run("adapters", "singleflight", "--requests", "40"):
+        assert row["reads"] == row["files"] == 2
+        assert row["times_read"] == 1
+
+
+def test_the_store_s_tiers_are_measured_beside_plain_lru() -> None:
+    sizes = ["--adapters", "50", "--requests", "120", "--host-adapters", "8", "--disk-adapters", "16"]
+    rows = run("adapters", "traffic", *sizes)
+    assert [row["case"] for row in rows] == ["zipf 0.8", "zipf 1.0", "scan"]
+    for row in rows:
+        for policy in ("", "lru_"):
+            shares = [row[f"{policy}{figure}"] for figure in ("host_hit_rate", "disk_hit_rate", "source_rate")]
+            assert sum(shares) == pytest.approx(1, abs=0.001), "every request found its adapter in exactly one place"
+
+
+@pytest.mark.slow
+def test_the_first_token_is_timed_for_every_place_an_adapter_can_be_in() -> None:
+    """It ends with an error when adapters came from elsewhere than the figures would say."""
+    rows = run("adapters", "ttft", "--samples", "3")
+    assert {"host", "host_first_mapped", "folder", "bucket"} <= {row["place"] for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_steps_beside_a_load_are_told_from_those_without() -> None:
+    sizes = {"streams": "2", "cold-adapters": "4", "steps": "10", "prompt-tokens": "4", "kv-mib": "64"}
+    (row,) = run("adapters", "interference", *[part for name, value in sizes.items() for part in (f"--{name}", value)])
+    assert row["loads"] >= 4
+    assert min(row["steps"].values()) > 0
+    assert row["steps"]["own"] == row["loads"]
+
+
+@pytest.mark.slow
+def test_few_and_many_registered_names_are_looked_up_by_turns() -> None:
+    if not hasattr(AdapterStore, "register"):
+        pytest.skip("this store registers no names")
+    rows = run("adapters", "lookup", "--names", "10,100", "--lookups", "20", "--rounds", "2")
+    assert [row["names"] for row in rows] == [10, 100]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.equality.oracle import tally
+from tests.support.one_thread import one_thread as one_thread
 from tests.support.tiny_model import make_adapter, make_base
 
 # Fused experts are parameters, not modules: adapters of these models are of their attention.
@@ -54,15 +53,6 @@ def prompts() -> list[list[int]]:
         (shared if length > 16 else []) + [rng.randrange(256) for _ in range(length - 16 * (length > 16))]
         for length in PROMPT_LENGTHS
     ]
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

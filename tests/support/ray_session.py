@@ -13,7 +13,7 @@ OBJECT_STORE_BYTES = 200 << 20
 NAMESPACE = "chorus-test"
 
 
-def start_ray() -> bool:
+def start_ray(object_store_bytes: int = OBJECT_STORE_BYTES) -> bool:
     """Starts Ray unless it runs already in this process; whether it was started here."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -24,7 +24,7 @@ def start_ray() -> bool:
     ray.init(
         num_cpus=2,
         include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=object_store_bytes,
         namespace=NAMESPACE,
         log_to_driver=False,
     )

@@ -1,0 +1,1 @@
+"""What it costs to have more adapters than memory: see `python -m benchmarks.adapters --help`."""
