@@ -60,7 +60,6 @@ class PartReader:
         self, source: Source, name: str, surroundings: Surroundings, gate: SourceGate, deadline: float
     ) -> None:
         self.told: dict[str, str] = {}  # file name -> the sha256 that came with the latest answer
-        self.num_bytes = 0  # received by reads that have ended
         self._source = source
         self._name = name
         self._around = surroundings
@@ -105,7 +104,6 @@ class PartReader:
         finally:
             part.cancel()
             self._running.discard(part)
-            self.num_bytes += part.num_received
 
     async def _try(self, file: SourceFile, part: RangeRead) -> None:
         async with self._slots, self._gate:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from adapter_store.parts import PartReader, Surroundings, split
 from adapter_store.records import StoreConfig
 from adapter_store.safetensors_header import MIN_BYTES, num_header_bytes
 from adapter_store.sources.base import Source, SourceFile, SourceListing
-from adapter_store.verify import EtagMemory, Finding, examine, mismatch
+from adapter_store.verify import EtagMemory, Finding, Hasher, examine, mismatch
 
 _log = logging.getLogger(__name__)
 MAX_READS = 5  # of a range until two of them are equal, the first included
@@ -120,15 +121,21 @@ class _File:
         self.parts = split(0, file.num_bytes, part_bytes)
         self.received = [0] * len(self.parts)
         self.open_bytes = file.num_bytes  # parts that begin before this byte may be read
+        self.hasher: Hasher | None = None  # of the content as it is; None: that has to be looked at as a whole
         self.finding: Finding | None = None
+
+    def is_there(self, index: int) -> bool:
+        """Whether all of a part was received."""
+        start, end = self.parts[index]
+        return self.received[index] == end - start
 
     @property
     def num_prefix_bytes(self) -> int:
         """How many bytes from the first on are there."""
         prefix = 0
-        for (start, end), received in zip(self.parts, self.received, strict=True):
+        for index, received in enumerate(self.received):
             prefix += received
-            if received < end - start:
+            if not self.is_there(index):
                 break
         return prefix
 
@@ -158,7 +165,8 @@ class _Download:
         if weights is not None:
             weights.open_bytes = 1  # the first part only, until the header was checked
         parts = [self._read_part(file, index) for file in self._files.values() for index in range(len(file.parts))]
-        await all_of(*parts, *([self._check_header(weights, check_header)] if weights is not None else []))
+        hashes = [self._hash(file) for file in self._files.values()]
+        await all_of(*parts, *hashes, *([self._check_header(weights, check_header)] if weights is not None else []))
         await all_of(*(self._verify(file) for file in self._files.values()))
         return Downloaded(
             files={name: file.content for name, file in self._files.items()},
@@ -182,6 +190,13 @@ class _Download:
         await self._until(lambda: start < file.open_bytes)
         await self._reader.read(file.file, start, file.content[start:end], grew)
         grew(end - start)
+
+    async def _hash(self, file: _File) -> None:
+        """While the later parts are on their way."""
+        file.hasher = hasher = Hasher(file.file, self._expected.get(file.file.name))
+        for index, (start, end) in enumerate(file.parts):
+            await self._until(partial(file.is_there, index))
+            await self._owner.in_pool(hasher.update, file.content[start:end])
 
     # The header
 
@@ -241,7 +256,7 @@ class _Download:
     # The proof
 
     async def _verify(self, file: _File) -> None:
-        finding = await self._examine(file)
+        finding = await self._examine(file, file.hasher)
         if finding.belief == "confirmed":
             return
         if await self._read_again(file, file.file.num_bytes):
@@ -252,10 +267,10 @@ class _Download:
         if finding.belief == "doubtful" and finding.has_digest_etag:
             self._owner.disproved(self._source_name, self._name, file.file)
 
-    async def _examine(self, file: _File) -> Finding:
+    async def _examine(self, file: _File, hasher: Hasher | None = None) -> Finding:
         name = file.file.name
-        told = self._reader.told.get(name)
-        file.finding = await self._owner.in_pool(examine, file.content, file.file, self._expected.get(name), told)
+        expected, told = self._expected.get(name), self._reader.told.get(name)
+        file.finding = await self._owner.in_pool(examine, file.content, file.file, expected, told, hasher)
         assert file.finding is not None
         return file.finding
 
@@ -272,8 +287,10 @@ class _Download:
             await self._reader.read(file.file, start, again)
             digest = await self._owner.in_pool(_sha256, again)
             if digest in seen:
-                file.content[start:end] = again
-                return number > 1
+                if number == 1:
+                    return False
+                file.content[start:end], file.hasher = again, None
+                return True
             seen.add(digest)
         raise SourceUnavailable(
             self._source_name,
