@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import adapter_store.fetcher
+from adapter_store.asking import ask
 from adapter_store.catalog import NameKey, Version
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
 from adapter_store.fetcher import Fetcher
@@ -171,3 +172,37 @@ def test_an_answer_that_breaks_its_sources_parser_is_a_source_out_of_order():
 
     with pytest.raises(SourceUnavailable, match=r"adapter 'a'.*cannot be read \(ValueError: Invalid timestamp\)"):
         fetch(Parsing(small_adapter()), fetch_retries=1)
+
+
+class Unlisted(ScriptedSource):
+    """Cannot be asked what it has."""
+
+    error = None
+
+    async def stat(self, name):
+        if self.error is None:
+            await asyncio.Event().wait()
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SourceUnavailable("scripted", "no route to host"), "no route to host"),
+        (KeyError("ETag"), r"its answer cannot be read \(KeyError: 'ETag'\)"),
+        (None, "no answer within stat_timeout_s=0.05"),
+    ],
+)
+def test_a_source_that_cannot_be_asked_is_told_with_the_adapter(error, told):
+    source = Unlisted(small_adapter(use_dora=True))
+    source.error = error
+    with pytest.raises(SourceUnavailable, match=rf"adapter 'a': {told}"):
+        asyncio.run(ask(source, "a", 0.05))
+    with pytest.raises(SourceUnavailable, match=rf"adapter 'a': {told}"):
+        fetch(source, stat_timeout_s=0.05)  # it would be refused, if the listing could be made sure of
+
+
+def test_a_source_that_goes_down_after_the_last_byte_takes_nothing_from_what_was_read():
+    source = Unlisted(small_adapter())
+    source.error = SourceUnavailable("scripted", "no route to host")
+    assert np.array_equal(fetch(source).packed.data, pack(source.files, SPEC).data)
