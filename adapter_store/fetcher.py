@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from adapter_store.asking import ask
 from adapter_store.catalog import Version
+from adapter_store.download import Downloaded, in_pool
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
 from adapter_store.image import PackedImage, pack_checked, plan_image
 from adapter_store.inspect import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, Limits, check_file_names
@@ -19,7 +20,7 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import Source, SourceChanged, SourceListing, distrust
 from adapter_store.spec import Spec
 from adapter_store.threads import nice_pool
-from adapter_store.transfer import Downloaded, Downloader
+from adapter_store.transfer import Downloader
 from adapter_store.verify import DigestMismatch
 
 _NUM_THREADS = 2  # that hash, check and pack: each keeps one core busy
@@ -68,7 +69,7 @@ class Fetcher:
             async with self._slots[source.name]:
                 downloaded = await self._download(version, listing, source, spec, expected)
                 # In a thread: the loop answers others while numpy works.
-                packed = await self._downloader.in_pool(pack_checked, downloaded.files, spec, self._limits)
+                packed = await in_pool(self._pool, pack_checked, downloaded.files, spec, self._limits)
                 return Fetched(packed=packed, sha256=downloaded.sha256)
         except (AdapterRejected, AdapterTooLarge) as error:
             # A listing has no proof of its own, and a damaged one must not be remembered as the adapter's fault.

@@ -60,9 +60,8 @@ class PartReader:
         self, source: Source, name: str, surroundings: Surroundings, gate: SourceGate, deadline: float
     ) -> None:
         self.told: dict[str, str] = {}  # file name -> the sha256 that came with the latest answer
-        self.num_bytes = 0  # received by reads that have ended
         self._source = source
-        self._name = name
+        self.name = name
         self._around = surroundings
         self._gate = gate
         self._deadline = deadline
@@ -75,6 +74,10 @@ class PartReader:
         self._stopped.set()
         for part in self._running:
             part.cancel()
+
+    def unavailable(self, reason: str) -> SourceUnavailable:
+        """The error that tells of this adapter and its source."""
+        return SourceUnavailable(self._source.name, f"adapter {self.name!r}: {reason}")
 
     async def read(
         self, file: SourceFile, start: int, target: memoryview, on_bytes: Callable[[int], None] | None = None
@@ -105,7 +108,6 @@ class PartReader:
         finally:
             part.cancel()
             self._running.discard(part)
-            self.num_bytes += part.num_received
 
     async def _try(self, file: SourceFile, part: RangeRead) -> None:
         async with self._slots, self._gate:
@@ -123,7 +125,7 @@ class PartReader:
 
     async def _read(self, file: SourceFile, part: RangeRead) -> None:
         try:
-            await self._source.read(self._name, file, part)
+            await self._source.read(self.name, file, part)
         except (StoreError, SourceChanged, ReadCancelled):
             raise
         except Exception as error:
@@ -144,4 +146,4 @@ class PartReader:
 
     def _broken(self, file: SourceFile, part: RangeRead, error: SourceUnavailable, why: str) -> SourceUnavailable:
         place = f"{file.name}, byte {part.start + part.num_received} of {file.num_bytes}"
-        return SourceUnavailable(self._source.name, f"adapter {self._name!r}: {place}: {error.reason} ({why})")
+        return self.unavailable(f"{place}: {error.reason} ({why})")

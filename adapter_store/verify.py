@@ -50,18 +50,52 @@ class Finding:
     has_digest_etag: bool = False  # the ETag has the form of a digest
 
 
-def examine(content: Buffer, file: SourceFile, expected: str | None = None, told: str | None = None) -> Finding:
-    """Compares `content` with the best digest there is; slow, and releases the interpreter lock.
+class Hasher:
+    """The digests of a file, taken as its bytes come. `update` is slow, and releases the interpreter lock."""
+
+    def __init__(self, file: SourceFile, expected: str | None = None) -> None:
+        self._sha256 = hashlib.sha256()
+        needs_md5 = expected is None and file.sha256 is None and _MD5.fullmatch(file.etag) is not None
+        self._md5 = _md5() if needs_md5 else None
+
+    def update(self, content: Buffer) -> None:
+        """The next bytes."""
+        self._sha256.update(content)
+        if self._md5 is not None:
+            self._md5.update(content)
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes so far, in hex."""
+        return self._sha256.hexdigest()
+
+    @property
+    def md5(self) -> str | None:
+        """Of all bytes so far, in hex; None where nothing asks for it."""
+        return None if self._md5 is None else self._md5.hexdigest()
+
+
+def examine(
+    content: Buffer,
+    file: SourceFile,
+    expected: str | None = None,
+    told: str | None = None,
+    hasher: Hasher | None = None,
+) -> Finding:
+    """Compares `content` with the best digest there is; slow, unless `hasher` has seen it already.
 
     Best first: `expected`, this project's own; the listing's; `told`, which came with the answer; the ETag, as far as
     it looks like one that S3 computes.
     """
-    sha256 = hashlib.sha256(content).hexdigest()
+    if hasher is None:
+        hasher = Hasher(file, expected)
+        hasher.update(content)
+    sha256 = hasher.sha256
     for digest in (expected, file.sha256, told):
         if digest is not None:
             belief: Belief = "confirmed" if digest.lower() == sha256 else "contradicted"
             return Finding(sha256=sha256, belief=belief, digest=digest.lower(), is_own=digest is expected)
-    is_etag = _matches_etag(content, file.etag)
+    is_etag = _matches_etag(content, file.etag, hasher.md5)
     return Finding(
         sha256=sha256,
         belief="confirmed" if is_etag else "doubtful",
@@ -84,10 +118,10 @@ def mismatch(file: SourceFile, finding: Finding) -> DigestMismatch:
     )
 
 
-def _matches_etag(content: Buffer, etag: str) -> bool | None:
+def _matches_etag(content: Buffer, etag: str, md5: str | None) -> bool | None:
     """Whether the ETag is the digest of `content` that S3 computes; None when it has not the form of one."""
     if simple := _MD5.fullmatch(etag):
-        return _md5(content).hexdigest() == simple[1].lower()
+        return md5 == simple[1].lower()
     if multipart := _MULTIPART.fullmatch(etag):
         num_parts = int(multipart[2])
         sizes = part_sizes(len(content), num_parts)
@@ -116,7 +150,7 @@ def multipart_digest(content: Buffer, part_bytes: int) -> str:
     return _md5(b"".join(_md5(view[start : start + part_bytes]).digest() for start in starts)).hexdigest()
 
 
-def _md5(content: Buffer) -> hashlib._Hash:
+def _md5(content: Buffer = b"") -> hashlib._Hash:
     return hashlib.md5(content, usedforsecurity=False)  # as S3 does; allowed where policy forbids MD5 as protection
 
 
