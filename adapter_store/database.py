@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Database:
     async def write(self, statement: str, rows: Iterable[Row]) -> None:
         """Runs `statement` for each of `rows`, a transaction for every BATCH_ROWS. Raises: IndexUnavailable."""
         for batch in batches(rows):
-            await self._run(self._writes, self._write, lambda writer, batch=batch: writer.executemany(statement, batch))
+            await self._run(self._writes, self._write, partial(_execute_many, statement, batch))
 
     async def transact(self, call: Callable[[sqlite3.Connection], Any]) -> Any:
         """What `call` returns, run in a transaction of its own. Raises: IndexUnavailable."""
@@ -199,6 +200,10 @@ def batches(rows: Iterable[Any]) -> Iterator[list[Any]]:
     left = iter(rows)
     while batch := list(islice(left, BATCH_ROWS)):
         yield batch
+
+
+def _execute_many(statement: str, rows: list[Row], writer: sqlite3.Connection) -> None:
+    writer.executemany(statement, rows)  # its cursor must not outlive this: a file with one open is not closed
 
 
 def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:
