@@ -15,20 +15,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import replace
 from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from engine.commands import Abort, Add, Command, Finish, Pin, Preload, Turn, Unpin
 from engine.engine import Engine
-from engine.errors import EngineDead, EngineError, QueueFull
+from engine.errors import EngineDead, QueueFull
 from engine.output import OutputProcessor
-from engine.request import FinishReason, OutputDelta, Request
+from engine.request import OutputDelta, Request
 from engine.stats import EngineStats
 from engine.streams import Stream, wake_all
 
 if TYPE_CHECKING:
-    from engine.core.sequence import SequenceUpdate
     from engine.lora.image import AdapterImage
 
 logger = logging.getLogger(__name__)
@@ -36,39 +37,7 @@ logger = logging.getLogger(__name__)
 STATS_INTERVAL_S = 0.1
 DRAIN_POLL_S = 0.05
 JOIN_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: Request
-    image: AdapterImage | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Finish:
-    request_id: str
-    sample_index: int
-
-
-_Command = _Add | _Abort | _Finish
-
-
-@dataclass(slots=True)
-class _Turn:
-    """What one turn of the engine thread hands to the output thread."""
-
-    opened: list[Request] = field(default_factory=list)
-    refused: list[tuple[str, EngineError]] = field(default_factory=list)
-    updates: tuple[SequenceUpdate, ...] = ()
-    released: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.opened or self.refused or self.updates or self.released)
+ANSWER_POLL_S = 0.1
 
 
 class AsyncEngine:
@@ -92,12 +61,12 @@ class AsyncEngine:
         self._on_death = on_death
         self._processor = OutputProcessor(engine.tokenizer)
         self._condition = threading.Condition()  # guards the next five
-        self._commands: deque[_Command] = deque()
+        self._commands: deque[Command] = deque()
         self._streams: dict[str, Stream] = {}
         self._draining = False
         self._closing = False
         self._dead_reason: str | None = None
-        self._turns: SimpleQueue[_Turn | None] = SimpleQueue()
+        self._turns: SimpleQueue[Turn | None] = SimpleQueue()
         self._prepared: set[str] = set()  # adapter keys whose image was read in
         self._request_numbers = count()
         self._threads: list[threading.Thread] = []
@@ -145,6 +114,38 @@ class AsyncEngine:
                     yield delta
         finally:
             self._leave(stream, abort=num_unfinished > 0)
+
+    def preload(self, image: AdapterImage) -> None:
+        """Load an adapter without a request, and do not wait for that.
+
+        Nothing happens if there is no room for it without evicting another. Where images are borrowed, this one is
+        read in here, in about 0.1 ms per MiB. Raises: EngineDead.
+        """
+        self.start()
+        if not self._engine.config.has_adapter_pages() and image.key not in self._prepared:
+            from engine.lora.image import prepare
+
+            prepare(image)
+            self._prepared.add(image.key)
+        self._command([Preload(image)])
+
+    def pin_adapter(self, key: str) -> None:
+        """Keep a resident adapter until `unpin_adapter`. Waits for the step under way: call it off an event loop.
+
+        Raises: AdapterError if the engine does not hold it, or if too little would be left for others; EngineDead.
+        """
+        self.start()
+        answer: Future[None] = Future()
+        self._command([Pin(key, answer)])
+        while True:
+            try:
+                return answer.result(ANSWER_POLL_S)
+            except TimeoutError:
+                self.check()
+
+    def unpin_adapter(self, key: str) -> None:
+        """Returns at once. Nothing happens if it is not pinned."""
+        self._command([Unpin(key)])
 
     async def drain(self) -> None:
         """Refuse new requests (QueueFull) and wait until every accepted one has ended."""
@@ -196,7 +197,7 @@ class AsyncEngine:
             if self._draining:
                 raise QueueFull("the engine is draining and takes no new requests; send it to another replica")
             self._streams[own.request_id] = stream
-            self._commands.append(_Add(own, image))
+            self._commands.append(Add(own, image))
             self._condition.notify_all()
         return stream
 
@@ -204,7 +205,7 @@ class AsyncEngine:
         with self._condition:
             self._streams.pop(stream.request.request_id, None)
             if abort:
-                self._commands.append(_Abort(stream.request.request_id))
+                self._commands.append(Abort(stream.request.request_id))
                 self._condition.notify_all()
 
     # ---- the engine thread
@@ -218,7 +219,7 @@ class AsyncEngine:
         finally:
             self._turns.put(None)
 
-    def _wait_for_work(self) -> list[_Command] | None:
+    def _wait_for_work(self) -> list[Command] | None:
         """Commands to apply before the next step (maybe none); None: stop."""
         with self._condition:
             while not (self._commands or self._engine.has_work or self._closing or self._dead_reason):
@@ -229,11 +230,11 @@ class AsyncEngine:
             self._commands.clear()
             return commands
 
-    def _turn(self, commands: list[_Command]) -> None:
-        turn = _Turn()
+    def _turn(self, commands: list[Command]) -> None:
+        turn = Turn()
         self._step_began_s = time.monotonic()
         for command in commands:
-            self._apply(command, turn)
+            command.apply(self._engine, turn)
         turn.updates = self._engine.step()
         turn.released = self._engine.released_adapters()
         self._engine.take_ended()  # their metrics are in the totals of the stats
@@ -244,22 +245,6 @@ class AsyncEngine:
         if turn:
             self._turns.put(turn)
 
-    def _apply(self, command: _Command, turn: _Turn) -> None:
-        match command:
-            case _Add(request, image):
-                try:
-                    self._engine.add_request(request, image)
-                except EngineDead:
-                    raise
-                except EngineError as error:
-                    turn.refused.append((request.request_id, error))
-                else:
-                    turn.opened.append(request)
-            case _Abort(request_id):
-                self._engine.abort(request_id)
-            case _Finish(request_id, sample_index):
-                self._engine.finish(request_id, sample_index, FinishReason.STOP)
-
     # ---- the output thread
 
     def _run_output(self) -> None:
@@ -269,7 +254,7 @@ class AsyncEngine:
         except BaseException as error:
             self._die(f"the output thread failed: {type(error).__name__}: {error}", error)
 
-    def _deliver(self, turn: _Turn) -> None:
+    def _deliver(self, turn: Turn) -> None:
         touched: dict[str, Stream] = {}
         for request_id, error in turn.refused:
             if (stream := self._streams.get(request_id)) is not None:
@@ -281,7 +266,7 @@ class AsyncEngine:
             if delta is not None and (stream := self._streams.get(delta.request_id)) is not None:
                 stream.put(delta)
                 touched[delta.request_id] = stream
-        self._command(_Finish(*key) for key in self._processor.take_finishes())
+        self._command(Finish(*key) for key in self._processor.take_finishes())
         for stream in wake_all(touched.values()):
             self._leave(stream, abort=True)
         for key in turn.released:
@@ -289,7 +274,7 @@ class AsyncEngine:
             if self._on_adapter_released is not None:
                 self._on_adapter_released(key)
 
-    def _command(self, commands: Iterable[_Command]) -> None:
+    def _command(self, commands: Iterable[Command]) -> None:
         with self._condition:
             self._commands.extend(commands)
             self._condition.notify_all()

@@ -13,6 +13,7 @@ MIB = 1 << 20
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
+AdapterMemory = Literal["auto", "borrowed", "pages"]
 Kernels = Literal["auto", "native", "triton", "torch"]
 
 
@@ -26,11 +27,14 @@ class EngineConfig:
     dtype: DType = "auto"  # auto: what the checkpoint says
     max_model_len: int | None = None  # tokens of prompt and output; None: what the model was made for
     block_size: int = 16  # P, tokens of KV cache in one block
-    kv_cache_bytes: int | None = None  # None: 256 MiB on the CPU, what is left of the memory on a GPU
+    kv_cache_bytes: int | None = None  # with adapters in its pages; None: 256 MiB on the CPU, what a GPU has left
     max_num_seqs: int = 64  # running sequences
     max_num_batched_tokens: int = 1024  # rows of one step
     max_queued_requests: int = 1024  # waiting requests; one more is refused with QueueFull
-    adapter_bytes: int = 512 * MIB  # resident adapters, true rank, as packed
+    adapter_bytes: int = 512 * MIB  # resident adapters at most, true rank, as packed
+    min_adapter_bytes: int = 0  # of the KV cache's pages: so much of them no sequence gets
+    adapter_memory: AdapterMemory = "auto"  # borrowed from shared memory, or KV pages; auto: on the CPU, on a GPU
+    adapter_copy_bytes_per_s: int | None = None  # into pages, beside the steps; None: as fast as the bus
     max_resident_adapters: int = 256  # LoRA slots, without the base
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True  # off: a prompt is computed in one step or waits for a free one
@@ -48,6 +52,8 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
         check_step_limits(self)
+        if self.min_adapter_bytes < 0:
+            raise ConfigError(f"min_adapter_bytes={self.min_adapter_bytes} must not be negative")
         if not self.step_timeout_s > 0:
             raise ConfigError(f"step_timeout_s={self.step_timeout_s} must be more than 0")
         if self.device not in ("cpu", "cuda"):
@@ -56,6 +62,33 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
         if self.kernels not in ("auto", "native", "triton", "torch"):
             raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
+
+        if self.adapter_memory not in ("auto", "borrowed", "pages"):
+            raise ConfigError(f"adapter_memory={self.adapter_memory!r} is not one of 'auto', 'borrowed', 'pages'")
+        self._check_adapter_memory()
+
+    def _check_adapter_memory(self) -> None:
+        if self.adapter_memory == "borrowed" and self.device != "cpu":
+            raise ConfigError(
+                "adapter_memory='borrowed' needs device='cpu': a GPU does not read the memory that images are in; "
+                "use 'pages'"
+            )
+        if self.min_adapter_bytes and not self.has_adapter_pages():
+            raise ConfigError(
+                f"min_adapter_bytes={self.min_adapter_bytes} means nothing where adapters take no pages of the KV "
+                "cache: set adapter_memory='pages' and adapter_bytes, or leave it at 0"
+            )
+        if self.min_adapter_bytes > self.adapter_bytes:
+            raise ConfigError(
+                f"min_adapter_bytes={self.min_adapter_bytes} is more than adapter_bytes={self.adapter_bytes}: lower "
+                "the first or raise the second"
+            )
+
+    def has_adapter_pages(self) -> bool:
+        """Whether adapters lie in pages of the KV cache, and share its bytes with sequences."""
+        memory = self.adapter_memory
+        has_lora = self.adapter_bytes > 0 and self.max_resident_adapters > 0
+        return has_lora and (memory == "pages" or (memory == "auto" and self.device != "cpu"))
 
     def plans_in_flight(self) -> int:
         """pipeline_depth, resolved: on a GPU the host plans a step while the one before it runs."""
@@ -81,6 +114,7 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "tokenizer": (str, "the path of a folder"),
     "device": (str, "'cpu' or 'cuda'"),
     "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
+    "adapter_memory": (str, "'auto', 'borrowed' or 'pages'"),
     "kernels": (str, "'auto', 'native', 'triton' or 'torch'"),
     "cuda_graphs": (bool, "True or False"),
     "enable_prefix_caching": (bool, "True or False"),
@@ -96,6 +130,7 @@ _POSITIVE = (
     "max_queued_requests",
     "pipeline_depth",
     "num_threads",
+    "adapter_copy_bytes_per_s",
 )
 
 

@@ -4,90 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
-from engine.core.adapter_slots import AdapterSlots
-from engine.core.limits import SchedulerConfig
 from engine.core.plan import StepEvents, StepPlan
-from engine.core.refusals import check_request
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
+from engine.parts import EngineParts, limits_of, load_parts
 from engine.request import FinishReason, OutputError, Request
-from engine.runner.protocol import PendingStep, Runner, StepNotLaunched
-from engine.startup import garbage_collection_paused
+from engine.runner.protocol import PendingStep, StepNotLaunched
 from engine.stats import EngineStats, RequestClock, RequestMetrics, Totals
-from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.lora.image import AdapterImage
-    from engine.site import ImageSpec
 
 LAUNCH_RETRIES = 2
 """So often a step that did not launch is scheduled anew; then it loses one sequence with each further failure."""
 MAX_IDLE_STEPS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineParts:
-    """What an engine is made of, once the model is loaded."""
-
-    runner: Runner
-    tokenizer: Tokenizer
-    image_spec: ImageSpec
-    num_blocks: int  # of the KV cache
-    max_model_len: int  # tokens of prompt and output
-    vocab_size: int  # columns of the logits: ids beyond it are refused
-    eos_token_ids: tuple[int, ...]
-    cache_namespace: str  # base revision and KV scheme
-
-
-def load_parts(config: EngineConfig) -> EngineParts:
-    """Load the model and size what depends on it. Imports torch. Raises: ConfigError, ModelNotSupported."""
-    with garbage_collection_paused():
-        return _load_parts(config)
-
-
-def _load_parts(config: EngineConfig) -> EngineParts:
-    from engine.model.loader import check_folder, load_model
-    from engine.runner.memory import num_kv_blocks
-    from engine.runner.runner import TorchRunner
-
-    check_folder(Path(config.model))
-    tokenizer = Tokenizer.load(config.tokenizer or config.model)
-    loaded = load_model(config)
-    num_blocks = num_kv_blocks(loaded, config)
-    return EngineParts(
-        runner=TorchRunner(loaded, config, num_blocks),
-        tokenizer=tokenizer,
-        image_spec=loaded.image_spec(),
-        num_blocks=num_blocks,
-        max_model_len=loaded.max_model_len,
-        vocab_size=loaded.capabilities.vocab_size,
-        eos_token_ids=loaded.eos_token_ids,
-        cache_namespace=loaded.fingerprint,
-    )
-
-
-def _limits(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
-    return SchedulerConfig(
-        num_blocks=parts.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=parts.max_model_len,
-        max_queued_requests=config.max_queued_requests,
-        adapter_bytes=config.adapter_bytes,
-        max_resident_adapters=config.max_resident_adapters,
-        enable_prefix_caching=config.enable_prefix_caching,
-        enable_chunked_prefill=config.enable_chunked_prefill,
-        pipeline_depth=config.plans_in_flight(),
-        eos_token_ids=parts.eos_token_ids,
-        cache_namespace=parts.cache_namespace,
-    )
 
 
 class Engine:
@@ -107,7 +41,8 @@ class Engine:
         parts = parts or load_parts(config)
         self.tokenizer = parts.tokenizer
         self.image_spec = parts.image_spec
-        self.limits = _limits(config, parts)
+        self.limits = limits_of(config, parts)
+        self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
         self._vocab_size = parts.vocab_size
         self._runner = parts.runner
         self._scheduler = Scheduler(self.limits)
@@ -131,11 +66,11 @@ class Engine:
         Raises: InvalidRequest naming the field, PromptTooLong, AdapterTooLarge.
         """
         self._check_token_ids(request)
-        num_bytes = image.num_bytes if image is not None else 0
-        slots = AdapterSlots(self.limits.max_resident_adapters, self.limits.adapter_bytes)
+        scheduler = Scheduler(self.limits)
         if request.adapter is not None:
-            slots.add(request.adapter, num_bytes)
-        check_request(request, self.limits, slots)
+            num_bytes, runs = (0, ()) if image is None else self._size(image)
+            scheduler.add_adapter(request.adapter, num_bytes, runs)
+        scheduler.check(request)
 
     def add_request(self, request: Request, image: AdapterImage | None = None) -> None:
         """Queue a request. `image` is needed unless the engine still holds that adapter version.
@@ -170,9 +105,17 @@ class Engine:
             raise AdapterError(f"adapter {key!r} is not known to this engine; give its image with the request")
         if image.key != key:
             raise AdapterError(f"the request names adapter {key!r}, but the image is that of {image.key!r}")
+        self._scheduler.add_adapter(key, *self._size(image))
         self._runner.add_adapter(image)
-        self._scheduler.add_adapter(key, image.num_bytes)
         self._images.add(key)
+
+    def _size(self, image: AdapterImage) -> tuple[int, tuple[int, ...]]:
+        """Bytes of an adapter, and the runs of pages that it needs."""
+        if not self._page_bytes:
+            return image.num_bytes, ()
+        from engine.lora.pages import lay_out
+
+        return image.num_bytes, lay_out(image.manifest, self._page_bytes).runs
 
     def abort(self, request_id: str) -> None:
         """End all samples of a request in the next step. Nothing happens if it has ended or never was."""
@@ -182,6 +125,25 @@ class Engine:
     def finish(self, request_id: str, sample_index: int, reason: FinishReason) -> None:
         """End one sample for a reason found outside (a stop string). Nothing happens if it has ended."""
         self._scheduler.finish(request_id, sample_index, reason)
+
+    # ---- adapters without a request
+
+    def preload(self, image: AdapterImage) -> None:
+        """Load an adapter with the next step. Nothing happens if there is no room without evicting another."""
+        self._raise_if_dead()
+        if image.key not in self._images:
+            self._add_image(image.key, image)
+        if not self._scheduler.preload_adapter(image.key):
+            self._drop_images()
+
+    def pin_adapter(self, key: str) -> None:
+        """Keep a resident adapter until `unpin_adapter`. Raises: AdapterError if it is none, or the pin is too much."""
+        self._raise_if_dead()
+        self._scheduler.pin_adapter(key)
+
+    def unpin_adapter(self, key: str) -> None:
+        """Nothing happens if it is not pinned."""
+        self._scheduler.unpin_adapter(key)
 
     @property
     def has_work(self) -> bool:
@@ -243,6 +205,9 @@ class Engine:
         plan, pending = self._in_flight.popleft()
         result = pending.result()
         self._totals.steps += 1
+        if result.waited_for_copy:
+            self._totals.load_waits += bool(plan.slices)
+            self._totals.idle_load_waits += not plan.slices
         return self._scheduler.commit(plan, result)
 
     def _abandon(self, plan: StepPlan, error: StepNotLaunched) -> None:
@@ -284,7 +249,7 @@ class Engine:
         return ended
 
     def stats(self) -> EngineStats:
-        now, totals = self._scheduler.stats(), self._totals
+        now = self._scheduler.stats()
         return EngineStats(
             waiting=now.waiting,
             running=now.running,
@@ -294,18 +259,16 @@ class Engine:
             max_wait_s=now.max_wait_ns / 1e9,
             resident_adapters=now.resident_adapters,
             resident_adapter_bytes=now.resident_bytes,
+            pinned_adapters=now.pinned_adapters,
+            adapter_pages=now.adapter_pages,
+            total_adapter_loads=now.adapter_loads,
+            total_adapter_evictions=now.adapter_evictions,
             total_preemptions=now.preemptions,
             total_prefix_hit_tokens=now.prefix_hit_tokens,
             total_prefix_lookup_tokens=now.prefix_lookup_tokens,
             total_guessed_tokens=now.guessed_tokens,
             total_guessed_right_tokens=now.guessed_right_tokens,
-            total_steps=totals.steps,
-            total_abandoned_steps=totals.abandoned_steps,
-            total_generated_tokens=totals.generated_tokens,
-            total_requests=totals.requests,
-            total_queue_s=totals.queue_s,
-            total_ttft_s=totals.ttft_s,
-            total_decode_s=totals.decode_s,
+            **self._totals.as_fields(),
         )
 
     def _note_starts(self, plan: StepPlan) -> None:

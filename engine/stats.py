@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +17,14 @@ class EngineStats:
     num_blocks: int
     cached_blocks: int  # findable by their prefix, in use or free
     max_wait_s: float  # of the sequence that waits longest
-    resident_adapters: tuple[str, ...]  # keys of the versions in LoRA slots
+    resident_adapters: tuple[str, ...]  # keys of the versions in LoRA slots, of least worth first
     resident_adapter_bytes: int
+    pinned_adapters: tuple[str, ...]  # by `pin_adapter`
+    adapter_pages: int  # blocks of the KV cache that adapters hold; neither free nor sequences'
+    total_adapter_loads: int
+    total_adapter_evictions: int
+    total_load_waits: int  # steps with rows that waited for a copy: none, but after a step that was abandoned
+    total_idle_load_waits: int  # steps without rows that did, so as not to spin
     total_preemptions: int
     total_prefix_hit_tokens: int
     total_prefix_lookup_tokens: int
@@ -87,11 +95,16 @@ class Totals:
 
     steps: int = 0
     abandoned_steps: int = 0
+    load_waits: int = 0
+    idle_load_waits: int = 0
     generated_tokens: int = 0
     requests: int = 0
     queue_s: float = 0.0
     ttft_s: float = 0.0
     decode_s: float = 0.0
+
+    def as_fields(self) -> dict[str, Any]:
+        return {f"total_{field.name}": getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def add(self, metrics: RequestMetrics) -> None:
         self.requests += 1

@@ -40,9 +40,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
     "engine.output": (*SEAMS, "engine.core.sequence", "engine.text"),
-    "engine.engine": (*SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text"),
+    "engine.parts": (*SEAMS, "engine.core", "engine.model", "engine.runner", "engine.text"),
+    "engine.engine": (*SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text", "engine.parts"),
     "engine.streams": (*SEAMS, "engine.output"),
-    "engine.async_engine": (*SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.streams"),
+    "engine.commands": (*SEAMS, "engine.core", *PARTS, "engine.engine"),
+    "engine.async_engine": (
+        *SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.streams", "engine.commands",
+    ),
     # The one arrow out of the engine: docs/decisions/0001-llm-is-the-offline-composition-root.md
     "engine.llm": (
         *SEAMS, "engine.lora", "engine.output", "engine.engine", "adapter_store.image", "adapter_store.errors",
@@ -55,7 +59,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
 
 _TORCH = ("torch", "triton", "numpy", "transformers", "safetensors", "tqdm")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*SEAMS, "engine.core", "engine.output", "engine.streams", "engine.async_engine"), ()),
+    **dict.fromkeys(
+        (*SEAMS, "engine.core", "engine.output", "engine.streams", "engine.commands", "engine.async_engine"), ()
+    ),
     "engine.text": ("transformers", "tokenizers", "jinja2"),
     "engine": _TORCH,
     "adapter_store": ("numpy", "regex", "boto3", "botocore", "urllib3"),

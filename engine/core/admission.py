@@ -6,7 +6,7 @@ from engine.core.adapter_slots import AdapterSlots
 from engine.core.claims import AdapterClaims
 from engine.core.draft import PlanDraft
 from engine.core.fairness import FairQueue, load_cost
-from engine.core.kv_blocks import KVBlocks
+from engine.core.kv_blocks import KVBlocks, Placement
 from engine.core.limits import SchedulerConfig
 from engine.core.plan import NO_LORA, AdapterLoad
 from engine.core.roster import Roster
@@ -64,7 +64,7 @@ class Admission:
         return draft.rows_left > 0 and self._roster.num_seats_taken < self._config.max_num_seqs
 
     def _claim(self, seq: Sequence, draft: PlanDraft) -> None:
-        ops = self._claims.claim(seq)
+        ops = self._claims.claim(seq, self._headroom())
         draft.adapter_ops.extend(ops)
         if any(isinstance(op, AdapterLoad) for op in ops) and seq.request.adapter is not None:
             self._queue.charge(seq.tenant, load_cost(self._slots.num_bytes(seq.request.adapter)))
@@ -85,22 +85,34 @@ class Admission:
         return next((sibling for sibling in computed if not draft.has_start_of(sibling)), None)
 
     def _admit(self, seq: Sequence, draft: PlanDraft) -> bool:
-        headroom = self._config.num_blocks // HEADROOM_DIVISOR if self._roster.num_seats_taken else 0
-        placement = self._kv.place(seq, self._source(seq, draft), headroom)
-        if placement is None:
-            return False
+        placement = self._kv.place(seq, self._source(seq, draft))
         num_rows = seq.num_known_tokens - placement.num_computed_tokens
         may_split = self._config.enable_chunked_prefill or num_rows > self._config.max_num_batched_tokens
         if num_rows > draft.rows_left:
             if not may_split:
                 return False
             num_rows = draft.rows_left
+        if not self._make_room(seq, placement, draft):
+            return False
         copy = self._kv.take(seq, placement)
         if copy is not None:
             draft.block_copies.append(copy)
         self._start(seq, placement.num_cached_tokens)
         draft.add(seq, num_rows)
         return True
+
+    def _make_room(self, seq: Sequence, placement: Placement, draft: PlanDraft) -> bool:
+        """Free blocks for a placement, those of idle adapters if need be."""
+        num_missing = self._kv.num_missing(placement, self._headroom())
+        if not num_missing:
+            return True
+        self._claims.pin(seq)  # its own adapter is no idle one; it keeps the pin as a claim
+        evictions = self._slots.yield_pages(num_missing)
+        draft.adapter_ops.extend(evictions)
+        return bool(evictions)
+
+    def _headroom(self) -> int:
+        return self._config.num_blocks // HEADROOM_DIVISOR if self._roster.num_seats_taken else 0
 
     def _start(self, seq: Sequence, num_cached_tokens: int) -> None:
         self._claims.pin(seq)

@@ -17,6 +17,7 @@ class Placement:
 
     shared: tuple[int, ...]  # full blocks whose KV is there
     num_new: int
+    num_revived: int  # of the shared ones, those that are free
     num_computed_tokens: int
     num_cached_tokens: int  # of them, those found in the prefix cache
     node: int | None  # of the prefix cache, if the shared blocks were found there
@@ -43,10 +44,10 @@ class KVBlocks:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def place(self, seq: Sequence, source: Sequence | None, headroom: int) -> Placement | None:
+    def place(self, seq: Sequence, source: Sequence | None) -> Placement:
         """How `seq` could run: with the longest prefix that is there, from the cache or from its sibling `source`.
 
-        Returns: None if that would not leave `headroom` blocks free. Changes nothing.
+        Changes nothing, and holds until a block is taken.
         """
         match = PrefixMatch((), seq.namespace)
         if self._caching:
@@ -63,9 +64,13 @@ class KVBlocks:
                 cached_tokens = 0
         num_new = self.num_blocks_for(seq.num_known_tokens) - len(shared)
         num_revived = sum(self.pool.ref_count(block) == 0 for block in shared)
-        if num_new + num_revived + headroom > self.pool.num_free:
-            return None
-        return Placement(shared, num_new, computed, cached_tokens, node if isinstance(node, int) else None, copy_src)
+        return Placement(
+            shared, num_new, num_revived, computed, cached_tokens, node if isinstance(node, int) else None, copy_src
+        )
+
+    def num_missing(self, placement: Placement, headroom: int) -> int:
+        """Blocks that must become free before it can be taken and leave `headroom` of them."""
+        return max(0, placement.num_new + placement.num_revived + headroom - self.pool.num_available)
 
     def take(self, seq: Sequence, placement: Placement) -> BlockCopy | None:
         """Give `seq` its blocks. Returns: the copy that must happen before it writes; its source has a reference."""
@@ -89,7 +94,7 @@ class KVBlocks:
         """A block for the next token of a running sequence. Returns: False if none is free."""
         if seq.num_computed_tokens < len(seq.block_table) * self._block_size:
             return True
-        if not self.pool.num_free:
+        if self.pool.num_available <= 0:
             return False
         seq.block_table.append(self.pool.allocate())
         seq.table = None
@@ -98,7 +103,7 @@ class KVBlocks:
     def grow_for_guesses(self, seq: Sequence, max_tokens: int, headroom: int) -> int:
         """How many guesses beyond the next token there is room for, with blocks that leave `headroom` free."""
         wanted = seq.num_computed_tokens + 1 + max_tokens
-        while len(seq.block_table) * self._block_size < wanted and self.pool.num_free > headroom:
+        while len(seq.block_table) * self._block_size < wanted and self.pool.num_available > headroom:
             seq.block_table.append(self.pool.allocate())
             seq.table = None
         return min(max_tokens, len(seq.block_table) * self._block_size - seq.num_computed_tokens - 1)
@@ -111,7 +116,7 @@ class KVBlocks:
         while (seq.num_published_blocks + 1) * size <= seq.num_committed_tokens:
             index = seq.num_published_blocks
             tokens = seq.tokens_between(index * size, (index + 1) * size)
-            seq.cache_parent = self.cache.publish(seq.cache_parent, tokens, seq.block_table[index])
+            seq.cache_parent = self.cache.publish(seq.cache_parent, tokens, seq.block_table[index], seq.request.adapter)
             seq.num_published_blocks += 1
 
     def give_back(self, seq: Sequence) -> None:
@@ -127,7 +132,7 @@ class KVBlocks:
         for block in blocks:
             self.pool.release(block)
 
-    def check_invariants(self, holders: list[Sequence], extra_references: list[int]) -> None:
+    def check_invariants(self, holders: list[Sequence], extra_references: list[int], adapter_pages: list[int]) -> None:
         """`holders`: all sequences with blocks; `extra_references`: blocks held by plans in flight."""
         self.pool.check_invariants()
         self.cache.check_invariants()
@@ -140,4 +145,8 @@ class KVBlocks:
                 assert self.pool.ref_count(block) - extra_references.count(block) == 1, f"block {block} of {seq}"
         for block in extra_references:
             counts[block] += 1
+        for page in adapter_pages:
+            assert counts[page] == 0, f"page {page} of an adapter is in use by a sequence"
+            assert not self.pool.is_cached(page), f"page {page} of an adapter passes for a prefix"
+            counts[page] += 1
         assert counts == [self.pool.ref_count(block) for block in range(self.pool.num_blocks)], "references leaked"

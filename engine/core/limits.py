@@ -20,6 +20,8 @@ class SchedulerConfig:
     max_queued_requests: int  # requests of which no sequence has run yet
     adapter_bytes: int  # of all resident adapters
     max_resident_adapters: int  # LoRA slots 1 .. max_resident_adapters
+    max_adapter_pages: int | None = None  # blocks that adapters may hold together; None: they live elsewhere
+    min_adapter_pages: int = 0  # blocks that no sequence gets
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
     pipeline_depth: int  # plans in flight
@@ -35,15 +37,30 @@ class SchedulerConfig:
                 f"num_blocks={self.num_blocks} must be at least 2, as block 0 is never used; raise kv_cache_bytes"
             )
         check_step_limits(self)
+        if self.max_adapter_pages is not None:
+            self._check_pages(self.max_adapter_pages)
+
+    def _check_pages(self, max_pages: int) -> None:
+        if not 0 <= self.min_adapter_pages <= max_pages:
+            raise ConfigError(
+                f"min_adapter_bytes are {self.min_adapter_pages} pages of the KV cache and adapters may hold "
+                f"{max_pages}: lower it, or raise adapter_bytes and kv_cache_bytes"
+            )
+        if self.num_blocks - 1 - max_pages < 1:
+            raise ConfigError(
+                f"adapters may hold {max_pages} pages of the KV cache, which has {self.num_blocks - 1}: none would be "
+                "left for sequences; lower adapter_bytes or raise kv_cache_bytes"
+            )
 
     @property
     def max_kv_tokens(self) -> int:
-        """Tokens that one sequence alone can keep in the KV cache."""
-        return (self.num_blocks - 1) * self.block_size
+        """Tokens that one sequence alone can keep in the KV cache, beside as many adapters as there may be."""
+        return (self.num_blocks - 1 - (self.max_adapter_pages or 0)) * self.block_size
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence: the model's context, or the whole KV cache and one token, which is never computed.
+        """Longest sequence: the model's context, or all of the KV cache that adapters leave and one token, which is
+        never computed.
 
         A sequence ends by LENGTH here, so that one that runs alone never runs out of blocks, and so that where it
         ends does not depend on what else runs.

@@ -50,16 +50,18 @@ class BlockCopy:
 class AdapterLoad:
     """Start copying the host image of `adapter` to the device and bind it to `lora_slot`.
 
-    No slice names the slot until the copy has been reported by `StepResult.copied`.
+    No slice names the slot until the copy has been reported by `StepResult.copied`. With adapters in pages of the KV
+    cache: `pages` are blocks that no sequence has, the runs of its layout one behind the other.
     """
 
     adapter: str
     lora_slot: int
+    pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterEvict:
-    """Unbind `adapter` from `lora_slot`. No plan in flight names the slot."""
+    """Unbind `adapter` from `lora_slot`. No plan in flight names the slot; its pages may be written from here on."""
 
     adapter: str
     lora_slot: int
@@ -149,6 +151,7 @@ class StepResult:
     plan_id: int
     samples: tuple[Sample, ...] = ()
     copied: tuple[str, ...] = ()  # adapters whose copy event has fired since the last result
+    waited_for_copy: bool = False  # the step thread stood still until an adapter's copy had ended, or for a while
 
 
 @dataclass(frozen=True, slots=True)

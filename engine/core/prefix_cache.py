@@ -34,6 +34,8 @@ class PrefixCache:
         self._block_size = block_size
         self._node_of: list[int] = [0] * pool.num_blocks
         self._num_nodes = 0
+        self._adapter_of: list[str | None] = [None] * pool.num_blocks  # whose content it was when last published
+        self._blocks_of: dict[str, set[int]] = {}  # the same by adapter
 
     def match(self, namespace: Namespace, tokens: Tokens[int]) -> PrefixMatch:
         """The longest cached prefix, less than all of `tokens`. Takes no reference: valid until the pool changes."""
@@ -48,7 +50,7 @@ class PrefixCache:
             node = self._node_of[block]
         return PrefixMatch(tuple(blocks), node)
 
-    def publish(self, parent: int | Namespace, tokens: tuple[int, ...], block: int) -> int:
+    def publish(self, parent: int | Namespace, tokens: tuple[int, ...], block: int, adapter: str | None = None) -> int:
         """Make a held block findable, whose KV has been computed; if another one holds the same, that one stays.
 
         Returns: the node of the prefix that ends with this block.
@@ -64,9 +66,26 @@ class PrefixCache:
             self._num_nodes += 1
             self._node_of[block] = self._num_nodes
         self._pool.label(block, key)
+        former = self._adapter_of[block]
+        if former != adapter:
+            if former is not None:
+                self._blocks_of[former].discard(block)
+            if adapter is not None:
+                self._blocks_of.setdefault(adapter, set()).add(block)
+            self._adapter_of[block] = adapter
         return self._node_of[block]
+
+    def forget_adapter(self, adapter: str) -> None:
+        """No sequence has it or is to be expected: its blocks are handed out before all others with content."""
+        # Those that hang on others go first, so that what is left can be found for as long as it is there.
+        for block in sorted(self._blocks_of.pop(adapter, ()), key=self._node_of.__getitem__):
+            self._adapter_of[block] = None
+            if self._pool.is_cached(block):
+                self._pool.hand_out_early(block)
 
     def check_invariants(self) -> None:
         labelled = [node for block, node in enumerate(self._node_of) if self._pool.is_cached(block)]
         assert len(set(labelled)) == len(labelled) == self._pool.num_cached
         assert all(0 < node <= self._num_nodes for node in labelled)
+        listed = {block: adapter for adapter, blocks in self._blocks_of.items() for block in blocks}
+        assert listed == {block: a for block, a in enumerate(self._adapter_of) if a is not None}

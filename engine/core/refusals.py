@@ -33,10 +33,11 @@ def _check_prompt(request: Request, config: SchedulerConfig) -> None:
             f"the prompt has {num_tokens} tokens and needs room for at least 1 more, but max_model_len is "
             f"{config.max_model_len}; shorten the prompt to {config.max_model_len - 1} tokens"
         )
+    max_blocks = config.max_kv_tokens // config.block_size
     if num_tokens > config.max_kv_tokens:
         raise PromptTooLong(
             f"the prompt has {num_tokens} tokens and needs {-(-num_tokens // config.block_size)} KV blocks of "
-            f"{config.block_size} tokens, but there are {config.num_blocks - 1}; shorten the prompt to "
+            f"{config.block_size} tokens, but there are {max_blocks}; shorten the prompt to "
             f"{config.max_kv_tokens} tokens or raise kv_cache_bytes"
         )
     if not config.enable_chunked_prefill and num_tokens > config.max_num_batched_tokens:
@@ -68,8 +69,14 @@ def _check_adapter(key: str, slots: AdapterSlots) -> None:
         raise AdapterError(f"adapter {key!r} is not known to this engine; add_adapter() must come before the request")
     if slots.num_slots == 0:
         raise AdapterTooLarge(f"adapter {key!r} cannot be used: max_resident_adapters is 0, which turns LoRA off")
-    if slots.num_bytes(key) > slots.budget_bytes:
+    room = slots.room
+    if slots.size(key) > room.budget:
         raise AdapterTooLarge(
-            f"adapter {key!r} has {slots.num_bytes(key)} bytes, but adapter_bytes is {slots.budget_bytes}; "
-            "raise adapter_bytes or use a smaller rank"
+            f"adapter {key!r} has {slots.size(key)} {room.unit}, but adapter_bytes is {room.budget} {room.unit}; "
+            "raise adapter_bytes (in pages: and kv_cache_bytes) or use a smaller rank"
+        )
+    if not slots.could_fit(key):
+        raise AdapterTooLarge(
+            f"adapter {key!r} has {slots.size(key)} {room.unit}, which find no room in {room.budget} {room.unit} "
+            f"beside the pinned adapters {', '.join(map(repr, slots.kept()))}; unpin one of them"
         )

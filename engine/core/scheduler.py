@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 
+from engine.core.adapter_desk import AdapterDesk
+from engine.core.adapter_room import AdapterRoom, ByteRoom, PageRoom
 from engine.core.adapter_slots import AdapterSlots
-from engine.core.admission import Admission
+from engine.core.admission import HEADROOM_DIVISOR, Admission
 from engine.core.claims import AdapterClaims
 from engine.core.draft import Flight, PlanDraft
-from engine.core.fairness import OUTPUT_WEIGHT, FairQueue, token_cost
+from engine.core.fairness import FairQueue, token_cost
+from engine.core.intake import Intake
 from engine.core.kv_blocks import KVBlocks
 from engine.core.limits import SchedulerConfig
-from engine.core.plan import AdapterEvict, RowOutput, Sample, SequenceSlice, StepEvents, StepPlan, StepResult
+from engine.core.plan import RowOutput, StepEvents, StepPlan, StepResult
 from engine.core.refusals import check_request, max_tokens_total
 from engine.core.roster import Roster
 from engine.core.sequence import Ending, Sequence, SequenceState, SequenceUpdate
 from engine.core.stats import SchedulerStats
-from engine.errors import InvalidRequest, QueueFull, RequestFailed
-from engine.request import FinishReason, OutputError, Request
+from engine.errors import InvalidRequest, QueueFull
+from engine.request import FinishReason, Request
 
 
 class Scheduler:
@@ -26,8 +29,8 @@ class Scheduler:
     A step: decode every running sequence, go on with prompts under way, then admit from the queue, within
     `max_num_batched_tokens` rows. A plan never has more rows than that: with chunked prefill off a sequence is computed
     in one slice, unless it alone is longer than the limit (only a re-prefill can be; then it is cut as with chunking).
-    When a decoding sequence finds no block, the newest running sequence is preempted: it gives back its blocks and
-    computes its tokens again later.
+    When a decoding sequence finds no block, idle adapters give up their pages, down to what is kept for adapters; then
+    the newest running sequence is preempted: it gives back its blocks and computes its tokens again later.
 
     A plan is in flight from `schedule` to `commit` or `abandon`. Nothing that a plan in flight names is reused: the
     blocks, the LoRA slot and the runner's state of a sequence go when the last plan naming it retires, and until then
@@ -35,24 +38,26 @@ class Scheduler:
 
     Invariants:
       - at most `pipeline_depth` plans are in flight, committed in order; at most `max_num_seqs` sequences are started
-      - the oldest running sequence is never preempted for another, and every sequence fits into the pool alone, so
-        some sequence always gets on
+      - the oldest running sequence is never preempted for another, and every sequence fits into the pool alone beside
+        as many adapters as there may be, so some sequence always gets on
       - those of its parts: Roster, KVBlocks, BlockPool, PrefixCache, AdapterSlots, AdapterClaims, FairQueue
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self._kv = KVBlocks(config)
-        self._slots = AdapterSlots(config.max_resident_adapters, config.adapter_bytes)
-        self._claims = AdapterClaims(self._slots, patience=config.max_num_seqs)
+        self._slots = AdapterSlots(config.max_resident_adapters, _room(config, self._kv))
+        self._desk = AdapterDesk(self._slots, self._kv.cache)
+        shares_room = config.max_adapter_pages is not None
+        self._claims = AdapterClaims(self._slots, patience=config.max_num_seqs, shares_room=shares_room)
         self._queue = FairQueue()
         self._roster = Roster(self._kv, self._slots, self._claims, self._queue)
         self._admission = Admission(config, self._kv, self._slots, self._claims, self._queue, self._roster)
+        self._intake = Intake(config.eos_token_ids, self._kv, self._queue, self._roster)
         self._in_flight: deque[Flight] = deque()
-        self._evictions: dict[AdapterEvict, None] = {}  # for the next plan
         self._num_plans = 0
         self._num_sequences = 0
-        self._num_guessed = self._num_guessed_right = 0
+        self._num_guessed = 0
         self._time_ns = 0
 
     # --- requests --------------------------------------------------------------------------------------------------
@@ -65,7 +70,7 @@ class Scheduler:
         """
         if request.request_id in self._roster.requests:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
-        check_request(request, self.config, self._slots)
+        self.check(request)
         if not request.resumed_output_token_ids:
             self._check_queue()
         siblings = tuple(self._new_sequence(request, index) for index in range(request.params.n))
@@ -74,6 +79,10 @@ class Scheduler:
             ending = seq.ending(self.config.eos_token_ids) if seq.outputs else None
             if ending is not None:  # resumed, and cut off after its last token
                 self._roster.end(seq, ending)
+
+    def check(self, request: Request) -> None:
+        """Raises: as `add`, for what has nothing to do with who else is there."""
+        check_request(request, self.config, self._slots)
 
     def _check_queue(self) -> None:
         limit = self.config.max_queued_requests
@@ -110,30 +119,38 @@ class Scheduler:
 
     # --- adapters --------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, key: str, num_bytes: int) -> None:
-        """The host image of this adapter version is there. Raises: AdapterError if it was there with another size."""
-        self._slots.add(key, num_bytes)
+    def add_adapter(self, key: str, num_bytes: int, runs: tuple[int, ...] = ()) -> None:
+        """The host image of this adapter version is there; in pages, it needs `runs` of so many neighbours.
+
+        Raises: AdapterError if it was there with another size.
+        """
+        self._slots.add(key, num_bytes, runs)
 
     def remove_adapter(self, key: str) -> bool:
         """Forget an adapter. Returns: whether it is forgotten (or never was known), so that its host image may go.
 
-        False while a sequence or a plan in flight uses it. If it is only resident, the next plan evicts it; call
-        again when `droppable_adapters` names it.
+        False while a sequence or a plan in flight uses it, or a caller has pinned it. If it is only resident, the next
+        plan evicts it; call again when `droppable_adapters` names it.
         """
-        if key not in self._slots:
-            return True
-        if key in self.droppable_adapters():
-            self._slots.remove(key)
-            return True
-        if self._slots.is_unused(key):
-            self._evictions[self._slots.evict(key)] = None
-        return False
+        return self._desk.remove(key, self._adapters_in_flight())
 
     def droppable_adapters(self) -> tuple[str, ...]:
         """Adapters that no sequence uses, that are not resident, and that no plan in flight or to come names."""
-        named = {op.adapter for flight in self._in_flight for op in flight.plan.adapter_ops}
-        named.update(op.adapter for op in self._evictions)
-        return tuple(key for key in self._slots.idle() if key not in named)
+        return self._desk.droppable(self._adapters_in_flight())
+
+    def _adapters_in_flight(self) -> set[str]:
+        return {op.adapter for flight in self._in_flight for op in flight.plan.adapter_ops}
+
+    def preload_adapter(self, key: str) -> bool:
+        """Load a known adapter with the next plan. Returns: whether there is room without evicting anybody."""
+        return self._desk.preload(key, self.config.num_blocks // HEADROOM_DIVISOR)
+
+    def pin_adapter(self, key: str) -> None:
+        """Never evict it until `unpin_adapter`. Raises: AdapterError if it is not resident, or the pin is too much."""
+        self._slots.keep(key)
+
+    def unpin_adapter(self, key: str) -> None:
+        self._slots.stop_keeping(key)
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -147,15 +164,17 @@ class Scheduler:
         if len(self._in_flight) >= self.config.pipeline_depth:
             return None
         draft = PlanDraft(self._num_plans + 1, self.config.max_num_batched_tokens)
-        draft.adapter_ops.extend(self._evictions)
+        draft.adapter_ops.extend(self._desk.ops)
         self._continue_running(draft)
         self._admission.run(draft)
-        must_poll = not self._in_flight and len(self._queue) > 0 and self._slots.is_copying
+        must_poll = not self._in_flight and (
+            (len(self._queue) > 0 and self._slots.is_copying) or self._desk.is_preloading()
+        )
         if not (draft.has_rows or draft.adapter_ops or must_poll):
             return None
         flight = draft.build(self._roster.ends)
         self._roster.ends.clear()
-        self._evictions.clear()
+        self._desk.ops.clear()
         self._num_plans += 1
         self._in_flight.append(flight)
         return flight.plan
@@ -176,7 +195,7 @@ class Scheduler:
             num_rows = seq.num_to_compute
             if num_rows > 1:
                 prefills.append(seq)
-            elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq):
+            elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
                 guesses = self._guess(seq, spare_rows) if seq.lookup is not None else ()
                 spare_rows -= len(guesses)
                 draft.add(seq, 1, guesses)
@@ -194,9 +213,13 @@ class Scheduler:
         self._num_guessed += len(guesses)
         return guesses
 
-    def _make_room(self, seq: Sequence) -> bool:
-        """A block for the next token of `seq`, preempting the newest if need be. False: not in this step."""
+    def _make_room(self, seq: Sequence, draft: PlanDraft) -> bool:
+        """A block for the next token of `seq`: from idle adapters, or by preempting the newest. False: not now."""
         while not self._kv.grow(seq):
+            evictions = self._slots.yield_pages(1)
+            if evictions:
+                draft.adapter_ops.extend(evictions)
+                continue
             if self._roster.retiring:
                 return False  # their blocks come back soon: nobody else has to go
             victim = self._roster.running[-1]
@@ -221,44 +244,13 @@ class Scheduler:
                 assert sample.seq_id == piece.seq_id, "samples follow the order of the slices"
                 seq.drop_pending(1 + piece.num_guesses)
             if seq.state is not SequenceState.FINISHED:  # else: found late; what it computed since does not count
-                self._take_in(seq, piece, sample)
+                self._intake.take_in(seq, piece, sample)
             if self._roster.retiring:
                 self._roster.settle(seq)
         self._kv.release(flight.held_blocks)
         updates = tuple(self._roster.updates[num_earlier:])
         del self._roster.updates[num_earlier:]
         return updates
-
-    def _take_in(self, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
-        """What a slice computed counts as far as its tokens were right; then its sample."""
-        num_gained, ending = 0, None
-        if sample is not None and sample.error is None:
-            assert 1 <= len(sample.token_ids) <= 1 + piece.num_guesses, "a token for each guess, and one more, at most"
-            num_gained, ending = seq.gain(sample.token_ids, self.config.eos_token_ids)
-        seq.num_committed_tokens = piece.position + len(piece.token_ids)
-        if piece.num_guesses:
-            num_right = max(0, num_gained - 1)
-            seq.num_committed_tokens -= piece.num_guesses - num_right
-            assert seq.lookup is not None
-            seq.num_computed_tokens = seq.num_committed_tokens
-            seq.lookup.learn(piece.num_guesses, num_right)
-            self._num_guessed_right += num_right
-        self._kv.publish(seq)
-        if sample is not None:
-            self._tell(seq, sample, num_gained, ending)
-
-    def _tell(self, seq: Sequence, sample: Sample, num_gained: int, ending: Ending | None) -> None:
-        if sample.error is not None:
-            error = OutputError(RequestFailed.code, sample.error)
-            self._roster.end(seq, Ending(FinishReason.ERROR), error=error)
-            return
-        self._queue.charge(seq.tenant, OUTPUT_WEIGHT * seq.token_cost * num_gained)
-        logprobs = None if sample.logprobs is None else sample.logprobs[:num_gained]
-        update = seq.update(sample.token_ids[:num_gained], logprobs, ending)
-        if ending is None:
-            self._roster.updates.append(update)
-        else:
-            self._roster.end(seq, ending, update)
 
     def abandon(self, plan: StepPlan) -> None:
         """The host failed before the device ran `plan`: it and all later plans are void.
@@ -283,25 +275,18 @@ class Scheduler:
             self._roster.settle(seq)
         for flight in abandoned:
             self._roster.ends.update(dict.fromkeys(flight.plan.ends))
-            for op in reversed(flight.plan.adapter_ops):
-                for seq in self._queue.sequences():
-                    if seq.request.adapter == op.adapter:
-                        self._claims.drop(seq)
-                self._evictions[self._slots.undo(op)] = None
+            named = {op.adapter for op in flight.plan.adapter_ops}
+            for seq in self._queue.sequences():
+                if seq.request.adapter in named:
+                    self._claims.drop(seq)
+            self._desk.undo(flight.plan.adapter_ops)
+        self._desk.load_again()
 
     # --- what it tells ---------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
         """Whether there is anything to schedule, to commit or to take."""
-        return bool(self._roster.requests or self._in_flight or self._roster.updates or self._evictions)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._queue)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._roster.running)
+        return bool(self._roster.requests or self._in_flight or self._roster.updates or self._desk.has_work())
 
     def owners(self, plan: StepPlan) -> tuple[tuple[str, int], ...]:
         """Request id and sample index of each slice of a plan in flight, in their order."""
@@ -320,11 +305,15 @@ class Scheduler:
             cached_blocks=self._kv.pool.num_cached,
             resident_adapters=self._slots.resident(),
             resident_bytes=self._slots.used_bytes,
+            pinned_adapters=self._slots.kept(),
+            adapter_pages=sum(1 for _ in self._slots.pages()),
+            adapter_loads=self._slots.num_loads,
+            adapter_evictions=self._slots.num_evictions,
             preemptions=self._roster.num_preemptions,
             prefix_hit_tokens=self._kv.hit_tokens,
             prefix_lookup_tokens=self._kv.lookup_tokens,
             guessed_tokens=self._num_guessed,
-            guessed_right_tokens=self._num_guessed_right,
+            guessed_right_tokens=self._intake.num_guessed_right,
         )
 
     def check_invariants(self) -> None:
@@ -334,10 +323,22 @@ class Scheduler:
         self._roster.check_invariants(self.config.block_size)
         holders = [*self._roster.running, *self._roster.retiring.values()]
         held_blocks = [block for flight in self._in_flight for block in flight.held_blocks]
-        self._kv.check_invariants(holders, held_blocks)
+        adapter_pages = list(self._slots.pages())
+        self._kv.check_invariants(holders, held_blocks, adapter_pages)
+        most, least = self.config.max_adapter_pages or 0, self.config.min_adapter_pages
+        assert len(adapter_pages) <= most, f"adapters hold {len(adapter_pages)} of at most {most} pages"
+        for_sequences = self.config.num_blocks - 1 - max(least, len(adapter_pages))
+        num_held = self.config.num_blocks - 1 - self._kv.pool.num_free - len(adapter_pages)
+        assert num_held <= for_sequences, f"sequences hold {num_held} of at most {for_sequences} blocks"
         self._slots.check_invariants()
         self._queue.check_invariants()
         self._claims.check_invariants(self._queue.sequences())
         in_flight = [seq.seq_id for flight in self._in_flight for seq in flight.sequences]
         for seq in holders:
             assert seq.num_in_flight == in_flight.count(seq.seq_id), seq
+
+
+def _room(config: SchedulerConfig, kv: KVBlocks) -> AdapterRoom:
+    if config.max_adapter_pages is None:
+        return ByteRoom(config.adapter_bytes)
+    return PageRoom(kv.pool, config.max_adapter_pages, config.min_adapter_pages)

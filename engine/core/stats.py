@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """A snapshot between two steps. The last five count since the start."""
+    """A snapshot between two steps. The last seven count since the start."""
 
     waiting: int  # sequences
     running: int  # sequences
@@ -16,8 +16,12 @@ class SchedulerStats:
     free_blocks: int
     num_blocks: int  # without the null block
     cached_blocks: int  # findable by their prefix, in use or free
-    resident_adapters: tuple[str, ...]  # least recently used first
+    resident_adapters: tuple[str, ...]  # of least worth first
     resident_bytes: int  # with those being copied
+    pinned_adapters: tuple[str, ...]  # by a caller
+    adapter_pages: int  # blocks that adapters hold
+    adapter_loads: int
+    adapter_evictions: int
     preemptions: int
     prefix_hit_tokens: int
     prefix_lookup_tokens: int

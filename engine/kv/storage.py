@@ -44,6 +44,11 @@ class KVStorage:
     def num_bytes(self) -> int:
         return self.num_blocks * self.shape.block_bytes
 
+    @property
+    def pages(self) -> torch.Tensor:
+        """All blocks as bytes, uint8 [num_bytes]: block b starts at byte b * block_bytes."""
+        return self.data.view(-1).view(torch.uint8)
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Put rows into their slots. Shapes: k, v [T, Hk, D]; slot_mapping [T]."""
         blocks = slot_mapping // self.shape.block_size

@@ -1,19 +1,22 @@
-"""Where the bytes of resident adapters are: borrowed from shared memory (CPU) or copied to the device.
+"""Where the bytes of resident adapters are: borrowed from shared memory (CPU) or copied into pages of the KV cache.
 
-Both hand out `SiteWeights`: tensors that look into one flat buffer at the manifest's offsets.
+Both hand out `SiteWeights`: tensors that look into that memory.
 """
 
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import AdapterError
+from engine.lora.copier import Copier, Load
 from engine.lora.image import ITEM_BYTES, AdapterImage
+from engine.lora.pages import lay_out
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,10 +31,15 @@ class SiteWeights(NamedTuple):
 
 
 class AdapterStorage(Protocol):
-    """Bytes of resident adapters. Called from the step thread only; only `wait` blocks on a copy."""
+    """Bytes of resident adapters. Called from the step thread only.
 
-    def load(self, image: AdapterImage) -> tuple[SiteWeights, ...]:
-        """Start making `image` resident. Its weights may be read once `copied` has reported the key."""
+    Only `wait` blocks on a copy, and `evict` on one that is given up; `num_waits` counts how often they did.
+    """
+
+    num_waits: int
+
+    def load(self, image: AdapterImage, pages: tuple[int, ...]) -> tuple[SiteWeights, ...]:
+        """Start making `image` resident in `pages`. Its weights may be read once `copied` has reported the key."""
 
     def copied(self) -> tuple[str, ...]:
         """Keys that became readable since the last call, in the order in which they were loaded."""
@@ -40,7 +48,10 @@ class AdapterStorage(Protocol):
         """Until the oldest copy under way has ended (or failed), at most `timeout_s`; not at all when there is none."""
 
     def evict(self, key: str) -> None:
-        """Forget a resident adapter. Nothing in flight reads it. Raises: KeyError if it is not resident."""
+        """Forget a resident adapter: its pages may be written. Nothing in flight reads it.
+
+        Raises: KeyError if it is not resident.
+        """
 
 
 class BorrowedStorage:
@@ -49,15 +60,20 @@ class BorrowedStorage:
     `engine.lora.image.prepare` has touched the pages before, off the step thread.
     """
 
+    num_waits = 0
+
     def __init__(self) -> None:
         self._resident: dict[str, AdapterImage] = {}
         self._fresh: list[str] = []
 
-    def load(self, image: AdapterImage) -> tuple[SiteWeights, ...]:
+    def load(self, image: AdapterImage, pages: tuple[int, ...] = ()) -> tuple[SiteWeights, ...]:
+        """`pages` has none. As in the image, every tensor starts at its manifest's offset."""
+        assert not pages, f"adapter {image.key!r} is to be borrowed, not copied to pages {pages}"
         _check_new(image.key, self._resident)
         self._resident[image.key] = image
         self._fresh.append(image.key)
-        return _views(_borrow(image.data), image)
+        flat = _typed(_borrow(image.data), image)
+        return _views(flat, image, [(e.a_offset, e.b_offset) for e in image.manifest.entries])
 
     def copied(self) -> tuple[str, ...]:
         fresh = tuple(self._fresh)
@@ -73,78 +89,75 @@ class BorrowedStorage:
             self._fresh.remove(key)
 
 
-class DeviceStorage:
-    """One copy of the whole flat buffer per adapter, made beside the step: by a thread, on a stream of its own.
+class PagedStorage:
+    """Adapters in pages of the KV cache's buffer, copied there beside the steps.
 
-    A copy out of pageable (shared) memory keeps its caller waiting however it is asked for; the thread is what waits.
-    The buffer is allocated on the step thread's stream, whose allocator pool it returns to at eviction.
+    Invariant: pages are given back to sequences only when no copy into them is under way.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-copy")
-        self._buffers: dict[str, Tensor] = {}
-        self._copying: dict[str, Future[None]] = {}
+    def __init__(self, buffer: Tensor, page_bytes: int, copier: Copier) -> None:
+        self._buffer = buffer  # uint8, of all pages
+        self._page_bytes = page_bytes
+        self._copier = copier
+        self._resident: dict[str, AdapterImage] = {}
+        self._copying: dict[str, Load] = {}
+        self.num_waits = 0
 
-    def load(self, image: AdapterImage) -> tuple[SiteWeights, ...]:
-        _check_new(image.key, self._buffers)
-        buffer = torch.empty(image.num_bytes, dtype=torch.uint8, device=self._device)
-        allocated = None
-        if self._stream is not None:
-            # The memory may have belonged to kernels still queued on the step's stream: the copy comes after them.
-            allocated = torch.cuda.current_stream(self._device).record_event()
-        self._buffers[image.key] = buffer
-        self._copying[image.key] = self._copier.submit(self._copy, image, buffer, allocated)
-        return _views(buffer, image)
+    def load(self, image: AdapterImage, pages: tuple[int, ...]) -> tuple[SiteWeights, ...]:
+        _check_new(image.key, self._resident)
+        layout = lay_out(image.manifest, self._page_bytes)
+        if len(pages) != sum(layout.runs):
+            raise AdapterError(f"adapter {image.key!r} needs runs of {layout.runs} pages, the plan gives {pages}")
+        self._resident[image.key] = image
+        self._copying[image.key] = self._copier.start(image, layout, pages)
+        starts = [page * self._page_bytes for page in layout.first_pages(pages)]
+        offsets = [tuple(starts[run] + offset for run, offset in pair) for pair in layout.tensors]
+        return _views(_typed(self._buffer, image), image, [(a, b) for a, b in offsets])
 
     def copied(self) -> tuple[str, ...]:
         """Raises: whatever a copy raised (a device error is fatal to the engine)."""
         # One thread copies in order; a later copy may end while this looks at an earlier one.
-        done = tuple(itertools.takewhile(lambda key: self._copying[key].done(), self._copying))
+        done = tuple(itertools.takewhile(lambda key: self._copying[key].future.done(), self._copying))
         for key in done:
-            self._copying.pop(key).result()
+            self._copying.pop(key).future.result()
         return done
 
     def wait(self, timeout_s: float) -> None:
-        if self._copying:
-            wait((next(iter(self._copying.values())),), timeout_s)
+        oldest = next(iter(self._copying.values()), None)
+        if oldest is not None and not oldest.future.done():
+            self.num_waits += 1
+            wait((oldest.future,), timeout_s)
 
     def evict(self, key: str) -> None:
-        del self._buffers[key]  # a copy still under way keeps the buffer alive until it has ended
-        self._copying.pop(key, None)
+        del self._resident[key]
+        load = self._copying.pop(key, None)
+        if load is not None:
+            self.num_waits += self._copier.cancel(load)
 
     def close(self) -> None:
         """End the copying thread; copies that have not begun are dropped."""
-        self._copier.shutdown(wait=True, cancel_futures=True)
-
-    def _copy(self, image: AdapterImage, buffer: Tensor, allocated: torch.cuda.Event | None) -> None:
-        with torch.inference_mode():  # thread-local: the buffer may be an inference tensor
-            if self._stream is None or allocated is None:
-                buffer.copy_(_borrow(image.data))
-                return
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(allocated)
-                buffer.copy_(_borrow(image.data), non_blocking=True)
-                self._stream.record_event().synchronize()
+        self._copier.close()
 
 
-def _check_new(key: str, resident: dict[str, AdapterImage] | dict[str, Tensor]) -> None:
+def _check_new(key: str, resident: dict[str, AdapterImage]) -> None:
     if key in resident:
         raise ValueError(f"adapter {key!r} is resident already: evict it before it is loaded again")
 
 
-def _views(flat: Tensor, image: AdapterImage) -> tuple[SiteWeights, ...]:
-    manifest = image.manifest
-    item_bytes = ITEM_BYTES[manifest.dtype]
-    typed = flat.view(_DTYPES[manifest.dtype])
+def _typed(flat: Tensor, image: AdapterImage) -> Tensor:
+    return flat.view(_DTYPES[image.manifest.dtype])
+
+
+def _views(typed: Tensor, image: AdapterImage, offsets: list[tuple[int, int]]) -> tuple[SiteWeights, ...]:
+    """`offsets`: of a and b of each entry, in bytes."""
+    item_bytes = ITEM_BYTES[image.manifest.dtype]
 
     def view(offset: int, shape: tuple[int, int]) -> Tensor:
         return typed.as_strided(shape, (shape[1], 1), offset // item_bytes)
 
     return tuple(
-        SiteWeights(e.site, view(e.a_offset, e.a_shape), view(e.b_offset, e.b_shape), e.scaling)
-        for e in manifest.entries
+        SiteWeights(e.site, view(a, e.a_shape), view(b, e.b_shape), e.scaling)
+        for e, (a, b) in zip(image.manifest.entries, offsets, strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""From bytes to blocks: how many blocks of KV cache there are room for."""
+"""From bytes to blocks: how many blocks of KV cache there are room for, and how many of them adapters may take."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ _COPY_BLOCKS = 1  # one more than the sequences need, for a copy-on-write
 
 
 def num_kv_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
-    """Blocks for `config`, never more than max_num_seqs sequences of max_model_len tokens can fill.
+    """Blocks for `config`, never more than max_num_seqs sequences of max_model_len tokens, and all adapters, can fill.
 
-    Raises: ConfigError if that is not enough for one sequence of max_model_len tokens.
+    Raises: ConfigError if that is not enough for one sequence of max_model_len tokens beside what adapters keep.
     """
     shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
     budget = config.kv_cache_bytes
     if budget is None:
         budget = DEFAULT_CPU_BYTES if loaded.device.type == "cpu" else _free_cuda_bytes(loaded, config)
     per_sequence = -(-loaded.max_model_len // config.block_size)
-    most = config.max_num_seqs * per_sequence + _NULL_BLOCKS + _COPY_BLOCKS
-    least = per_sequence + _NULL_BLOCKS
+    pages = config.has_adapter_pages()
+    kept = max(1, -(-config.min_adapter_bytes // shape.block_bytes)) if pages else 0  # one, or LoRA could be left out
+    adapters = config.adapter_bytes // shape.block_bytes if pages else 0
+    most = config.max_num_seqs * per_sequence + max(kept, adapters) + _NULL_BLOCKS + _COPY_BLOCKS
+    least = per_sequence + kept + _NULL_BLOCKS
     num_blocks = min(budget // shape.block_bytes, most)
     if num_blocks < least:
+        beside = f" and {kept} for adapters (min_adapter_bytes={config.min_adapter_bytes})" if kept else ""
         raise ConfigError(
             f"{budget} bytes of KV cache are {num_blocks} blocks of {shape.block_bytes} bytes; one sequence of "
-            f"max_model_len={loaded.max_model_len} tokens needs {least}, with the null block: raise kv_cache_bytes to "
-            f"at least {least * shape.block_bytes}, or lower max_model_len"
+            f"max_model_len={loaded.max_model_len} tokens needs {least}, with the null block{beside}: raise "
+            f"kv_cache_bytes to at least {least * shape.block_bytes}, or lower max_model_len"
         )
     return num_blocks
 
 
 def _free_cuda_bytes(loaded: LoadedModel, config: EngineConfig) -> int:
-    """What is left for the cache beside weights, the largest step and resident adapters."""
+    """What is left for the cache, and adapters in its pages, beside weights and the largest step."""
     device = loaded.device
     step_bytes = profile_step_bytes(loaded, config)
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    adapters = config.adapter_bytes if config.max_resident_adapters else 0
-    return max(0, int(free) - int(total * (1 - CUDA_SHARE)) - step_bytes - adapters)
+    return max(0, int(free) - int(total * (1 - CUDA_SHARE)) - step_bytes)
 
 
 def profile_step_bytes(loaded: LoadedModel, config: EngineConfig) -> int:

@@ -9,10 +9,11 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core.plan import AdapterEvict, AdapterLoad, StepPlan, StepResult, TokenRef
-from engine.errors import AdapterError
+from engine.errors import AdapterError, ConfigError
 from engine.kv.storage import KVStorage
-from engine.lora.image import AdapterImage
-from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
+from engine.lora.copier import Copier, CudaPages, HostPages, Pacer
+from engine.lora.image import ALIGNMENT_BYTES, AdapterImage
+from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage
 from engine.model.attention import forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
 from engine.runner.guesses import check_guesses
@@ -29,18 +30,21 @@ COPY_WAIT_S = 0.005
 
 
 class PendingTorchStep:
-    """A step whose kernels are queued (on the CPU: done)."""
+    """A step whose kernels are queued (on the CPU: done). `num_waits`: for copies of adapters, before this step."""
 
-    def __init__(self, plan: StepPlan, sampled: SampledStep | None, adapters: AdapterStorage) -> None:
+    def __init__(self, plan: StepPlan, sampled: SampledStep | None, adapters: AdapterStorage, num_waits: int) -> None:
         self._plan = plan
         self._sampled = sampled
         self._adapters = adapters
+        self._has_waited = adapters.num_waits > num_waits
 
     def result(self) -> StepResult:
         samples = () if self._sampled is None else check_guesses(self._plan.slices, self._sampled.samples)
+        num_waits = self._adapters.num_waits
         if not self._plan.slices:
             self._adapters.wait(COPY_WAIT_S)
-        return StepResult(plan_id=self._plan.plan_id, samples=samples, copied=self._adapters.copied())
+        has_waited = self._has_waited or self._adapters.num_waits > num_waits
+        return StepResult(self._plan.plan_id, samples, self._adapters.copied(), has_waited)
 
 
 class TorchRunner:
@@ -63,8 +67,7 @@ class TorchRunner:
         self._graphs = _decode_graphs(loaded, config, layers)
         self._images: dict[str, AdapterImage] = {}
         self._slots: dict[str, int] = {}  # resident adapter -> LoRA slot
-        self._adapters: AdapterStorage
-        self._adapters = BorrowedStorage() if loaded.device.type == "cpu" else DeviceStorage(loaded.device)
+        self._adapters = _adapter_storage(config, self._storage)
         # Sampled tokens of the last plans, on the device: plan id -> (row -> index, tokens [N]).
         self._sampled: OrderedDict[int, tuple[dict[int, int], torch.Tensor]] = OrderedDict()
         self._max_plans_kept = config.plans_in_flight() + 1
@@ -90,6 +93,7 @@ class TorchRunner:
         """
         if plan.plan_id <= self._last_plan_id:
             raise ValueError(f"plan {plan.plan_id} comes after plan {self._last_plan_id}")
+        num_waits = self._adapters.num_waits
         try:
             with torch.inference_mode():
                 inputs, sampled = self._execute(plan)
@@ -105,7 +109,7 @@ class TorchRunner:
             self._sampled[plan.plan_id] = (rows, sampled.token_ids)
         while self._sampled and next(iter(self._sampled)) <= plan.plan_id - self._max_plans_kept:
             self._sampled.popitem(last=False)
-        return PendingTorchStep(plan, sampled, self._adapters)
+        return PendingTorchStep(plan, sampled, self._adapters, num_waits)
 
     def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None]:
         for seq_id in plan.ends:
@@ -141,12 +145,26 @@ class TorchRunner:
         image = self._images.get(op.adapter)
         if image is None:
             raise AdapterError(f"plan loads adapter {op.adapter!r}, whose image was never added")
-        self._batch.bind(op.lora_slot, self._adapters.load(image))
+        self._batch.bind(op.lora_slot, self._adapters.load(image, op.pages))
         self._slots[op.adapter] = op.lora_slot
 
     def _resolve(self, ref: TokenRef) -> torch.Tensor:
         rows, tokens = self._sampled[ref.plan_id]
         return tokens[rows[ref.row]]
+
+
+def _adapter_storage(config: EngineConfig, kv: KVStorage) -> AdapterStorage:
+    """Raises: ConfigError if adapters cannot lie in the pages of this cache."""
+    if not config.has_adapter_pages():
+        return BorrowedStorage()
+    if kv.shape.block_bytes % ALIGNMENT_BYTES:
+        raise ConfigError(
+            f"block_size={config.block_size} makes KV blocks of {kv.shape.block_bytes} bytes, and adapters can only "
+            f"lie in pages of a multiple of {ALIGNMENT_BYTES}: raise block_size, or set adapter_memory='borrowed' (on "
+            "the CPU)"
+        )
+    device = HostPages(kv.pages) if kv.data.device.type == "cpu" else CudaPages(kv.pages)
+    return PagedStorage(kv.pages, kv.shape.block_bytes, Copier(device, Pacer(config.adapter_copy_bytes_per_s)))
 
 
 def _decode_graphs(loaded: LoadedModel, config: EngineConfig, layers: PreparedLayers) -> DecodeGraphs | None:

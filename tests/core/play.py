@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.core.limits import SchedulerConfig
-from engine.core.plan import StepEvents, StepPlan
+from engine.core.plan import AdapterLoad, StepEvents, StepPlan
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
-from engine.errors import AdapterTooLarge, InvalidRequest, PromptTooLong, QueueFull
+from engine.errors import AdapterError, AdapterTooLarge, InvalidRequest, PromptTooLong, QueueFull
 from engine.request import FinishReason, Request
 from tests.support.kv_checking_runner import FinishedStep, KVCheckingRunner
-from tests.support.strategies import ADAPTERS, Workload, expected_output
+from tests.support.strategies import ADAPTER_RUNS, ADAPTERS, Workload, expected_output
 
 
 @dataclass(frozen=True)
 class Image:
     key: str
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return ADAPTERS[self.key]
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        return ADAPTER_RUNS[self.key]
 
 
 @dataclass
@@ -59,6 +67,7 @@ class Player:
         step = 0
         while self._arrivals or self.scheduler.has_work():
             self._happen(step)
+            self._want_adapters()
             num_plans = self._launch()
             self.scheduler.check_invariants()
             is_stuck = not num_plans and not self.in_flight and self.scheduler.has_work()
@@ -99,36 +108,66 @@ class Player:
 
     def _arrive(self, request: Request) -> None:
         key = request.adapter
-        if key is not None and key not in self.runner.images:
-            self.runner.add_adapter(Image(key, ADAPTERS[key]))
-            self.scheduler.add_adapter(key, ADAPTERS[key])
+        if key is not None:
+            self._add_adapter(key)
         try:
             self.scheduler.add(request)
         except QueueFull:
             self.counts["queue_full"] += 1
             return
-        except (PromptTooLong, AdapterTooLarge, InvalidRequest):
+        except (PromptTooLong, AdapterTooLarge, InvalidRequest) as error:
             self.counts["refused"] += 1
-            self._refused.append(request)
+            if "beside the pinned" not in str(error) or not self.scheduler.stats().pinned_adapters:
+                self._refused.append(request)
             return
         assert not self._can_never_run(request), request
         for sample in range(request.params.n):
             self.texts[request.request_id, request.sample_index + sample] = Text(request, sample)
+
+    def _add_adapter(self, key: str) -> None:
+        if key not in self.runner.images:
+            self.runner.add_adapter(Image(key))
+            self.scheduler.add_adapter(key, ADAPTERS[key], ADAPTER_RUNS[key])
+
+    def _want_adapters(self) -> None:
+        """A caller preloads, pins and unpins as it likes."""
+        if not self._chance(self.workload.pin_percent):
+            return
+        key = self.rng.choice(list(ADAPTERS))
+        self._add_adapter(key)
+        if self.rng.random() < 0.4:
+            self.scheduler.unpin_adapter(key)
+        else:
+            self.counts["preloads"] += self.scheduler.preload_adapter(key)
+            with contextlib.suppress(AdapterError):
+                self.scheduler.pin_adapter(key)
+                self.counts["pins"] += 1
+        self.runner.pinned = set(self.scheduler.stats().pinned_adapters)
 
     def _can_never_run(self, request: Request) -> bool:
         config = self.workload.config
         num_tokens = len(request.prompt_token_ids)
         return (
             num_tokens + 1 > config.max_model_len
-            or num_tokens > (config.num_blocks - 1) * config.block_size
+            or num_tokens > self._max_kv_tokens()
             or (not config.enable_chunked_prefill and num_tokens > config.max_num_batched_tokens)
-            or (request.adapter is not None and ADAPTERS[request.adapter] > config.adapter_bytes)
+            or (request.adapter is not None and self._is_too_large(request.adapter))
             or len(request.resumed_output_token_ids) > self._max_output(request)
         )
 
+    def _is_too_large(self, adapter: str) -> bool:
+        config = self.workload.config
+        if config.max_adapter_pages is None:
+            return ADAPTERS[adapter] > config.adapter_bytes
+        return sum(ADAPTER_RUNS[adapter]) > config.max_adapter_pages
+
+    def _max_kv_tokens(self) -> int:
+        config = self.workload.config
+        return (config.num_blocks - 1 - (config.max_adapter_pages or 0)) * config.block_size
+
     def _max_output(self, request: Request) -> int:
         config = self.workload.config
-        limit = min(config.max_model_len, (config.num_blocks - 1) * config.block_size + 1)
+        limit = min(config.max_model_len, self._max_kv_tokens() + 1)
         room = limit - len(request.prompt_token_ids)
         return room if request.params.max_tokens is None else min(room, request.params.max_tokens)
 
@@ -171,6 +210,7 @@ class Player:
             self.in_flight.pop()
         self.runner.abandon(given_up or [plan])
         self.scheduler.abandon(plan)
+        self.runner.pinned = set(self.scheduler.stats().pinned_adapters)
 
     def _retire(self) -> None:
         plan, pending = self.in_flight.popleft()
@@ -192,6 +232,7 @@ class Player:
         self.counts["copies"] += len(plan.block_copies)
         self.counts["adapter_ops"] += len(plan.adapter_ops)
         self.counts["mixed"] += len({piece.lora_slot for piece in plan.slices}) > 1
+        self.counts["paged_loads"] += sum(isinstance(op, AdapterLoad) and bool(op.pages) for op in plan.adapter_ops)
         self.counts["polls"] += not (plan.slices or plan.adapter_ops)
 
     # --- what must hold in the end ---------------------------------------------------------------------------------
@@ -199,8 +240,10 @@ class Player:
     def _check_all_is_free(self) -> None:
         stats = self.scheduler.stats()
         assert (stats.waiting, stats.running, stats.in_flight) == (0, 0, 0), stats
-        assert stats.free_blocks == stats.num_blocks, stats
-        assert self.scheduler.num_waiting == self.scheduler.num_running == 0
+        assert stats.free_blocks + stats.adapter_pages == stats.num_blocks, stats
+        for key in stats.pinned_adapters:
+            self.scheduler.unpin_adapter(key)
+        self.runner.pinned.clear()
         self.scheduler.schedule(StepEvents(copied=tuple(self.runner.images)))  # copies nobody waits for any more
         for key in tuple(self.runner.images):
             if self.scheduler.remove_adapter(key):
@@ -211,6 +254,7 @@ class Player:
         for key in tuple(self.runner.images):
             assert self.scheduler.remove_adapter(key), f"adapter {key} is held by nobody and cannot be removed"
             self.runner.remove_adapter(key)
+        assert self.scheduler.stats().free_blocks == stats.num_blocks, self.scheduler.stats()
         self.scheduler.check_invariants()
 
     def _check_text(self, text: Text) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.core.adapter_slots import AdapterSlots
+from engine.core.adapter_room import PageRoom
+from engine.core.adapter_slots import AdapterSlots, AdapterState
 from engine.core.block_pool import BlockPool
 from engine.core.draft import PlanDraft
+from engine.core.intake import Intake
 from engine.core.kv_blocks import KVBlocks, Placement
 from engine.core.plan import AdapterEvict, BlockCopy, Sample, SequenceSlice, SequenceStart, TokenRef
 from engine.core.prefix_cache import PrefixCache, PrefixMatch
@@ -129,8 +131,8 @@ def published_before_commit(patch: Patch) -> None:
 
 def stale_content_of_a_block_handed_out_again(patch: Patch) -> None:
     def allocate(self: BlockPool) -> int:
-        block, _ = self._free.popitem(last=False)
-        self._ref_counts[block] = 1
+        block, _ = (self._empty or self._cached).popitem(last=False)
+        self._ref_counts[block], self._kinds[block] = 1, 0
         return block
 
     patch.setattr(BlockPool, "allocate", allocate)
@@ -173,31 +175,111 @@ def abandoned_load_taken_for_done(patch: Patch) -> None:
     original = AdapterSlots.undo
 
     def undo(self: AdapterSlots, op: object) -> object:
-        used_bytes, placed = self.used_bytes, dict(self._placed)
+        used_bytes, used, placed = self.used_bytes, self.room.used, dict(self._placed)
+        homes = {slot: adapter.pages for slot, adapter in placed.items()}
         evict = original(self, op)  # type: ignore[arg-type]
         for slot, adapter in placed.items():
             if slot not in self._placed:
                 self._free_slots.remove(slot)
                 self._placed[slot], adapter.slot, adapter.state = adapter, slot, type(adapter.state).RESIDENT
-                self.used_bytes = used_bytes
+                self.used_bytes, self.room.used = used_bytes, used
+                adapter.pages = homes[slot]
         return evict
 
     patch.setattr(AdapterSlots, "undo", undo)
 
 
 def wrong_guesses_taken_for_computed(patch: Patch) -> None:
-    original = Scheduler._take_in
+    original = Intake.take_in
 
-    def take_in(self: Scheduler, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
+    def take_in(self: Intake, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
         original(self, seq, piece, sample)
         if piece.num_guesses and seq.num_computed_tokens:
             seq.num_computed_tokens = seq.num_committed_tokens = min(piece.position + piece.num_rows, seq.num_tokens)
 
-    patch.setattr(Scheduler, "_take_in", take_in)
+    patch.setattr(Intake, "take_in", take_in)
 
 
 def guesses_made_while_a_sample_is_in_flight(patch: Patch) -> None:
     patch.setattr(Sequence, "num_to_compute", property(lambda self: max(0, self.num_tokens - self.num_computed_tokens)))
+
+
+def adapter_evicted_that_a_caller_has_pinned(patch: Patch) -> None:
+    def keep(self: AdapterSlots, key: str) -> None:
+        if self._adapters[key].slot is not None:
+            self._adapters[key].is_kept = True
+
+    def stop_keeping(self: AdapterSlots, key: str) -> None:
+        self._adapters[key].is_kept = False
+
+    patch.setattr(AdapterSlots, "keep", keep)
+    patch.setattr(AdapterSlots, "stop_keeping", stop_keeping)
+    patch.setattr(AdapterSlots, "check_invariants", lambda self: None)
+
+
+def page_of_a_resident_adapter_given_to_sequences(patch: Patch) -> None:
+    original = PageRoom.take
+
+    def take(self: PageRoom, size: int, runs: tuple[int, ...]) -> tuple[int, ...]:
+        pages = original(self, size, runs)
+        for page in pages[:1]:
+            self._pool.release(page)
+        return pages
+
+    patch.setattr(PageRoom, "take", take)
+    patch.setattr(PageRoom, "give_back", lambda self, size, pages: self._note(-size))
+    patch.setattr(Scheduler, "check_invariants", lambda self: None)  # the text alone must tell
+
+
+def pages_taken_before_the_plan_that_reads_them_retires(patch: Patch) -> None:
+    """Sequences' blocks, for an adapter."""
+    original = AdapterSlots.load
+
+    def load(self: AdapterSlots, key: str, **how: object) -> object:
+        if isinstance(self.room, PageRoom):
+            pool = self.room._pool
+            held = [block for block in range(1, pool.num_blocks) if pool.ref_count(block) == 1]
+            own = set(self.pages())
+            for block in [block for block in held if block not in own][:1]:
+                pool.release(block)
+        return original(self, key, **how)  # type: ignore[arg-type]
+
+    patch.setattr(AdapterSlots, "load", load)
+    patch.setattr(Scheduler, "check_invariants", lambda self: None)
+
+
+def adapter_used_before_its_copy_is_done(patch: Patch) -> None:
+    def state(self: AdapterSlots, key: str) -> AdapterState:
+        return AdapterState.RESIDENT if self._adapters[key].slot is not None else AdapterState.HOST
+
+    patch.setattr(AdapterSlots, "state", state)
+
+
+def floor_ignored_by_sequences(patch: Patch) -> None:
+    patch.setattr(BlockPool, "num_available", property(lambda self: self.num_free))
+    patch.setattr(Scheduler, "check_invariants", lambda self: None)
+
+
+def floor_ignored_when_sequences_take_pages(patch: Patch) -> None:
+    patch.setattr(PageRoom, "num_to_spare", lambda self: self.used)
+    patch.setattr(PageRoom, "_note", lambda self, change: setattr(self, "used", self.used + change))
+    patch.setattr(Scheduler, "check_invariants", lambda self: None)
+
+
+def ceiling_ignored(patch: Patch) -> None:
+    def fits(self: PageRoom, size: int, runs: tuple[int, ...], pages: object, freed: int, headroom: int) -> bool:
+        return size <= self._pool.num_free + freed and (
+            max(runs, default=1) == 1 or self._pool.has_runs(runs, pages)  # type: ignore[arg-type]
+        )
+
+    patch.setattr(PageRoom, "fits", fits)
+    patch.setattr(Scheduler, "check_invariants", lambda self: None)
+
+
+def runs_torn_apart(patch: Patch) -> None:
+    patch.setattr(
+        BlockPool, "allocate_runs", lambda self, runs: tuple(self.allocate() for length in runs for _ in range(length))
+    )
 
 
 FAULTS: list[Callable[[Patch], None]] = [
@@ -216,6 +298,14 @@ FAULTS: list[Callable[[Patch], None]] = [
     abandoned_load_taken_for_done,
     wrong_guesses_taken_for_computed,
     guesses_made_while_a_sample_is_in_flight,
+    adapter_evicted_that_a_caller_has_pinned,
+    page_of_a_resident_adapter_given_to_sequences,
+    pages_taken_before_the_plan_that_reads_them_retires,
+    adapter_used_before_its_copy_is_done,
+    floor_ignored_by_sequences,
+    floor_ignored_when_sequences_take_pages,
+    ceiling_ignored,
+    runs_torn_apart,
 ]
 
 

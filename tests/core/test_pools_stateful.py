@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from engine.core.adapter_room import ByteRoom
 from engine.core.adapter_slots import AdapterSlots, AdapterState
 from engine.core.block_pool import BlockPool
 from engine.core.plan import AdapterEvict, AdapterLoad
@@ -128,7 +129,7 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = AdapterSlots(num_slots=2, budget_bytes=4)
+        self.slots = AdapterSlots(2, ByteRoom(4))
         self.bound: dict[int, str] = {}
         self.pins: list[str] = []
         self.last_load: AdapterLoad | None = None

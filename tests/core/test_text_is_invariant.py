@@ -30,6 +30,7 @@ def test_text_is_invariant_under_everything_the_scheduler_does(shard: int) -> No
             raise AssertionError(f"workload {seed}: {error}") from error
     happened = {name for name, count in counts.items() if count >= 20}
     interesting = {"preemptions", "hits", "copies", "adapter_ops", "mixed", "abandoned", "polls", "refused"}
+    interesting |= {"paged_loads", "preloads", "pins"}
     assert happened >= interesting | {"queue_full", "stop", "length", "abort", "error"}, counts
 
 

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from engine.errors import AdapterError
+from engine.lora.copier import Copier, HostPages, Pacer
 from engine.lora.image import AdapterImage, AdapterManifest
-from engine.lora.storage import AdapterStorage, BorrowedStorage, DeviceStorage
+from engine.lora.pages import lay_out
+from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage, SiteWeights
 from engine.site import ImageSpec, LinearSite
 from tests.support.golden_image import BFLOAT16, FLOAT32, GOLDEN, GoldenImage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
 
+PAGE_BYTES = 256
 
-@pytest.fixture(params=["borrowed", "device"])
+
+def paged_storage(num_pages: int = 200, staging_bytes: int = 96) -> PagedStorage:
+    """With staging buffers so small that a load takes several."""
+    buffer = torch.zeros(num_pages * PAGE_BYTES, dtype=torch.uint8)
+    return PagedStorage(buffer, PAGE_BYTES, Copier(HostPages(buffer, staging_bytes), Pacer(None)))
+
+
+@pytest.fixture(params=["borrowed", "pages"])
 def storage(request: pytest.FixtureRequest) -> Iterator[AdapterStorage]:
     if request.param == "borrowed":
         yield BorrowedStorage()
     else:
-        device = DeviceStorage("cpu")
-        yield device
-        device.close()
+        paged = paged_storage()
+        yield paged
+        paged.close()
+
+
+def load(storage: AdapterStorage, image: AdapterImage, number: int = 0) -> tuple[SiteWeights, ...]:
+    """In pages of its own, as load `number` of a test."""
+    if isinstance(storage, BorrowedStorage):
+        return storage.load(image)
+    num_pages = sum(lay_out(image.manifest, PAGE_BYTES).runs)
+    return storage.load(image, tuple(range(1 + number * num_pages, 1 + (number + 1) * num_pages)))
 
 
 def image_of(golden: GoldenImage, key: str = "golden") -> AdapterImage:
@@ -42,7 +61,7 @@ def wait_copied(storage: AdapterStorage, number: int = 1) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_tensors_are_those_of_the_peft_files(storage: AdapterStorage, name: str) -> None:
     golden = GOLDEN[name]
-    weights = {w.site: w for w in storage.load(image_of(golden))}
+    weights = {w.site: w for w in load(storage, image_of(golden))}
     wait_copied(storage)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     for peft_name, (shape, values) in golden.tensors.items():
@@ -82,37 +101,44 @@ def test_borrowed_weights_keep_the_memory_alive_after_eviction() -> None:
     assert watch() is None
 
 
-def test_device_weights_are_a_copy() -> None:
+def test_weights_in_pages_are_a_copy() -> None:
     data = bytearray(FLOAT32.data)
-    storage = DeviceStorage("cpu")
-    weights = storage.load(AdapterImage("k", image_of(FLOAT32).manifest, data))
+    storage = paged_storage()
+    weights = load(storage, AdapterImage("k", image_of(FLOAT32).manifest, data))
     wait_copied(storage)
     data[:] = bytes(len(data))
     assert weights[0].a[0].tolist() == [1.0, 6.0]
     storage.close()
 
 
+def test_pages_that_are_not_those_of_the_layout_are_refused() -> None:
+    storage = paged_storage()
+    with pytest.raises(AdapterError, match="'golden' needs runs of"):
+        storage.load(image_of(FLOAT32), ())
+    storage.close()
+
+
 def test_every_load_is_reported_copied_once_and_in_order(storage: AdapterStorage) -> None:
     keys = tuple(f"adapter-{i}" for i in range(20))
-    for key in keys:
-        storage.load(image_of(FLOAT32, key))
+    for number, key in enumerate(keys):
+        load(storage, image_of(FLOAT32, key), number)
     assert wait_copied(storage, len(keys)) == keys
     assert storage.copied() == ()
 
 
 def test_evicted_adapter_is_not_reported_and_may_be_loaded_again(storage: AdapterStorage) -> None:
-    storage.load(image_of(FLOAT32, "k"))
+    load(storage, image_of(FLOAT32, "k"))
     storage.evict("k")
     assert storage.copied() == ()
-    again = storage.load(image_of(BFLOAT16, "k"))
+    again = load(storage, image_of(BFLOAT16, "k"))
     assert wait_copied(storage) == ("k",)
     assert again[0].b.dtype == torch.bfloat16
 
 
 def test_loading_twice_or_evicting_what_is_not_there_is_an_error(storage: AdapterStorage) -> None:
-    storage.load(image_of(FLOAT32, "k"))
+    load(storage, image_of(FLOAT32, "k"))
     with pytest.raises(ValueError, match="'k' is resident already"):
-        storage.load(image_of(FLOAT32, "k"))
+        load(storage, image_of(FLOAT32, "k"))
     storage.evict("k")
     with pytest.raises(KeyError):
         storage.evict("k")
@@ -120,7 +146,7 @@ def test_loading_twice_or_evicting_what_is_not_there_is_an_error(storage: Adapte
 
 def test_waiting_ends_with_the_oldest_copy_and_is_nothing_without_one(storage: AdapterStorage) -> None:
     storage.wait(60.0)
-    storage.load(image_of(FLOAT32, "k"))
+    load(storage, image_of(FLOAT32, "k"))
     storage.wait(60.0)
     assert storage.copied() == ("k",)
     storage.wait(60.0)
@@ -130,20 +156,18 @@ def test_failed_copy_is_raised_by_the_step_that_asks(monkeypatch: pytest.MonkeyP
     def broken(*_: object) -> None:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(DeviceStorage, "_copy", broken)
-    storage = DeviceStorage("cpu")
-    storage.load(image_of(FLOAT32))
+    monkeypatch.setattr(HostPages, "put", broken)
+    storage = paged_storage()
+    load(storage, image_of(FLOAT32))
     with pytest.raises(RuntimeError, match="device lost"):
         wait_copied(storage)
     storage.close()
 
 
-@pytest.mark.parametrize("make", [BorrowedStorage, lambda: DeviceStorage("cpu")])
-def test_weights_loaded_inside_inference_mode_are_right(make: Callable[[], AdapterStorage]) -> None:
+def test_weights_loaded_inside_inference_mode_are_right(storage: AdapterStorage) -> None:
     sites = linear_sites((5, 3))
     weights = random_weights(sites, rank=2, seed=1)
-    storage = make()
     with torch.inference_mode():
-        (loaded,) = storage.load(pack("k", spec_of(sites), weights))
+        (loaded,) = load(storage, pack("k", spec_of(sites), weights))
         wait_copied(storage)
     torch.testing.assert_close(loaded.a, torch.from_numpy(weights[0][0]), rtol=0, atol=0)

@@ -5,14 +5,16 @@ adapter bound to the LoRA slot at that moment), as real KV depends on its whole 
 slots the sequence reads, its parameters, and the outputs the sampler remembers of it. So a wrong block, a block that
 was reused too early, a wrong adapter or a lost token changes the text; `expected_tokens` is what it should be.
 
+Adapters in pages lie in the same slots: a load writes them when it begins and again when it ends, and an adapter whose
+pages hold something else when it is used is another adapter.
+
 A plan that breaks a rule is refused with an AssertionError that names the plan.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,63 +32,9 @@ from engine.core.plan import (
     StepResult,
     TokenRef,
 )
+from tests.support.hash_model import PLAIN, ROOT, Habits, adapter_digest, choose_token
 
-EOS = 2
-STOP = 3
-FIRST_WORD = 10
-NUM_WORDS = 1000
-ROOT = 17  # what the first token of a sequence finds before it
-
-
-def adapter_digest(adapter: str | None) -> int:
-    return 0 if adapter is None else zlib.crc32(adapter.encode())
-
-
-@dataclass(frozen=True)
-class Habits:
-    """How the model of this device talks."""
-
-    end_percent: int = 0  # chance of a token that ends the text
-    echo_percent: int = 0  # chance of a word of the prompt, in its order: what prompt lookup guesses
-
-
-def choose_token(
-    digests: Sequence[int],
-    prompt: Sequence[int],
-    seed: int,
-    sample_index: int,
-    outputs: Sequence[int],
-    min_tokens: int,
-    habits: Habits,
-) -> int:
-    """The next token: a pure function of what was read and of what the sampler remembers."""
-    value = hash((tuple(digests), seed, sample_index, tuple(outputs), len(outputs)))
-    if len(outputs) >= min_tokens and value % 101 < habits.end_percent:
-        return EOS if value % 2 else STOP
-    if (value >> 8) % 100 < habits.echo_percent:
-        return prompt[len(outputs) % len(prompt)]
-    return FIRST_WORD + (value >> 16) % NUM_WORDS
-
-
-def expected_tokens(
-    prompt: Sequence[int],
-    adapter: str | None,
-    seed: int,
-    sample_index: int,
-    num_tokens: int,
-    *,
-    end_ids: Collection[int] = (),
-    min_tokens: int = 0,
-    habits: Habits = Habits(),
-) -> list[int]:
-    """The oracle: the output of one sequence alone."""
-    outputs: list[int] = []
-    digests: list[int] = []
-    while len(outputs) < num_tokens and not (len(outputs) > min_tokens and outputs[-1] in end_ids):
-        for token in [*prompt, *outputs][len(digests) :]:
-            digests.append(hash((digests[-1] if digests else ROOT, token, adapter_digest(adapter))))
-        outputs.append(choose_token(digests, prompt, seed, sample_index, outputs, min_tokens, habits))
-    return outputs
+_ADAPTER = -1  # who wrote a page
 
 
 class HostImage(Protocol):
@@ -97,6 +45,9 @@ class HostImage(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+
+    @property
+    def runs(self) -> tuple[int, ...]: ...
 
 
 @dataclass
@@ -131,14 +82,16 @@ class KVCheckingRunner:
         config: SchedulerConfig,
         *,
         copy_steps: int = 0,
-        habits: Habits = Habits(),
+        habits: Habits = PLAIN,
         error_seeds: Collection[int] = (),
     ) -> None:
         self.config = config
         self.copy_steps = copy_steps
         self.habits = habits
         self.error_seeds = frozenset(error_seeds)
-        self.images: dict[str, int] = {}  # adapter -> bytes, on the host
+        self.images: dict[str, HostImage] = {}
+        self.pinned: set[str] = set()  # what a caller has pinned: it must not be evicted
+        self._homes: dict[str, tuple[int, ...]] = {}  # bound adapter -> its pages
         self.bound: dict[int, str] = {}  # LoRA slot -> adapter
         self.in_flight: deque[StepPlan] = deque()
         self.sequences: dict[int, _SamplerState] = {}
@@ -155,7 +108,7 @@ class KVCheckingRunner:
     # --- the protocol ----------------------------------------------------------------------------------------------
 
     def add_adapter(self, image: HostImage) -> None:
-        self.images[image.key] = image.num_bytes
+        self.images[image.key] = image
 
     def remove_adapter(self, key: str) -> None:
         assert key not in self.bound.values(), f"adapter {key} is removed while it is resident"
@@ -167,6 +120,7 @@ class KVCheckingRunner:
         self.num_steps += 1
         try:
             self._bookkeeping(plan)
+            self._check_floor(plan)
             self._check_rows(plan)
             samples = self._forward(plan)
         except (AssertionError, KeyError) as error:
@@ -195,10 +149,14 @@ class KVCheckingRunner:
             assert not any(seq_id == s.seq_id for p in self.in_flight for s in p.slices), f"{seq_id} ends in flight"
             if self.sequences.pop(seq_id, None) is None:
                 assert seq_id in self._repeated_ends, f"sequence {seq_id} ends and never started"
-        for op in plan.adapter_ops:
+        for index, op in enumerate(plan.adapter_ops):
+            comes_back = any(later.adapter == op.adapter for later in plan.adapter_ops[index + 1 :])
+            if isinstance(op, AdapterEvict) and op not in self._repeated_evictions and not comes_back:
+                assert op.adapter not in self.pinned, f"adapter {op.adapter} is evicted though it is pinned"
             self._apply(op)
         for key in [key for key, step in self._copying.items() if step <= self.num_steps]:
             del self._copying[key]
+            self._write_pages(key)
             self._fresh.append(key)
         self._copy_blocks(plan)
         for start in plan.starts:
@@ -215,6 +173,7 @@ class KVCheckingRunner:
                 assert op in self._repeated_evictions, f"{op}, but the slot holds {self.bound.get(op.lora_slot)}"
                 return
             del self.bound[op.lora_slot]
+            del self._homes[op.adapter]
             self._copying.pop(op.adapter, None)
             self._fresh = [key for key in self._fresh if key != op.adapter]
             return
@@ -223,8 +182,45 @@ class KVCheckingRunner:
         assert op.adapter not in self.bound.values(), f"{op}, but it is resident"
         self.bound[op.lora_slot] = op.adapter
         self._copying[op.adapter] = self.num_steps + self.copy_steps
-        num_bytes = sum(self.images[adapter] for adapter in self.bound.values())
-        assert num_bytes <= self.config.adapter_bytes, f"{num_bytes} bytes are resident"
+        self._homes[op.adapter] = op.pages
+        if self.config.max_adapter_pages is None:
+            num_bytes = sum(self.images[adapter].num_bytes for adapter in self.bound.values())
+            assert num_bytes <= self.config.adapter_bytes, f"{num_bytes} bytes are resident"
+            assert not op.pages, op
+        else:
+            self._check_pages(op)
+            self._write_pages(op.adapter)
+
+    def _check_pages(self, op: AdapterLoad) -> None:
+        pages = iter(op.pages)
+        for length in self.images[op.adapter].runs:
+            run = [next(pages) for _ in range(length)]
+            assert run == list(range(run[0], run[0] + length)), f"{run} are no neighbours"
+        assert next(pages, None) is None, f"{op} has more pages than it needs"
+        held = [page for home in self._homes.values() for page in home]
+        assert len(set(held)) == len(held), f"{op} takes pages of another adapter"
+        assert len(held) <= (self.config.max_adapter_pages or 0), f"adapters hold {len(held)} pages"
+        self._check_writable(set(op.pages), owner=None)
+
+    def _write_pages(self, adapter: str) -> None:
+        self._kv.update(self._content(adapter))
+        self._writer.update(dict.fromkeys(self._homes[adapter], _ADAPTER))
+
+    def _content(self, adapter: str) -> dict[int, int]:
+        """What the slots of its pages must hold."""
+        size = self.config.block_size
+        return {
+            page * size + offset: hash((adapter, index, offset))
+            for index, page in enumerate(self._homes[adapter])
+            for offset in range(size)
+        }
+
+    def _check_floor(self, plan: StepPlan) -> None:
+        """What adapters hold, and what is kept for them, is not given to sequences."""
+        named = {block for piece in plan.slices for block in piece.block_table}
+        for_adapters = max(self.config.min_adapter_pages, sum(len(home) for home in self._homes.values()))
+        num_blocks = self.config.num_blocks - 1 - for_adapters
+        assert len(named) <= num_blocks, f"sequences have {len(named)} blocks and may have {num_blocks}"
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         size = self.config.block_size
@@ -304,6 +300,8 @@ class KVCheckingRunner:
             adapter = self.bound[piece.lora_slot]
             assert adapter not in self._copying, f"adapter {adapter} is used before its copy is done"
         key = adapter_digest(adapter)
+        if adapter is not None:
+            key += sum(before.get(slot) != held for slot, held in self._content(adapter).items())
         digests = [before[table[p // size] * size + p % size] for p in range(piece.position)]
         for position, token in enumerate(tokens, piece.position):
             digests.append(hash((digests[-1] if digests else ROOT, token, key)))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from engine.core.limits import SchedulerConfig
 from engine.request import Request, SamplingParams
-from tests.support.kv_checking_runner import EOS, STOP, Habits, expected_tokens
+from tests.support.hash_model import EOS, STOP, Habits, expected_tokens
 
 ADAPTER_UNIT = 1 << 20  # so that loads and ranks count in the fairness
 ADAPTERS = {"ada": 1 * ADAPTER_UNIT, "bob": 2 * ADAPTER_UNIT, "cyd": 3 * ADAPTER_UNIT, "dan": 5 * ADAPTER_UNIT}
+ADAPTER_RUNS = {"ada": (1,), "bob": (1, 1), "cyd": (2, 1), "dan": (3, 1, 1)}  # pages, where adapters live in them
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Workload:
     aborts: tuple[tuple[int, str], ...] = ()
     finishes: tuple[tuple[int, str, int], ...] = ()  # (step, request id, sample index)
     abandon_percent: int = 0
+    pin_percent: int = 0  # chance that a caller preloads, pins or unpins an adapter, at each step
     copy_steps: int = 0
     habits: Habits = field(default_factory=Habits)
     error_seeds: frozenset[int] = field(default_factory=frozenset)
@@ -30,8 +32,12 @@ class Workload:
 
 def random_config(rng: random.Random) -> SchedulerConfig:
     max_num_seqs = rng.randint(1, 5)
+    num_blocks = rng.choice((3, 4, 6, 9, 14))
+    max_pages = min(rng.choice((1, 2, 3, 5, 8)), num_blocks - 1) if rng.random() < 0.6 else None
     return SchedulerConfig(
-        num_blocks=1 + rng.choice((3, 4, 6, 9, 14)),
+        num_blocks=1 + num_blocks,
+        max_adapter_pages=max_pages,
+        min_adapter_pages=rng.randint(0, max_pages) if max_pages and rng.random() < 0.5 else 0,
         block_size=rng.randint(1, 4),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + rng.choice((0, 1, 3, 12)),
@@ -125,6 +131,7 @@ def draw_workload(rng: random.Random, seed: int) -> Workload:
         aborts=tuple(aborts),
         finishes=tuple(finishes),
         abandon_percent=rng.choice((0, 0, 0, 5, 20)),
+        pin_percent=rng.choice((0, 0, 5, 20)),
         copy_steps=rng.choice((0, 0, 1, 3)),
         habits=habits,
         error_seeds=frozenset({3}) if rng.random() < 0.1 else frozenset(),

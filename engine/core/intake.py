@@ -1,0 +1,53 @@
+"""Intake: what the result of a plan means for the sequences of its slices."""
+
+from __future__ import annotations
+
+from engine.core.fairness import OUTPUT_WEIGHT, FairQueue
+from engine.core.kv_blocks import KVBlocks
+from engine.core.plan import Sample, SequenceSlice
+from engine.core.roster import Roster
+from engine.core.sequence import Ending, Sequence
+from engine.errors import RequestFailed
+from engine.request import FinishReason, OutputError
+
+
+class Intake:
+    """Turns slices and samples into progress, published blocks, charges and endings."""
+
+    def __init__(self, eos_token_ids: tuple[int, ...], kv: KVBlocks, queue: FairQueue, roster: Roster) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._kv = kv
+        self._queue = queue
+        self._roster = roster
+        self.num_guessed_right = 0
+
+    def take_in(self, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
+        """What a slice computed counts as far as its tokens were right; then its sample."""
+        num_gained, ending = 0, None
+        if sample is not None and sample.error is None:
+            assert 1 <= len(sample.token_ids) <= 1 + piece.num_guesses, "a token for each guess, and one more, at most"
+            num_gained, ending = seq.gain(sample.token_ids, self._eos_token_ids)
+        seq.num_committed_tokens = piece.position + len(piece.token_ids)
+        if piece.num_guesses:
+            num_right = max(0, num_gained - 1)
+            seq.num_committed_tokens -= piece.num_guesses - num_right
+            assert seq.lookup is not None
+            seq.num_computed_tokens = seq.num_committed_tokens
+            seq.lookup.learn(piece.num_guesses, num_right)
+            self.num_guessed_right += num_right
+        self._kv.publish(seq)
+        if sample is not None:
+            self._tell(seq, sample, num_gained, ending)
+
+    def _tell(self, seq: Sequence, sample: Sample, num_gained: int, ending: Ending | None) -> None:
+        if sample.error is not None:
+            error = OutputError(RequestFailed.code, sample.error)
+            self._roster.end(seq, Ending(FinishReason.ERROR), error=error)
+            return
+        self._queue.charge(seq.tenant, OUTPUT_WEIGHT * seq.token_cost * num_gained)
+        logprobs = None if sample.logprobs is None else sample.logprobs[:num_gained]
+        update = seq.update(sample.token_ids[:num_gained], logprobs, ending)
+        if ending is None:
+            self._roster.updates.append(update)
+        else:
+            self._roster.end(seq, ending, update)

@@ -1,0 +1,100 @@
+"""How an adapter's image lies in pages of the KV cache. A pure function: scheduler's side and runner agree by it.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.lora.image import ALIGNMENT_BYTES, ITEM_BYTES, AdapterManifest, ImageEntry
+
+
+class Piece(NamedTuple):
+    """Bytes of the image that belong together (a tensor, or a part of one) and where they go."""
+
+    src: int  # offset in the image
+    dst: int  # offset in the run
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """Each tensor whole inside one run of neighbouring pages.
+
+    `runs`: their lengths, descending. `tensors`: for each entry of the manifest, (run, offset in it) of a and of b.
+    """
+
+    page_bytes: int
+    runs: tuple[int, ...]
+    tensors: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    pieces: tuple[tuple[Piece, ...], ...]  # of each run, ascending by dst
+
+    def first_pages(self, pages: tuple[int, ...]) -> tuple[int, ...]:
+        """The first page of each run, out of the pages of all of them."""
+        starts = []
+        position = 0
+        for length in self.runs:
+            starts.append(pages[position])
+            position += length
+        return tuple(starts)
+
+
+def lay_out(manifest: AdapterManifest, page_bytes: int) -> PageLayout:
+    """Largest tensors first, each into the first run with room; a tensor larger than a page opens a longer run.
+
+    `page_bytes` must be a multiple of ALIGNMENT_BYTES.
+    """
+    item_bytes = ITEM_BYTES[manifest.dtype]
+    sizes = [
+        (shape[0] * shape[1] * item_bytes, index, which, offset)
+        for index, entry in enumerate(manifest.entries)
+        for which, (offset, shape) in enumerate(_tensors(entry))
+    ]
+    room: list[int] = []  # bytes left at the end of each run
+    runs: list[int] = []
+    tensors = [[(0, 0), (0, 0)] for _ in manifest.entries]
+    pieces: list[list[Piece]] = []
+    for num_bytes, index, which, src in sorted(sizes, key=lambda tensor: (-tensor[0], tensor[1:])):
+        padded = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        run = next((run for run, left in enumerate(room) if left >= padded), len(runs))
+        if run == len(runs):
+            runs.append(-(-padded // page_bytes))
+            room.append(runs[-1] * page_bytes)
+            pieces.append([])
+        dst = runs[run] * page_bytes - room[run]
+        tensors[index][which] = (run, dst)
+        pieces[run].append(Piece(src, dst, num_bytes))
+        room[run] -= padded
+    return PageLayout(
+        page_bytes, tuple(runs), tuple((a, b) for a, b in tensors), tuple(tuple(of_run) for of_run in pieces)
+    )
+
+
+def _tensors(entry: ImageEntry) -> tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]:
+    return (entry.a_offset, entry.a_shape), (entry.b_offset, entry.b_shape)
+
+
+class Chunk(NamedTuple):
+    """Bytes that are put together on the host and copied to the device at once."""
+
+    dst: int  # in the buffer of all pages
+    num_bytes: int
+    pieces: tuple[Piece, ...]  # `dst` in the chunk
+
+
+def cut_chunks(layout: PageLayout, pages: tuple[int, ...], max_bytes: int) -> list[Chunk]:
+    """The copies of one load: each within a run, of at most `max_bytes`, together all tensors."""
+    chunks: list[Chunk] = []
+    for first_page, pieces in zip(layout.first_pages(pages), layout.pieces, strict=True):
+        end = max(piece.dst + piece.num_bytes for piece in pieces)
+        for start in range(0, end, max_bytes):
+            stop = min(end, start + max_bytes)
+            parts = tuple(
+                Piece(piece.src + max(0, start - piece.dst), max(0, piece.dst - start), last - first)
+                for piece in pieces
+                if (first := max(piece.dst, start)) < (last := min(piece.dst + piece.num_bytes, stop))
+            )
+            chunks.append(Chunk(first_page * layout.page_bytes + start, stop - start, parts))
+    return chunks
