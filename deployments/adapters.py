@@ -91,6 +91,10 @@ class HeldAdapters:
         """The engine has dropped `version`. Callable from any thread."""
         self._loop.call_soon_threadsafe(self._on_dropped, version)
 
+    async def settled(self) -> None:
+        """Until the leases that nobody needs any more were given back, as far as that is under way."""
+        await asyncio.gather(*self._background_tasks, return_exceptions=True)
+
     @property
     def versions(self) -> tuple[str, ...]:
         return tuple(self._held)

@@ -99,4 +99,4 @@ class ReplicaParts:
         with suppress(asyncio.CancelledError):
             await self._heart
         await asyncio.to_thread(self.engine.close)
-        await asyncio.gather(*self.held._releasing)
+        await self.held.settled()
