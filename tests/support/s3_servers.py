@@ -89,9 +89,10 @@ def rclone(folder: Path) -> Iterator[S3Server]:
     binary = os.environ.get("CHORUS_RCLONE") or shutil.which("rclone")
     if binary is None:
         raise FileNotFoundError("rclone: not in PATH; install it (`make test-s3` does) or name it in CHORUS_RCLONE")
+    folder.mkdir(exist_ok=True)
     (port,) = free_ports(1)
     command = [binary, "serve", "s3", "--auth-key", "key,secret", "--addr", f"127.0.0.1:{port}", str(folder)]
-    command += ["--config", os.devnull, "--dir-cache-time", "0s"]
+    command += ["--config", os.devnull]
     with process(command, folder.parent / "rclone.log"):
         wait_until(lambda: answers(port), "rclone answers", 20)
         yield S3Server(kind="rclone", endpoint=f"http://127.0.0.1:{port}", access_key="key", secret_key="secret")
