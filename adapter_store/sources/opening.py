@@ -5,6 +5,7 @@ The configured sources are all that is ever asked: nothing in a request or a reg
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -13,6 +14,7 @@ from adapter_store.errors import StoreConfigInvalid
 from adapter_store.sources.base import Source, SourceConfig
 from adapter_store.sources.local import LocalSource
 
+_TOKEN = re.compile(r"[!-~]+")  # else the client would show it in an error about its header
 _ALL = ("uri", "name")
 _WEB = (*_ALL, "connect_timeout_s", "read_timeout_s", "max_attempts", "max_connections", "verify_tls", "token")
 _S3 = (
@@ -34,12 +36,11 @@ def open_source(config: SourceConfig, niceness: int = 0) -> Source:
     """Opens the source that `config` describes; its threads get `niceness`. Nothing is asked of it yet.
 
     Raises: StoreConfigInvalid for a uri that is none of the forms in `SourceConfig`, for a field that its kind of
-    source does not heed, and for a bundle of certificates that is not there.
+    source does not heed, and for values that can never work.
     """
     parts = urlsplit(config.uri)
     _check_fields(config, parts.scheme)
-    if isinstance(config.verify_tls, str) and not Path(config.verify_tls).is_file():
-        raise StoreConfigInvalid("verify_tls", f"{config.verify_tls!r} is no file; name a bundle of certificates")
+    _check_values(config)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
         return LocalSource(unquote(parts.path), config.label, niceness)
     if parts.scheme == "s3" and parts.netloc:
@@ -70,6 +71,17 @@ def _check_fields(config: SourceConfig, scheme: str) -> None:
             raise StoreConfigInvalid(
                 field.name, f"a source at {config.uri!r} does not heed it; leave it out (heeded: {', '.join(heeded)})"
             )
+
+
+def _check_values(config: SourceConfig) -> None:
+    if isinstance(config.verify_tls, str) and not Path(config.verify_tls).is_file():
+        raise StoreConfigInvalid("verify_tls", f"{config.verify_tls!r} is no file; name a bundle of certificates")
+    if config.endpoint_url is not None:
+        endpoint = urlsplit(config.endpoint_url)
+        if endpoint.scheme not in ("http", "https") or not _is_host(endpoint):
+            raise StoreConfigInvalid("endpoint_url", f"{config.endpoint_url!r} is no http:// or https:// address")
+    if config.token is not None and not _TOKEN.fullmatch(config.token):
+        raise StoreConfigInvalid("token", "it has characters that no token has; is there a line end behind it?")
 
 
 def _is_host(parts: SplitResult) -> bool:

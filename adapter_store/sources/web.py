@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import httpx
 
@@ -164,8 +165,13 @@ def _receive(response: httpx.Response, skip: int, part: RangeRead) -> None:
 
 def _tls(verify: bool | str) -> ssl.SSLContext | bool:
     if not isinstance(verify, str):
-        return verify
+        return verify and _known_authorities()
     try:
         return ssl.create_default_context(cafile=verify)
     except (OSError, ssl.SSLError) as error:
         raise StoreConfigInvalid("verify_tls", f"{verify!r} is no bundle of certificates: {error}") from error
+
+
+@cache  # reading the bundle takes a while, and all sources may share it
+def _known_authorities() -> ssl.SSLContext:
+    return httpx.create_ssl_context()

@@ -59,7 +59,7 @@ def server(request, tmp_path):
 
 @pytest.fixture
 def client(server):
-    made = server.client()
+    made = server.client
     made.create_bucket(Bucket="adapters")
     yield made
     if server.kind != "rclone":
@@ -67,7 +67,6 @@ def client(server):
             for entry in page.get("Contents", ()):
                 made.delete_object(Bucket="adapters", Key=entry["Key"])
         made.delete_bucket(Bucket="adapters")
-    made.close()
 
 
 def config(server, uri="s3://adapters/team", **more):

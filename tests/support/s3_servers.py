@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class S3Server:
     ca_bundle: str | None = None
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # moto only: method, url, headers
 
+    @cached_property
     def client(self) -> Any:
         """A client to upload with, that trusts the server. Checksums only where required: rgw 16 and rclone refuse
         the streamed ones that boto3 sends over HTTPS by default."""
