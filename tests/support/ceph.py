@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,7 @@ rgw frontends = beast endpoint=127.0.0.1:{http} ssl_endpoint=127.0.0.1:{https} s
 _CAPS = {
     "client.admin": ("mon", "allow *", "osd", "allow *", "mgr", "allow *"),
     "client.rgw": ("mon", "allow rwx", "osd", "allow rwx"),
+    "osd.0": ("mon", "allow profile osd", "osd", "allow *"),
 }
 
 
@@ -70,7 +71,7 @@ def ceph(folder: Path, certificate: Certificate) -> Iterator[tuple[S3Server, S3S
         return [command[0], "-c", str(config), *command[1:], "-f"]
 
     c = ("-c", str(config))
-    _make_keys(run, folder)
+    _make_keys(run)
     run(
         "monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{mon},v1:127.0.0.1:{mon_v1}]", "monmap"
     )
@@ -95,22 +96,8 @@ def ceph(folder: Path, certificate: Certificate) -> Iterator[tuple[S3Server, S3S
             )
 
 
-def _make_keys(run: object, folder: Path) -> None:
-    assert callable(run)
+def _make_keys(run: Callable[..., str]) -> None:
     run("ceph-authtool", "--create-keyring", "keyring", "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
     for name, caps in _CAPS.items():
         pairs = zip(caps[::2], caps[1::2], strict=True)
         run("ceph-authtool", "keyring", "--gen-key", "-n", name, *(x for pair in pairs for x in ("--cap", *pair)))
-    run(
-        "ceph-authtool",
-        "keyring",
-        "--gen-key",
-        "-n",
-        "osd.0",
-        "--cap",
-        "mon",
-        "allow profile osd",
-        "--cap",
-        "osd",
-        "allow *",
-    )

@@ -23,7 +23,7 @@ _FENCE = re.compile(
 )
 _LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 _SOURCE = re.compile(r"(?<![\w./<{*-])((?:[\w.-]+/)+[\w.-]+\.(?:py|md|yaml|toml|sh))\b")
-_MAKE = re.compile(r"(?:^|[`\s])make ([a-z][a-z-]*)(?=[`\s]|$)", re.MULTILINE)
+_MAKE = re.compile(r"(?:^|[`\s])make ([a-z][a-z0-9-]*)(?=[`\s]|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

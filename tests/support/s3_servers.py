@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class S3Server:
     ca_bundle: str | None = None
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # moto only: method, url, headers
 
+    @cached_property
     def client(self) -> Any:
         """A client to upload with, that trusts the server. Checksums only where required: rgw 16 and rclone refuse
         the streamed ones that boto3 sends over HTTPS by default."""
@@ -89,9 +91,10 @@ def rclone(folder: Path) -> Iterator[S3Server]:
     binary = os.environ.get("CHORUS_RCLONE") or shutil.which("rclone")
     if binary is None:
         raise FileNotFoundError("rclone: not in PATH; install it (`make test-s3` does) or name it in CHORUS_RCLONE")
+    folder.mkdir(exist_ok=True)
     (port,) = free_ports(1)
     command = [binary, "serve", "s3", "--auth-key", "key,secret", "--addr", f"127.0.0.1:{port}", str(folder)]
-    command += ["--config", os.devnull, "--dir-cache-time", "0s"]
+    command += ["--config", os.devnull]
     with process(command, folder.parent / "rclone.log"):
         wait_until(lambda: answers(port), "rclone answers", 20)
         yield S3Server(kind="rclone", endpoint=f"http://127.0.0.1:{port}", access_key="key", secret_key="secret")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from adapter_store.errors import SourceUnavailable
-from adapter_store.sources.base import RangeRead, Source, SourceFile, SourceListing
+from adapter_store.sources.base import RangeRead, Source, SourceChanged, SourceFile, SourceListing, distrust
 
 
 def run(source: Source, *calls: Callable[[], Awaitable[Any]]) -> list[Any]:
@@ -43,6 +44,16 @@ async def read_all(source: Source, name: str, listing: SourceListing | None = No
         found[file.name] = await read_range(source, name, file, 0, middle)
         found[file.name] += await read_range(source, name, file, middle)
     return found
+
+
+async def read_files(source: Source, name: str, listing: SourceListing) -> dict[str, bytes]:
+    """`read_all`, believed as the downloader believes it where the listing tells a digest. Raises: SourceChanged."""
+    contents = await read_all(source, name, listing)
+    for file in listing.files:
+        if file.sha256 is not None and hashlib.sha256(contents[file.name]).hexdigest() != file.sha256:
+            distrust(source, name)
+            raise SourceChanged(f"{name}/{file.name}")
+    return contents
 
 
 async def refused(call: Callable[[], Awaitable[Any]]) -> str:
