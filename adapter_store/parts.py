@@ -44,7 +44,7 @@ class Surroundings:
 
     def pause_s(self, num_failures: int) -> float:
         """Before the next try. Exponential with full jitter, so that many stores do not come back at once."""
-        longest = min(MAX_PAUSE_S, self.config.retry_base_s * 2.0**num_failures)
+        longest = min(MAX_PAUSE_S, self.config.retry_base_s * 2.0 ** min(num_failures, 60))
         return float(longest * self.jitter())
 
 
@@ -66,14 +66,11 @@ class PartReader:
         self._gate = gate
         self._deadline = deadline
         self._slots = asyncio.Semaphore(surroundings.config.max_parallel_parts)
-        self._running: set[RangeRead] = set()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Nobody waits any more: source threads end with their next chunk, and are not waited for."""
+        """Nobody waits any more: nor do source threads for their turn. Each ends with its next chunk."""
         self._stopped.set()
-        for part in self._running:
-            part.cancel()
 
     def unavailable(self, reason: str) -> SourceUnavailable:
         """The error that tells of this adapter and its source."""
@@ -89,7 +86,6 @@ class PartReader:
         """
         part = RangeRead(start, target, self._pace(on_bytes))
         part_fails = 0
-        self._running.add(part)
         try:
             while True:
                 before = part.num_received
@@ -106,8 +102,7 @@ class PartReader:
                         raise self._broken(file, part, error, left) from error
                 await self._around.sleep(pause_s)
         finally:
-            part.cancel()
-            self._running.discard(part)
+            part.cancel()  # where this was cancelled, the source's thread goes on; it is not waited for
 
     async def _try(self, file: SourceFile, part: RangeRead) -> None:
         async with self._slots, self._gate:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import random
 import re
 import subprocess
 import sys
@@ -29,9 +30,9 @@ NAME = re.compile(r"(?:damaged|healthy)-\d+")
 UPLOADS = ("whole", "one-part", "two-parts", "two-parts-with-sha256")
 WEIGHTS = {"flip": 4, "reset": 3, "close": 3, "refuse": 2, "latency": 1, "rate": 1, "hang": 0.3}
 NUM_AT_ONCE = 8
-READ_TIMEOUT_S = 0.3
-FETCH_TIMEOUT_S = 3.0
-STAT_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 1.0  # more than a healthy answer takes on a busy machine
+FETCH_TIMEOUT_S = 5.0
+STAT_TIMEOUT_S = 3.0
 # A look at the source, the download, and a look whether it is still the same; for what a busy machine adds, and for a
 # second turn after a version that changed under the first, there is an allowance.
 DEADLINE_S = STAT_TIMEOUT_S + FETCH_TIMEOUT_S + STAT_TIMEOUT_S
@@ -95,7 +96,8 @@ class Outcomes:
     def __init__(self, store, adapters):
         self.store = store
         self.images = {name: pack(files, SPEC).data for name, files in adapters.items()}
-        self.counts = Counter()
+        self.num_served = 0
+        self.failures = []
         self.unexpected = []
 
     async def ask(self, name, source):
@@ -105,19 +107,16 @@ class Outcomes:
         except TimeoutError:
             self.unexpected.append((name, "beyond its deadline"))
         except (SourceUnavailable, AdapterNotFound) as error:
-            self.counts[type(error).__name__] += 1
+            self.failures.append(str(error))
             if f"adapter {name!r}" not in str(error):
                 self.unexpected.append((name, "which adapter it is, is not told", error))
-            return False
         except Exception as error:
             self.unexpected.append((name, repr(error)))
         else:
-            self.counts["served"] += 1
+            self.num_served += 1
             if not np.array_equal(lease.image, self.images[name]):
                 self.unexpected.append((name, "wrong bytes"))
             await self.store.release(lease.version, "me")
-            return True
-        return False
 
 
 def s3(name, address):
@@ -152,16 +151,18 @@ async def run_schedule(port, schedule, num_faulty, adapters):
         await store.register_spec(SPEC)
         damaged, healthy = Outcomes(store, adapters), Outcomes(store, adapters)
         names = [name for name in adapters if name.startswith("damaged")]
-        num_met = 0
+        asked, num_met = set(), 0
 
-        async def be_damaged(mine):
+        async def be_damaged(draw):
             nonlocal num_met
             while num_met < num_faulty:
-                for name in mine:
-                    before = met[name]
-                    await damaged.ask(name, "faulty")
-                    num_met += met[name] > before
-                    store.check_invariants()
+                name = draw.choice([name for name in names if name not in asked])
+                asked.add(name)
+                before = met[name]
+                await damaged.ask(name, "faulty")
+                asked.discard(name)
+                num_met += met[name] > before
+                store.check_invariants()
 
         async def be_healthy(mine):
             while num_met < num_faulty:
@@ -170,7 +171,7 @@ async def run_schedule(port, schedule, num_faulty, adapters):
                         await healthy.ask(name, source)
                         await asyncio.sleep(0.05)
 
-        everybody = [be_damaged(names[start::NUM_AT_ONCE]) for start in range(NUM_AT_ONCE)]
+        everybody = [be_damaged(random.Random(number)) for number in range(NUM_AT_ONCE)]
         await asyncio.gather(*everybody, be_healthy([name for name in adapters if name not in names]))
         await store.close()
     return damaged, healthy, proxy.applied
@@ -182,12 +183,16 @@ def try_schedule(port, seed, num_faulty):
     upload(port, adapters)
     schedule = Schedule(seed, share=0.3, weights=WEIGHTS, longest=10_000, seconds=0.02)
     damaged, healthy, applied = asyncio.run(run_schedule(port, schedule, num_faulty, adapters))
-    print(f"damaged {dict(damaged.counts)}, healthy {dict(healthy.counts)}, faults {dict(applied)}")
+    print(
+        f"damaged: {damaged.num_served} served, {len(damaged.failures)} failed; healthy: {healthy.num_served} served; "
+        f"faults: {dict(applied)}"
+    )
     assert damaged.unexpected == []
     assert healthy.unexpected == []
-    assert set(healthy.counts) == {"served"}
+    assert healthy.failures == []
+    assert healthy.num_served > 0
     assert set(applied) == set(WEIGHTS)
-    assert damaged.counts["served"] > damaged.counts.total() / 2
+    assert damaged.num_served > len(damaged.failures)
 
 
 def test_500_fetches_that_meet_faults_serve_no_wrong_byte_and_harm_nobody_else(port):

@@ -107,6 +107,14 @@ def test_a_header_damaged_on_the_way_does_not_refuse_the_adapter(at, etag):
         assert download(ScriptedSource(files, script, etag=etag), part_bytes=2000).files == files
 
 
+def test_a_damaged_header_costs_its_own_bytes_again_and_not_the_body():
+    files = small_adapter(rank=16)
+    source = ScriptedSource(files, [None, Fault("flip", 20)])  # the first read is the configuration's
+    assert download(source, part_bytes=500).files == files
+    header_bytes = 8 + int.from_bytes(files[WEIGHTS][:8], "little")
+    assert source.num_bytes == sum(map(len, files.values())) + header_bytes + 500  # the damaged part a third time
+
+
 # Breaking
 
 
