@@ -42,6 +42,7 @@ class Version:
 class _Name:
     version: str | None  # None: it was looked for and is not there
     checked_at: float
+    is_final: bool  # not there, and no other source may be asked
 
 
 @dataclass(slots=True)
@@ -71,8 +72,11 @@ class Catalog:
 
     # Names
 
-    def observe(self, key: NameKey, listing: SourceListing | None, now: float) -> str | None:
-        """A source said what `key` is now: moves the name to that version (None: it is not there) and returns it."""
+    def observe(self, key: NameKey, listing: SourceListing | None, now: float, *, is_final: bool = False) -> str | None:
+        """A source said what `key` is now: moves the name to that version (None: it is not there) and returns it.
+
+        `is_final`: nobody else may say what the name stands for.
+        """
         version = None
         if listing is not None:
             version = version_digest(key.source, key.name, listing.etags)
@@ -80,7 +84,7 @@ class Catalog:
             self._versions[version] = Version(version, key, listing)
         before = self._names.pop(key, None)
         self._num_missing += (version is None) - (before is not None and before.version is None)
-        self._names[key] = _Name(version, now)
+        self._names[key] = _Name(version, now, is_final)
         if before is not None and before.version not in (None, version):
             self._forget_if_unused(str(before.version))
         if self._num_missing > self._max_missing:
@@ -102,6 +106,11 @@ class Catalog:
         """The version `key` stands for; None: it is not there, or was never looked for."""
         name = self._names.get(key)
         return None if name is None else name.version
+
+    def is_final(self, key: NameKey) -> bool:
+        """Whether `key` was said to be not there in a way that ends the search for the name."""
+        name = self._names.get(key)
+        return name is not None and name.is_final
 
     def forget_name(self, key: NameKey) -> None:
         """The next question about `key` goes to its source; its version stays known until that is answered."""

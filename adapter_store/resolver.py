@@ -14,6 +14,7 @@ from adapter_store.errors import AdapterNotFound, SourceUnavailable, SourceUnkno
 from adapter_store.index import Index, Known
 from adapter_store.records import StoreConfig, check_name
 from adapter_store.sources.base import Source
+from adapter_store.sources.catalog import CatalogSource
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Resolver:
             version = None if digest is None else self._catalog.version(digest)
             if version is not None:
                 return version
+            if self._catalog.is_final(key):
+                raise AdapterNotFound(name, (source_name,))
         if down is not None:
             raise down
         raise AdapterNotFound(name, wanted)
@@ -171,7 +174,10 @@ class Resolver:
             self._catalog.postpone(key, self._clock() - self._config.refresh_s + pause_s)
             return before
         self._down.discard(key.source)
-        digest = self._catalog.observe(key, listing, self._clock())
+        source = self._sources[key.source]
+        # A registered name stands for what its row says, or for nothing: never for another source's adapter.
+        is_final = listing is None and isinstance(source, CatalogSource) and source.is_registered(key.name)
+        digest = self._catalog.observe(key, listing, self._clock(), is_final=is_final)
         if before is not None or digest is not None:
             self._checked.add(key)
         if before is not None and before != digest:

@@ -47,13 +47,17 @@ class CatalogSource:
     def __init__(self, index: Index, sources: Sequence[Source]) -> None:
         self._index = index
         self._sources = {source.name: source for source in sources}
-        self._listed: dict[str, tuple[str, str]] = {}  # name -> source and location, of those listed last
+        self._listed: dict[str, tuple[str, str]] = {}  # name -> source and location, of those asked for last
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`."""
         row = await self._row(name)
+        self._listed.pop(name, None)
         if row is None:
             return None
+        self._listed[name] = (row.source, row.location or row.name)
+        if len(self._listed) > _MAX_LISTED:
+            del self._listed[next(iter(self._listed))]
         source = self._sources.get(row.source)
         if source is None:
             raise SourceUnavailable(
@@ -65,10 +69,6 @@ class CatalogSource:
             listing = await source.stat(row.location or row.name)
         if listing is None:
             return None
-        self._listed.pop(name, None)
-        self._listed[name] = (row.source, row.location or row.name)
-        if len(self._listed) > _MAX_LISTED:
-            del self._listed[next(iter(self._listed))]
         return SourceListing(files=tuple(_wrapped(file, row) for file in listing.files), origin=_origin(row))
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
@@ -90,6 +90,10 @@ class CatalogSource:
 
     async def close(self) -> None:
         """The sources are closed by whoever opened them."""
+
+    def is_registered(self, name: str) -> bool:
+        """Whether there was a row when `stat` was asked for `name` last."""
+        return name in self._listed
 
     def distrust(self, name: str) -> None:
         """See `Remembers.distrust`."""

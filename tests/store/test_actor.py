@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from adapter_store.actor import PROTOCOL_VERSION, get_or_create_store, store_name
 from adapter_store.errors import AdapterRejected, SpecUnknown
 from adapter_store.image import pack
-from adapter_store.records import StoreConfig
+from adapter_store.records import Registration, StoreConfig
 from adapter_store.sources.base import SourceConfig
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.ray_session import NAMESPACE, ray_session  # noqa: F401
@@ -95,6 +95,30 @@ def test_a_killed_store_comes_back_empty_and_serves_again(store):
     assert np.array_equal(ray.get(again.image), pack(small_adapter(), small_spec()).data)
     # What was held before belongs to nobody now; the owner is told.
     assert ray.get(store.heartbeat.remote("other", (held.version,))) == (held.version,)
+
+
+def test_a_killed_store_with_a_disk_finds_images_names_and_pins_again(sources, tmp_path):
+    config = StoreConfig(disk_path=str(tmp_path / "disk"), refresh_s=0.0)
+    handle = get_or_create_store(sources, config, namespace=NAMESPACE, name=f"disk-{uuid.uuid4().hex}")
+    try:
+        ray.get(handle.register.remote((Registration(name="team/x", source="local", location="a"),)))
+        digest = ray.get(handle.register_spec.remote(small_spec()))
+        assert ray.get(handle.pin.remote("a")).is_pinned
+        ray.get(handle.expect.remote("a"))
+        deadline = time.monotonic() + 30
+        while not ray.get(handle.status.remote()).num_disk_images:
+            assert time.monotonic() < deadline, "the image never came to the disk"
+            time.sleep(0.05)
+        os.kill(pid_of(handle), signal.SIGKILL)
+        assert ray.get(lease(handle).image).nbytes == lease(handle).num_bytes
+        status = ray.get(handle.status.remote())
+        assert (status.fetches, status.num_registered, status.num_pinned, status.degraded) == (0, 1, 1, ())
+        assert [record.name for record in ray.get(handle.warm_set.remote(digest, 1 << 20))] == ["a"]
+        assert ray.get(handle.resolve.remote("team/x")).source == "catalog"
+        assert not ray.get(handle.unpin.remote("a")).is_pinned
+        assert ray.get(handle.unregister.remote(("team/x",))) == ("team/x",)
+    finally:
+        ray.kill(handle)
 
 
 def test_a_store_that_nobody_calls_leaves_and_a_new_one_can_be_had(sources):

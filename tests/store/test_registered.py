@@ -93,6 +93,21 @@ async def test_a_registered_name_stands_for_the_adapter_it_points_to_and_comes_b
 
 
 @in_loop()
+async def test_a_registered_name_without_its_adapter_never_stands_for_another_one_of_that_name(world):
+    await right(world, "a", 1)
+    await world.store.register((Registration(name="a", source="fake", location="missing"),))
+    for _ in range(2):
+        with pytest.raises(AdapterNotFound, match="catalog"):
+            await world.acquire("a")
+    assert world.source.stats.count("missing") == 1
+    world.source.adapters["missing"] = small_adapter(seed=5)
+    world.clock.now += world.store.config.missing_ttl_s
+    await right(world, "a", 5)
+    await world.store.unregister(("a",))
+    await right(world, "a", 1)
+
+
+@in_loop()
 async def test_registering_again_moves_the_name_at_once_and_twice_the_same_is_as_once(world):
     for _ in range(2):
         await world.store.register((Registration(name="x", source="fake", location="a"),))
