@@ -123,35 +123,35 @@ def test_a_pin_beyond_the_budget_is_a_conflict_that_says_what_to_do():
     assert "unpin another" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-def test_a_key_that_may_ask_may_not_change_what_is_served(method: str, path: str, body: Any):
+def test_a_key_that_may_ask_may_not_change_what_is_served():
     for keys in (ApiKeys((KEY,)), ApiKeys((KEY,), (ADMIN_KEY,))):
         served = serve(keys=keys)
-        response = _ask(method, path, body, served, KEY)
-        assert _error(response)[:2] == (403, "admin_key_required")
-        assert "admin_keys_env" in response.json()["error"]["message"]
+        for method, path, body in CHANGES:
+            response = _ask(method, path, body, served, KEY)
+            assert _error(response)[:2] == (403, "admin_key_required")
+            assert "admin_keys_env" in response.json()["error"]["message"]
         assert (served.adapters.calls, served.adapters.registered) == ([], {})
 
 
-@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-def test_an_admin_key_may_change_and_ask(method: str, path: str, body: Any):
+def test_an_admin_key_may_change_and_ask():
     served = serve(keys=ApiKeys((KEY,), (ADMIN_KEY,)))
     served.adapters.registered["alpha"] = Registration(name="alpha", source="local")
-    assert _ask(method, path, body, served, ADMIN_KEY).status_code == 200
+    for method, path, body in CHANGES:
+        assert _ask(method, path, body, served, "wrong-key-of-sixteen-or-more").status_code == 401
+        assert _ask(method, path, body, served, ADMIN_KEY).status_code == 200
     assert _ask("GET", "/adapters", None, served, ADMIN_KEY).status_code == 200
     assert _ask("GET", "/adapters", None, served, KEY).status_code == 200
     assert _ask("GET", "/adapters", None, served).status_code == 401
-    assert _ask(method, path, body, served, "wrong-key-of-sixteen-or-more").status_code == 401
 
 
-@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
-def test_with_admin_keys_alone_everyone_may_ask_and_they_alone_may_change(method: str, path: str, body: Any):
+def test_with_admin_keys_alone_everyone_may_ask_and_they_alone_may_change():
     served = serve(keys=ApiKeys((), (ADMIN_KEY,)))
     served.adapters.registered["alpha"] = Registration(name="alpha", source="local")
-    assert _ask("GET", "/adapters", None, served).status_code == 200
-    assert _ask("GET", "/adapters", None, served, "whatever").status_code == 200
-    assert _ask(method, path, body, served).status_code == 403
-    assert _ask(method, path, body, served, ADMIN_KEY).status_code == 200
+    for key in ("", "whatever"):
+        assert _ask("GET", "/adapters", None, served, key).status_code == 200
+    for method, path, body in CHANGES:
+        assert _ask(method, path, body, served).status_code == 403
+        assert _ask(method, path, body, served, ADMIN_KEY).status_code == 200
 
 
 def test_admin_keys_come_from_the_environment_and_a_missing_one_stops_the_start(monkeypatch: pytest.MonkeyPatch):
