@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 SiteKind = Literal["linear", "embedding"]
@@ -29,7 +28,7 @@ class LinearSite:
     shard_axis: Literal["in", "out"] | None = None  # how tensor parallelism would cut it
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots, for the cached digest
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
     """How an adapter image must look for one base model: its sites, element type and tensor-parallel degree."""
 
@@ -41,7 +40,7 @@ class ImageSpec:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """sha256 (hex) of the canonical JSON of `to_dict()`: images are keyed by (adapter version, this)."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
