@@ -29,9 +29,10 @@ def first_token(rows: list[dict[str, Any]]) -> Any:
                     == (place, model, rank, is_ray)
                 ]
                 color, label = f"C{ranks.index(rank)}", f"rank {rank}" if is_ray else None
-                added = [max(0.1, row["added"]["p50_ms"]) for row in chosen]
+                added = [row["added"]["p50_ms"] for row in chosen]
                 axes.plot([row["place"].replace("_", "\n") for row in chosen], added, style, color=color, label=label)
-        axes.set(yscale="log", title=name_of(model))
+        axes.set_yscale("symlog", linthresh=1)  # a difference may be below zero
+        axes.set_title(name_of(model))
         axes.legend(frameon=False)
     panels[0][0].set_ylabel("ms added to the first token, median")
     return figure

@@ -88,15 +88,12 @@ class Simulation:
     def __init__(self, args: argparse.Namespace, traffic: str) -> None:
         self._args, self._traffic = args, traffic
         self._clock = FakeClock()
-        self._read_s = 0.0
         self._source = NumberedSource(small_spec(), args.adapters, RANKS, on_read=self._on_read)
         self._sizes = [pack(self._source.files(i), small_spec()).num_bytes for i in range(len(RANKS))]
         self._mean_bytes = statistics.mean(self._sizes)
 
     def _on_read(self, num_bytes: int) -> None:
-        seconds = self._seconds(num_bytes)
-        self._clock.now += seconds
-        self._read_s += seconds
+        self._clock.now += self._seconds(num_bytes)
 
     def _seconds(self, num_bytes: int) -> float:
         scale = self._args.full_size_mb / self._mean_bytes
@@ -106,7 +103,7 @@ class Simulation:
         args = self._args
         host_bytes = int(self._mean_bytes * args.host_adapters)
         disk_bytes = int(self._mean_bytes * args.disk_adapters)
-        lru, lru_read_s = Lru(host_bytes, disk_bytes), 0.0
+        lru, read_s, lru_read_s, reads = Lru(host_bytes, disk_bytes), 0.0, 0.0, 0
         with tempfile.TemporaryDirectory() as folder:
             config = StoreConfig(
                 host_bytes=host_bytes,
@@ -118,9 +115,14 @@ class Simulation:
             store = AdapterStore([self._source], MemoryBlobs(), config, clock=self._clock, sleep=self._clock.sleep)
             digest = await store.register_spec(small_spec())
             for number in trace(self._traffic, args):
-                lease = await store.acquire(name_of(number), digest, "replica")
+                name = name_of(number)
+                reads_before = self._source.reads[name]
+                lease = await store.acquire(name, digest, "replica")
                 await store.release(lease.version, "replica")
                 self._clock.now += REQUEST_S
+                if self._source.reads[name] > reads_before:  # in one part or in several
+                    reads += 1
+                    read_s += self._seconds(lease.num_bytes)
                 if lru.ask(number, lease.num_bytes):
                     lru_read_s += self._seconds(lease.num_bytes)
             status = asdict(await store.status())
@@ -131,9 +133,9 @@ class Simulation:
             "case": self._traffic,
             "host_hit_rate": round(status["hits"] * share, 4),
             "disk_hit_rate": round(disk_hits * share, 4),
-            "source_rate": round(sum(self._source.reads.values()) * share, 4),
+            "source_rate": round(reads * share, 4),
             "host_evictions": status["evictions"],
-            "read_s": round(self._read_s, 1),
+            "read_s": round(read_s, 1),
             "lru_host_hit_rate": round(lru.hits[0] * share, 4),
             "lru_disk_hit_rate": round(lru.hits[1] * share, 4),
             "lru_source_rate": round(lru.misses * share, 4),
