@@ -1,4 +1,4 @@
-"""Draw the committed results: ours beside its peers, and what adapters cost.
+"""Draw the committed results: ours beside its peers, what adapters cost, and what a cold one does.
 
 pip install matplotlib && python -m benchmarks.plot benchmarks/results/*.jsonl --out docs/figures
 """
@@ -15,6 +15,8 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+
+from benchmarks.adapters.draw import FIGURES
 
 OURS, PEER = "#2563eb", "#9ca3af"
 
@@ -74,6 +76,9 @@ def main() -> None:
     plt.rcParams["svg.hashsalt"] = "chorus"  # the same bytes for the same data
     draw_comparisons([row for row in rows if "median_ratio" in row], args.out)
     draw_lora_cost([row for row in rows if "share_of_base" in row], args.out)
+    for key, file, draw in FIGURES:
+        if chosen := [row for row in rows if key in row]:
+            save(draw(chosen), args.out / file)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How often an adapter is read from its source when many ask for it at once, and none has before.
 
 As many replicas as `--requests` lease it at the same moment; then as many requests of one replica ask for another. The
-source is a folder; every read of it is counted. One read for each file of the adapter is what a single request costs.
+source is a folder; its reads are counted. `times_read` 1.0 is what a single request costs: every byte once.
 """
 
 from __future__ import annotations

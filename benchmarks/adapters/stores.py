@@ -46,6 +46,9 @@ class SharedBlobs:
     async def has(self, handle: Path) -> bool:
         return handle.exists()
 
+    async def view(self, handle: Path) -> NDArray[np.uint8]:
+        return np.memmap(handle, dtype=np.uint8, mode="r")
+
     def drop(self, handle: Path) -> None:
         handle.unlink()
         if self._maps is not None:

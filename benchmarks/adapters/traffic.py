@@ -21,7 +21,7 @@ from typing import Any
 
 from adapter_store.blobs import MemoryBlobs
 from adapter_store.image import pack
-from adapter_store.records import StoreConfig, StoreStatus
+from adapter_store.records import StoreConfig
 from adapter_store.store import AdapterStore
 from benchmarks import workload
 from tests.support.fake_sources import FakeClock, small_spec
@@ -88,15 +88,12 @@ class Simulation:
     def __init__(self, args: argparse.Namespace, traffic: str) -> None:
         self._args, self._traffic = args, traffic
         self._clock = FakeClock()
-        self._read_s = 0.0
         self._source = NumberedSource(small_spec(), args.adapters, RANKS, on_read=self._on_read)
         self._sizes = [pack(self._source.files(i), small_spec()).num_bytes for i in range(len(RANKS))]
         self._mean_bytes = statistics.mean(self._sizes)
 
     def _on_read(self, num_bytes: int) -> None:
-        seconds = self._seconds(num_bytes)
-        self._clock.now += seconds
-        self._read_s += seconds
+        self._clock.now += self._seconds(num_bytes)
 
     def _seconds(self, num_bytes: int) -> float:
         scale = self._args.full_size_mb / self._mean_bytes
@@ -106,7 +103,7 @@ class Simulation:
         args = self._args
         host_bytes = int(self._mean_bytes * args.host_adapters)
         disk_bytes = int(self._mean_bytes * args.disk_adapters)
-        lru, lru_read_s = Lru(host_bytes, disk_bytes), 0.0
+        lru, read_s, lru_read_s = Lru(host_bytes, disk_bytes), 0.0, 0.0
         with tempfile.TemporaryDirectory() as folder:
             config = StoreConfig(
                 host_bytes=host_bytes,
@@ -119,9 +116,15 @@ class Simulation:
             digest = await store.register_spec(small_spec())
             found = Counter[str]()
             for number in trace(self._traffic, args):
-                before = await store.status(), sum(self._source.reads.values())
-                lease = await store.acquire(name_of(number), digest, "replica")
-                found[await self._place(store, *before)] += 1
+                name = name_of(number)
+                reads_before, before = self._source.reads[name], await store.status()
+                lease = await store.acquire(name, digest, "replica")
+                place = "disk"
+                if self._source.reads[name] > reads_before:  # in one part or in several
+                    place, read_s = "source", read_s + self._seconds(lease.num_bytes)
+                elif (await store.status()).hits > before.hits:  # what the store moves on its own is nobody's hit
+                    place = "host"
+                found[place] += 1
                 await store.release(lease.version, "replica")
                 self._clock.now += REQUEST_S
                 if lru.ask(number, lease.num_bytes):
@@ -135,19 +138,13 @@ class Simulation:
             "disk_hit_rate": round(found["disk"] * share, 4),
             "source_rate": round(found["source"] * share, 4),
             "host_evictions": status["evictions"],
-            "read_s": round(self._read_s, 1),
+            "read_s": round(read_s, 1),
             "lru_host_hit_rate": round(lru.hits[0] * share, 4),
             "lru_disk_hit_rate": round(lru.hits[1] * share, 4),
             "lru_source_rate": round(lru.misses * share, 4),
             "lru_host_evictions": lru.evictions,
             "lru_read_s": round(lru_read_s, 1),
         }
-
-    async def _place(self, store: AdapterStore, before: StoreStatus, num_reads: int) -> str:
-        """Where the last request found its adapter. What the store moves on its own is nobody's hit."""
-        if sum(self._source.reads.values()) > num_reads:
-            return "source"
-        return "host" if (await store.status()).hits > before.hits else "disk"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 from adapter_store.records import StoreConfig, StoreStatus
 from adapter_store.sources.base import SourceConfig
 from benchmarks import workload
+from benchmarks.adapters import PLACES
 from benchmarks.adapters.bucket import bucket
 from benchmarks.adapters.stores import SharedBlobs, Station, local_station, ray_station, running_ray, write_adapters
 from engine.config import EngineConfig
 from engine.engine import Engine
 
-PLACES = ("host", "host_first_mapped", "disk", "folder", "bucket")
 SHARED_MEMORY = "/dev/shm"
 MAX_MAPPED_BYTES = 1 << 30  # of the images that are mapped for the first time
 OBJECT_STORE_BYTES = 3 << 30
