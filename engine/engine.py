@@ -7,7 +7,10 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
+from engine.core.adapter_room import ByteRoom
+from engine.core.adapter_slots import AdapterSlots
 from engine.core.plan import StepEvents, StepPlan
+from engine.core.refusals import check_request
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
@@ -66,11 +69,15 @@ class Engine:
         Raises: InvalidRequest naming the field, PromptTooLong, AdapterTooLarge.
         """
         self._check_token_ids(request)
-        scheduler = Scheduler(self.limits)
+        limits = self.limits
+        room = ByteRoom(limits.adapter_bytes)
+        if limits.max_adapter_pages is not None:
+            room = ByteRoom(limits.max_adapter_pages, "pages")
+        slots = AdapterSlots(limits.max_resident_adapters, room)
         if request.adapter is not None:
             num_bytes, runs = (0, ()) if image is None else self._size(image)
-            scheduler.add_adapter(request.adapter, num_bytes, runs)
-        scheduler.check(request)
+            slots.add(request.adapter, sum(runs) if self._page_bytes else num_bytes)
+        check_request(request, limits, slots)
 
     def add_request(self, request: Request, image: AdapterImage | None = None) -> None:
         """Queue a request. `image` is needed unless the engine still holds that adapter version.

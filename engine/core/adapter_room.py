@@ -44,10 +44,9 @@ class AdapterRoom(Protocol):
 class ByteRoom:
     """Memory apart from the KV cache: only the budget counts."""
 
-    unit = "bytes"
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget = budget_bytes
+    def __init__(self, budget: int, unit: str = "bytes") -> None:
+        self.budget = budget
+        self.unit = unit
         self.used = 0
 
     def size(self, num_bytes: int, runs: tuple[int, ...]) -> int:

@@ -70,7 +70,7 @@ class Scheduler:
         """
         if request.request_id in self._roster.requests:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
-        self.check(request)
+        check_request(request, self.config, self._slots)
         if not request.resumed_output_token_ids:
             self._check_queue()
         siblings = tuple(self._new_sequence(request, index) for index in range(request.params.n))
@@ -79,10 +79,6 @@ class Scheduler:
             ending = seq.ending(self.config.eos_token_ids) if seq.outputs else None
             if ending is not None:  # resumed, and cut off after its last token
                 self._roster.end(seq, ending)
-
-    def check(self, request: Request) -> None:
-        """Raises: as `add`, for what has nothing to do with who else is there."""
-        check_request(request, self.config, self._slots)
 
     def _check_queue(self) -> None:
         limit = self.config.max_queued_requests

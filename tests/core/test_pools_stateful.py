@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.core.adapter_room import ByteRoom
+from engine.core.adapter_room import ByteRoom, PageRoom
 from engine.core.adapter_slots import AdapterSlots, AdapterState
 from engine.core.block_pool import BlockPool
 from engine.core.plan import AdapterEvict, AdapterLoad
 from engine.core.prefix_cache import PrefixCache
 from engine.core.sequence import Namespace
+from engine.errors import AdapterError
 
 BLOCK_SIZE = 2
 SETTINGS = settings(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)
@@ -194,9 +197,105 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         assert all(self.slots.num_pins(key) == self.pins.count(key) for key in self.sizes)
 
 
+class SharedPagesMachine(RuleBasedStateMachine):
+    """One pool for sequences' blocks and adapters' pages. The model: who was given which block."""
+
+    runs = {"ada": (1,), "bob": (1, 1), "cyd": (2, 1), "dan": (3,)}  # noqa: RUF012
+    num_blocks, ceiling, floor = 7, 5, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(1 + self.num_blocks)
+        self.slots = AdapterSlots(3, PageRoom(self.pool, self.ceiling, self.floor))
+        self.blocks: list[int] = []  # of sequences
+        self.pages: dict[str, tuple[int, ...]] = {}
+        self.pinned: set[str] = set()
+        for key, runs in self.runs.items():
+            self.slots.add(key, 1, runs)
+
+    def _apply(self, ops: tuple[AdapterLoad | AdapterEvict, ...]) -> None:
+        for op in ops:
+            if isinstance(op, AdapterEvict):
+                assert op.adapter not in self.pinned
+                del self.pages[op.adapter]
+                continue
+            taken = {page for pages in self.pages.values() for page in pages}.union(self.blocks)
+            assert not taken & set(op.pages)
+            pages = iter(op.pages)
+            for length in self.runs[op.adapter]:
+                run = [next(pages) for _ in range(length)]
+                assert run == list(range(run[0], run[0] + length))
+            assert next(pages, None) is None
+            self.pages[op.adapter] = op.pages
+            self.slots.copied(op.adapter)
+
+    def _num_held(self) -> int:
+        return sum(len(pages) for pages in self.pages.values())
+
+    @precondition(lambda self: self.pool.num_available)
+    @rule()
+    def a_sequence_takes_a_block(self) -> None:
+        block = self.pool.allocate()
+        assert block not in self.blocks
+        assert not any(block in pages for pages in self.pages.values())
+        self.blocks.append(block)
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data())
+    def a_sequence_gives_one_back(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(self.blocks))
+        self.blocks.remove(block)
+        self.pool.release(block)
+
+    @rule(key=st.sampled_from(list(runs)), may_evict=st.booleans())
+    def load(self, key: str, may_evict: bool) -> None:
+        if key in self.pages:
+            return
+        ops = self.slots.load(key, may_evict=may_evict)
+        self._apply(ops)
+        can_go = [k for k in self.pages if k not in self.pinned] if may_evict else []
+        if not ops and sum(self.runs[key]) == len(self.runs[key]):  # single pages: counting tells
+            most = self._num_held() - sum(len(self.pages[k]) for k in can_go)
+            fits = most + sum(self.runs[key]) <= min(self.ceiling, self.num_blocks - len(self.blocks))
+            assert not (fits and (can_go or len(self.pages) < 3)), "there was room"
+
+    @rule(num_pages=st.integers(1, 4))
+    def sequences_want_pages(self, num_pages: int) -> None:
+        before = self.pool.num_available
+        ops = self.slots.yield_pages(num_pages)
+        self._apply(ops)
+        assert self.pool.num_available >= before + (num_pages if ops else 0)
+        assert not ops or self._num_held() >= self.floor
+
+    @rule(key=st.sampled_from(list(runs)))
+    def pin_or_unpin(self, key: str) -> None:
+        if key in self.pinned:
+            self.slots.stop_keeping(key)
+            self.pinned.discard(key)
+        elif key in self.pages:
+            with contextlib.suppress(AdapterError):
+                self.slots.keep(key)
+                self.pinned.add(key)
+
+    @invariant()
+    def budgets_hold(self) -> None:
+        self.pool.check_invariants()
+        self.slots.check_invariants()
+        held = self._num_held()
+        assert held <= self.ceiling
+        assert len(self.blocks) <= self.num_blocks - max(held, self.floor)
+        assert self.pool.num_available == self.num_blocks - len(self.blocks) - max(held, self.floor)
+        assert set(self.slots.kept()) == self.pinned
+        for key in self.runs:
+            if key not in self.pinned:
+                assert self.slots.could_fit(key), "pins leave no room for it"
+
+
 TestBlockPool = BlockPoolMachine.TestCase
 TestPrefixCache = PrefixCacheMachine.TestCase
 TestAdapterSlots = AdapterSlotsMachine.TestCase
+TestSharedPages = SharedPagesMachine.TestCase
 TestBlockPool.settings = SETTINGS
 TestPrefixCache.settings = SETTINGS
 TestAdapterSlots.settings = SETTINGS
+TestSharedPages.settings = SETTINGS

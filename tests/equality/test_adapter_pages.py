@@ -14,7 +14,7 @@ import pytest
 
 from engine import LLM, EngineConfig, SamplingParams
 from engine.engine import Engine
-from engine.errors import ConfigError
+from engine.errors import AdapterTooLarge, ConfigError
 from engine.lora.copier import HostPages
 from engine.lora.pages import lay_out
 from engine.request import Request
@@ -92,6 +92,15 @@ def test_a_cache_too_small_for_a_sequence_and_the_floor_is_refused_at_start(zoo:
     with pytest.raises(ConfigError, match="needs 35, with the null block and 10 for adapters"):
         LLM(base, adapter_memory="pages", min_adapter_bytes=10 * page, **sizes)
     LLM(base, adapter_memory="pages", min_adapter_bytes=5 * page, **sizes)
+
+
+def test_an_adapter_that_finds_no_pages_is_refused_before_anything_runs(zoo: Zoo, prompts: list[list[int]]) -> None:
+    base = zoo.base("llama")
+    adapters = zoo.three_adapters(base)
+    page = block_bytes(base, 4)
+    llm = LLM(base, adapters, adapter_memory="pages", kv_cache_bytes=27 * page, max_model_len=96, block_size=4)
+    with pytest.raises(AdapterTooLarge, match=r"pages, but adapter_bytes is 2 pages; raise .* kv_cache_bytes"):
+        llm.generate(prompts, GREEDY, "r8")
 
 
 def test_no_step_waits_for_a_copy_that_does_not_end(

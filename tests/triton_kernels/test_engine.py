@@ -69,6 +69,17 @@ def test_text_is_transformers_text(arch: str, bases: Path) -> None:
     check(llm, base, adapters, 3)
 
 
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_adapters_in_pages_of_the_kv_cache_say_what_peft_says(block_size: int, bases: Path) -> None:
+    """With tensors larger than a page, and with pages that hold several."""
+    base = make_base("llama", bases / "one-layer-in-pages", num_hidden_layers=1)
+    adapters = adapters_of(base, (2, 8), target_modules="all-linear")
+    llm = LLM(base, adapters, **{**SETTINGS, "adapter_memory": "pages", "block_size": block_size})
+    check(llm, base, adapters, 3)
+    assert llm.stats().adapter_pages > 0
+    assert llm.stats().total_load_waits == 0
+
+
 def recorded(llm: LLM) -> DecodeGraphs:
     """Give an engine recorded decode steps, where there is no GPU to record them."""
     runner = runner_of(llm)

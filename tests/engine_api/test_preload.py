@@ -1,0 +1,68 @@
+"""Adapters without a request: preloaded, pinned, counted."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from engine.async_engine import AsyncEngine
+from engine.core.plan import AdapterEvict, AdapterLoad
+from engine.errors import AdapterError, EngineDead
+from tests.engine_api.alphabet import AlphabetRunner, make_engine, make_image, make_request, run
+
+
+def test_a_preloaded_adapter_is_resident_before_its_first_request() -> None:
+    runner = AlphabetRunner()
+    engine = make_engine(runner)
+    engine.preload(make_image("k1"))
+    run(engine)
+    assert engine.stats().resident_adapters == ("k1",)
+    assert engine.stats().total_adapter_loads == 1
+    engine.add_request(make_request("one", adapter="k1"))
+    assert run(engine) == {("one", 0): "cegikmoq"}
+    assert sum(isinstance(op, AdapterLoad) for plan in runner.plans for op in plan.adapter_ops) == 1
+
+
+def test_a_preload_without_room_changes_nothing_and_lets_the_image_go() -> None:
+    engine = make_engine(max_resident_adapters=1)
+    engine.preload(make_image("k1"))
+    engine.preload(make_image("k2"))
+    run(engine)
+    assert engine.stats().resident_adapters == ("k1",)
+    assert engine.released_adapters() == ("k2",)
+
+
+def test_pinned_adapters_are_told_and_not_evicted() -> None:
+    runner = AlphabetRunner()
+    engine = make_engine(runner)
+    engine.preload(make_image("k0"))
+    engine.pin_adapter("k0")
+    for i in range(1, 5):
+        engine.add_request(make_request(str(i), adapter=f"k{i}"), make_image(f"k{i}"))
+    run(engine)
+    assert engine.stats().pinned_adapters == ("k0",)
+    evicted = [op.adapter for plan in runner.plans for op in plan.adapter_ops if isinstance(op, AdapterEvict)]
+    assert len(evicted) == engine.stats().total_adapter_evictions == 3
+    assert "k0" not in evicted
+
+
+def test_preload_and_pin_may_be_asked_of_a_running_engine() -> None:
+    released: list[str] = []
+    engine = AsyncEngine(make_engine(), on_adapter_released=released.append)
+    engine.preload(make_image("k1"))
+    engine.pin_adapter("k1")
+    with pytest.raises(AdapterError, match="'k2' cannot be pinned: it is not resident"):
+        engine.pin_adapter("k2")
+    engine.preload(make_image("k3"))
+    with pytest.raises(AdapterError, match="'k3' cannot be pinned"):
+        engine.pin_adapter("k3")  # as many pins as slots would leave no slot for others
+    engine.unpin_adapter("k1")
+    engine.pin_adapter("k3")
+    deadline_s = time.monotonic() + 60
+    while engine.stats().pinned_adapters != ("k3",) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert engine.stats().pinned_adapters == ("k3",)
+    engine.close()
+    with pytest.raises(EngineDead):
+        engine.pin_adapter("k3")
