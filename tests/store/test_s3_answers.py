@@ -182,9 +182,10 @@ def test_a_cancelled_read_lets_go_of_its_connection():
     async def main():
         part = RangeRead(0, memoryview(bytearray(8 << 20)), pace=lambda _: part.cancel())
         file = SourceFile(name="adapter_config.json", etag='"e"', num_bytes=size)
-        with pytest.raises(ReadCancelled):
+        with pytest.raises(ReadCancelled) as held:  # so that no garbage collection closes it
             await source.read("a", file, part)
         assert await asyncio.to_thread(hung_up.wait, 20)
+        assert held.value.__traceback__ is not None
 
     with answering(head("200 OK", size), endless=hung_up) as address:
         source = open_source(config(address))
