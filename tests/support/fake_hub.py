@@ -1,7 +1,7 @@
 """A hub of model repositories and the CDN it redirects to, as far as reading adapters goes.
 
-Answers were copied from the hub's REST API: `/api/models/<repo>/revision/<revision>?blobs=true`,
-`/<repo>/resolve/<commit>/<file>`, and the `X-Error-Code` headers that huggingface_hub looks at.
+Answers are made after what huggingface_hub's client reads of the hub's REST API; no real hub was asked:
+`/api/models/<repo>/revision/<revision>?blobs=true`, `/<repo>/resolve/<commit>/<file>`, and the `X-Error-Code` headers.
 """
 
 from __future__ import annotations
