@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from adapter_store.database import IndexUnavailable
-from adapter_store.errors import AdapterNameInvalid, RegistrationInvalid, SourceUnavailable
+from adapter_store.errors import AdapterNameInvalid, AdapterRejected, RegistrationInvalid, SourceUnavailable
 from adapter_store.index import CATALOG, Index
 from adapter_store.inspect import ADAPTER_FILES
 from adapter_store.records import Registration, check_name
@@ -33,6 +33,17 @@ _MAX_URL_CHARS = 8192
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Parts of a presigned URL that change with every signature, not with the file: S3, Google, CloudFront.
 _SIGNATURE = re.compile(r"(?i:x-amz-.*|x-goog-.*|awsaccesskeyid|signature|expires|key-pair-id|policy)")
+
+
+@runtime_checkable
+class ReadsUrls(Protocol):
+    """A source that also reads adapters at URLs of its own host."""
+
+    def check_url(self, url: str) -> None:
+        """Raises: AdapterRejected when the source may not ask `url`."""
+
+    async def stat_urls(self, urls: Mapping[str, str]) -> SourceListing | None:
+        """The files (name -> URL) as they are now; each with its URL as its location."""
 
 
 class CatalogSource:
@@ -63,10 +74,13 @@ class CatalogSource:
             raise SourceUnavailable(
                 self.name, f"adapter {name!r} is registered in {row.source!r}, which is not configured"
             )
-        if row.urls:
-            listing = await _with_urls(source).stat_urls(dict(row.urls))
-        else:
-            listing = await source.stat(row.location or row.name)
+        try:
+            if row.urls and isinstance(source, ReadsUrls):
+                listing = await source.stat_urls(dict(row.urls))
+            else:
+                listing = await source.stat(row.location or row.name)
+        except AdapterRejected as error:
+            raise error.named(name) from error
         if listing is None:
             return None
         return SourceListing(files=tuple(_wrapped(file, row) for file in listing.files), origin=_origin(row))
@@ -151,30 +165,21 @@ def _fault(row: Registration, sources: Mapping[str, Source]) -> str | None:
 
 
 def _url_fault(row: Registration, source: Source) -> str | None:
-    if source.kind != "http":
+    if not isinstance(source, ReadsUrls):
         return f"it has urls, and source {row.source!r} is {source.kind!r}; only an http source reads URLs"
     names = [file for file, _ in row.urls]
     if sorted(names) != sorted(ADAPTER_FILES):
         return (
             f"its urls name {', '.join(map(str, names))}; one for each of {', '.join(sorted(ADAPTER_FILES))} is needed"
         )
-    allowed = urlsplit(_with_urls(source).uri)
     for file, url in row.urls:
         if not isinstance(url, str) or len(url) > _MAX_URL_CHARS:
             return f"the URL of {file} is no string of at most {_MAX_URL_CHARS} characters"
         try:
-            parts = urlsplit(url)
-            where, there = (parts.scheme, parts.hostname, parts.port), (allowed.scheme, allowed.hostname, allowed.port)
-        except ValueError as error:
-            return f"the URL of {file} is none: {error}"
-        if where != there or parts.username is not None:
-            return f"the URL of {file} is not of {allowed.scheme}://{allowed.netloc}, which source {row.source!r} names"
+            source.check_url(url)
+        except AdapterRejected as error:
+            return f"the URL of {file}: {error.reason}"
     return None
-
-
-def _with_urls(source: Source) -> Any:
-    """The source as one that reads URLs (`HttpSource`); rows of others have none."""
-    return source
 
 
 def _wrapped(file: SourceFile, row: Registration) -> SourceFile:
