@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--places", default=",".join(PLACES))
     parser.add_argument("--samples", type=int, default=30)
-    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=4, help="few: the rest of the step is noise here")
     parser.add_argument("--threads", type=int, default=1, help="of the engine")
     parser.add_argument("--ray", action="store_true", help="the store in an actor of its own process")
 
