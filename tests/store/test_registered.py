@@ -235,7 +235,7 @@ BAD_ROWS = [
     (Registration(name="x", source="fake", sha256=(("other.bin", GOOD),)), "other.bin"),
     (Registration(name="x", source="fake", urls=OTHER), "only an http source"),
     (Registration(name="x", source="web", urls=OTHER, location="b"), "one of them"),
-    (Registration(name="x", source="web", urls=OTHER[:1]), "not one each of"),
+    (Registration(name="x", source="web", urls=OTHER[:1]), "one for each of"),
     (
         Registration(name="x", source="web", urls=(OTHER[0], (FILES[1], "https://evil:8443/f"))),
         "is not at https://host",
