@@ -262,9 +262,12 @@ class AdapterStore:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(self._tick_s)
-            await self._tiers.keep_house()
-            for spec in tuple(self._specs.values()):
-                await self._warmth.load(spec)
+            try:
+                await self._tiers.keep_house()
+                for spec in tuple(self._specs.values()):
+                    await self._warmth.load(spec)
+            except Exception:  # serving goes on, and the next look may do better
+                _log.exception("the store could not look after its tiers")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
