@@ -118,6 +118,14 @@ class Catalog:
         if name is not None:
             name.checked_at = float("-inf")
 
+    def drop_name(self, key: NameKey) -> None:
+        """Nothing is known of `key` any more, which stands for no version."""
+        name = self._names.pop(key, None)
+        if name is not None:
+            if name.version is not None:
+                raise ValueError(f"{key} stands for version {name.version}")
+            self._num_missing -= 1
+
     def version(self, digest: str) -> Version | None:
         """A known version."""
         return self._versions.get(digest)

@@ -104,7 +104,10 @@ class Index:
             "INSERT INTO registered VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET source = excluded.source, "
             "location = excluded.location, urls = excluded.urls, sha256 = excluded.sha256"
         )
-        await self.database.write(statement, (_row(row) for row in rows))
+        forget = "DELETE FROM versions WHERE source = ? AND name = ?"  # it may have stood for another place
+        for batch in batches(rows):
+            await self.database.write(statement, [_row(row) for row in batch])
+            await self.database.write(forget, [(CATALOG, row.name) for row in batch])
 
     async def unregister(self, names: Sequence[str]) -> tuple[str, ...]:
         """Deletes the rows of `names`; returns those that were there."""

@@ -104,17 +104,30 @@ class Resolver:
         checked_at = self._catalog.checked_at(key)
         return 0.0 if checked_at is None else self._wall() - (self._clock() - checked_at)
 
-    async def changed(self, key: NameKey, *, is_gone: bool = False) -> None:
-        """`key` was registered anew, or is gone: what was known of it does not count any more."""
-        if self._asking.get(key) is not None:
-            await asyncio.wait([self._asking[key]])  # it may have looked before
-        before = self._catalog.current(key)
-        if not is_gone:
+    async def registered(self, key: NameKey, origin: str) -> None:
+        """`key` was registered, at `origin`: its source is asked next time, and what came from elsewhere is gone."""
+        await self._asked_before(key)
+        version = self._catalog.version(self._catalog.current(key) or "")
+        if version is not None and version.listing.origin == origin:
             self._catalog.forget_name(key)
-        elif self._catalog.checked_at(key) is not None:
+        else:
+            await self.gone(key)
+            self._catalog.drop_name(key)
+
+    async def gone(self, key: NameKey) -> None:
+        """`key` is not registered any more."""
+        await self._asked_before(key)
+        before = self._catalog.current(key)
+        if self._catalog.checked_at(key) is not None:
             self._catalog.observe(key, None, self._clock())
-            if before is not None:
-                self._on_replaced(key, before)
+        if before is not None:
+            self._on_replaced(key, before)
+
+    async def _asked_before(self, key: NameKey) -> None:
+        """Lets a question under way end: it may have looked before the change that the caller knows of."""
+        while (running := self._asking.get(key)) is not None:
+            await asyncio.wait([running])
+            await asyncio.sleep(0)  # what is called when it ends has its turn
 
     def take_checked(self) -> set[NameKey]:
         """The names of which a source has spoken since the last call."""

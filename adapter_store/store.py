@@ -32,7 +32,7 @@ from adapter_store.records import (
 )
 from adapter_store.reports import Reports
 from adapter_store.sources.base import Source, SourceChanged
-from adapter_store.sources.catalog import check_rows
+from adapter_store.sources.catalog import check_rows, origin
 from adapter_store.spec import Spec, read_spec
 from adapter_store.tiers import Tiers
 
@@ -106,7 +106,7 @@ class AdapterStore:
         await asyncio.to_thread(check_rows, rows, sources)
         await self._in_index(self._tiers.index.register(rows))
         for row in rows:
-            await self._resolver.changed(NameKey(CATALOG, row.name))
+            await self._resolver.registered(NameKey(CATALOG, row.name), origin(row))
 
     async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The registered names are not found any more; leases go on. Returns those that were there.
@@ -115,7 +115,7 @@ class AdapterStore:
         """
         gone: tuple[str, ...] = await self._in_index(self._tiers.index.unregister(names))
         for name in gone:
-            await self._resolver.changed(NameKey(CATALOG, name), is_gone=True)
+            await self._resolver.gone(NameKey(CATALOG, name))
         return gone
 
     # Bringing images to the host
@@ -262,9 +262,12 @@ class AdapterStore:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(self._tick_s)
-            await self._tiers.keep_house()
-            for spec in tuple(self._specs.values()):
-                await self._warmth.load(spec)
+            try:
+                await self._tiers.keep_house()
+                for spec in tuple(self._specs.values()):
+                    await self._warmth.load(spec)
+            except Exception:  # serving goes on, and the next look may do better
+                _log.exception("the store could not look after its tiers")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

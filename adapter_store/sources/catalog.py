@@ -83,7 +83,7 @@ class CatalogSource:
             raise error.named(name) from error
         if listing is None:
             return None
-        return SourceListing(files=tuple(_wrapped(file, row) for file in listing.files), origin=_origin(row))
+        return SourceListing(files=tuple(_wrapped(file, row) for file in listing.files), origin=origin(row))
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
         """See `Source.list`."""
@@ -186,7 +186,8 @@ def _wrapped(file: SourceFile, row: Registration) -> SourceFile:
     return replace(file, location=json.dumps([row.source, row.location or row.name, file.location]))
 
 
-def _origin(row: Registration) -> str:
+def origin(row: Registration) -> str:
+    """What tells rows apart that stand for different places or contents."""
     urls = [(file, _unsigned(url)) for file, url in sorted(row.urls)]
     described = json.dumps([row.source, row.location or row.name, urls, sorted(row.sha256)])
     return hashlib.sha256(described.encode()).hexdigest()[:16]

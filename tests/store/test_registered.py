@@ -111,6 +111,26 @@ async def test_a_registered_name_without_its_adapter_never_stands_for_another_on
 
 
 @in_loop()
+async def test_what_is_registered_while_the_source_is_down_never_stands_for_what_it_replaced(world):
+    await right(world, "a", 1)
+    await world.store.register((Registration(name="r", source="fake", location="a"),))
+    await right(world, "r", 1)
+    world.source.down = "no route to host"
+    rows = [Registration(name=name, source="fake", location="b") for name in ("a", "r")]
+    await world.store.register(tuple(rows))
+    for name in ("a", "r"):
+        with pytest.raises(SourceUnavailable):
+            await world.acquire(name)
+    world.source.down = None
+    for name in ("a", "r"):
+        await right(world, name, 2)
+    world.source.down = "no route to host"
+    await world.store.register(tuple(rows))
+    for name in ("a", "r"):
+        await right(world, name, 2)
+
+
+@in_loop()
 async def test_registering_again_moves_the_name_at_once_and_twice_the_same_is_as_once(world):
     for _ in range(2):
         await world.store.register((Registration(name="x", source="fake", location="a"),))

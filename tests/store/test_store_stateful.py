@@ -43,10 +43,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.leases = {}  # (version, owner) -> [image, seed, when it expires]
         self.seed_of = {}  # version -> seed
         self.pins = set()
+        self.history = {name: set() for name in (*NAMES, "r")}  # the seeds that a name ever stood for
 
-    @initialize(names=st.sets(st.sampled_from(NAMES), min_size=2))
-    def upload_some(self, names):
-        for seed, name in enumerate(sorted(names)):
+    @initialize()
+    def upload_all(self):
+        for seed, name in enumerate(NAMES):
             self.upload(name, seed)
 
     async def begin(self):
@@ -133,6 +134,10 @@ class StoreMachine(RuleBasedStateMachine):
             if not is_down:
                 assert np.array_equal(served, IMAGES[seed]), "what is served are not the files of that name"
                 self.seed_of[lease.version] = seed
+            elif lease.version not in self.seed_of:  # it was fetched, but never leased while its source was up
+                known = [seed for seed in self.history[name] if np.array_equal(served, IMAGES[seed])]
+                assert known, "what is served was never that name's"
+                self.seed_of[lease.version] = known[0]
             assert np.array_equal(served, IMAGES[self.seed_of[lease.version]]), "a version has changed its bytes"
             self.leases[(lease.version, owner)] = [lease.image, self.seed_of[lease.version], 0.0]
             self.renewed(lease.version, owner)
@@ -165,7 +170,6 @@ class StoreMachine(RuleBasedStateMachine):
             for lease in await asyncio.gather(task, return_exceptions=True):
                 if not isinstance(lease, BaseException):
                     await self.world.store.release(lease.version, "aborted")
-                    self.seed_of.setdefault(lease.version, self.true_seed(name))
             await self.world.settle()
 
         self.run(scenario())
@@ -229,6 +233,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def all_agree(self):
+        for name, seeds in self.history.items():
+            seeds |= {self.true_seed(name)} - {None, BROKEN}
         self.world.store.check_invariants()
         status = self.run(self.world.store.status())
         self.expire()
