@@ -77,6 +77,7 @@ def limits_of(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
         adapter_bytes=config.adapter_bytes,
         max_adapter_pages=max_pages,
         min_adapter_pages=min_pages,
+        adapters_load_at_once=not config.has_adapter_pages(),
         max_resident_adapters=config.max_resident_adapters,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,

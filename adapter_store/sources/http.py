@@ -145,6 +145,10 @@ class HttpSource:
 
         self._web.read(url, _condition(file.etag), file, part, check, with_token=not explicit)
 
+    def check_url(self, url: str) -> None:
+        """Raises: AdapterRejected when the source may not ask `url`."""
+        self._own(url)
+
     def _own(self, address: str) -> httpx.URL:
         try:
             url = httpx.URL(address)

@@ -20,7 +20,7 @@ class AdapterDesk:
         self._cache = cache
         self._preloading: set[str] = set()
         self._wanted: dict[str, bool] = {}  # undone adapters that the caller asked for, and whether it pinned them
-        self.ops: dict[AdapterOp, None] = {}  # for the next plan
+        self.ops: list[AdapterOp] = []  # for the next plan; one may come twice
 
     def remove(self, key: str, named: Iterable[str]) -> bool:
         """Forget an adapter that plans in flight do not name. Returns: whether it is forgotten, or never was known.
@@ -34,7 +34,7 @@ class AdapterDesk:
             self._cache.forget_adapter(key)
             return True
         if self._slots.is_unused(key):
-            self.ops[self._slots.evict(key)] = None
+            self.ops.append(self._slots.evict(key))
         return False
 
     def droppable(self, named: Iterable[str]) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class AdapterDesk:
         if self._slots.num_slots == 0:
             return False
         ops = self._slots.load(key, headroom=headroom, may_evict=False)
-        self.ops.update(dict.fromkeys(ops))
+        self.ops.extend(ops)
         if ops:
             self._preloading.add(key)
         return bool(ops)
@@ -61,7 +61,7 @@ class AdapterDesk:
             is_kept = op.adapter in self._slots.kept()
             if is_there and (op.adapter in self._preloading or is_kept):
                 self._wanted[op.adapter] = is_kept
-            self.ops[self._slots.undo(op)] = None
+            self.ops.append(self._slots.undo(op))
 
     def load_again(self) -> None:
         """What the caller had preloaded or pinned, and an abandoned plan has not loaded."""

@@ -71,8 +71,10 @@ class AdapterSlots:
       - a pinned adapter has a slot and is never evicted; neither is one that is being copied
     """
 
-    def __init__(self, num_slots: int, room: AdapterRoom) -> None:
+    def __init__(self, num_slots: int, room: AdapterRoom, *, loads_at_once: bool = False) -> None:
+        """`loads_at_once`: nothing is copied, so rows of the very plan that loads an adapter may use it."""
         self.num_slots = num_slots
+        self._loads_at_once = loads_at_once
         self.room = room
         self.used_bytes = 0
         self.num_loads = self.num_evictions = 0
@@ -228,6 +230,8 @@ class AdapterSlots:
         self.num_loads += 1
         self._idle.pop(key, None)
         self._touch(adapter)
+        if self._loads_at_once:
+            adapter.move_to(AdapterState.RESIDENT)
         return (*evictions, AdapterLoad(key, adapter.slot, adapter.pages))
 
     def yield_pages(self, num_pages: int) -> tuple[AdapterOp, ...]:

@@ -55,19 +55,22 @@ class Admission:
                     turns.took_current()
                     is_open = self._has_seat(draft)
                     continue
-            if lookahead > 0 and not seq.num_in_flight:
-                self._claim(seq, draft)
+            is_loaded = lookahead > 0 and not seq.num_in_flight and self._claim(seq, draft)
             lookahead -= 1
-            turns.skip_current()
+            if not (is_loaded and is_open and self._is_ready(seq, draft)):  # else it joins the step that loads it
+                turns.skip_current()
 
     def _has_seat(self, draft: PlanDraft) -> bool:
         return draft.rows_left > 0 and self._roster.num_seats_taken < self._config.max_num_seqs
 
-    def _claim(self, seq: Sequence, draft: PlanDraft) -> None:
+    def _claim(self, seq: Sequence, draft: PlanDraft) -> bool:
+        """Returns: whether the plan loads its adapter."""
         ops = self._claims.claim(seq, self._headroom())
         draft.adapter_ops.extend(ops)
-        if any(isinstance(op, AdapterLoad) for op in ops) and seq.request.adapter is not None:
+        is_load = any(isinstance(op, AdapterLoad) for op in ops)
+        if is_load and seq.request.adapter is not None:
             self._queue.charge(seq.tenant, load_cost(self._slots.num_bytes(seq.request.adapter)))
+        return is_load
 
     def _is_ready(self, seq: Sequence, draft: PlanDraft) -> bool:
         if seq.num_in_flight or not self._claims.is_runnable(seq):

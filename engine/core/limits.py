@@ -21,6 +21,7 @@ class SchedulerConfig:
     adapter_bytes: int  # of all resident adapters
     max_resident_adapters: int  # LoRA slots 1 .. max_resident_adapters
     max_adapter_pages: int | None = None  # blocks that adapters may hold together; None: they live elsewhere
+    adapters_load_at_once: bool = False  # a plan's own rows may use what it loads: nothing is copied
     min_adapter_pages: int = 0  # blocks that no sequence gets
     enable_prefix_caching: bool
     enable_chunked_prefill: bool

@@ -46,7 +46,9 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self._kv = KVBlocks(config)
-        self._slots = AdapterSlots(config.max_resident_adapters, _room(config, self._kv))
+        self._slots = AdapterSlots(
+            config.max_resident_adapters, _room(config, self._kv), loads_at_once=config.adapters_load_at_once
+        )
         self._desk = AdapterDesk(self._slots, self._kv.cache)
         shares_room = config.max_adapter_pages is not None
         self._claims = AdapterClaims(self._slots, patience=config.max_num_seqs, shares_room=shares_room)

@@ -176,6 +176,15 @@ def test_one_copy_serves_all_who_wait_for_it_and_an_empty_plan_asks_for_it() -> 
     assert [(s.row_start, s.row_end, s.slot) for s in joined.lora_segments] == [(0, 8, 1)]
 
 
+def test_an_adapter_that_is_not_copied_serves_rows_of_the_step_that_loads_it() -> None:
+    scheduler = Scheduler(config(adapters_load_at_once=True))
+    scheduler.add_adapter("k", 10)
+    scheduler.add(request("a", adapter="k"))
+    plan, _ = step(scheduler)
+    assert [op.adapter for op in plan.adapter_ops] == ["k"]
+    assert [piece.lora_slot for piece in plan.slices] == [plan.adapter_ops[0].lora_slot]
+
+
 def test_a_request_whose_adapter_finds_no_slot_is_not_overtaken_for_ever() -> None:
     """Two tenants keep the only slot busy with their common adapter; a third one's must get its turn."""
     scheduler = Scheduler(config(max_resident_adapters=1, max_num_seqs=2))

@@ -166,9 +166,9 @@ def test_a_step_that_did_not_launch_is_tried_again_and_nobody_notices() -> None:
 
 
 def test_a_step_without_rows_that_never_launches_is_the_death_of_the_engine() -> None:
-    """Only adapters were to be loaded: no sequence can be given up to make it smaller."""
+    """Only an adapter was to be loaded: no sequence can be given up to make it smaller."""
     engine = make_engine(AlphabetRunner(fails_with=lambda plan: StepNotLaunched("out of memory")))
-    engine.add_request(make_request(adapter="k1"), make_image("k1"))
+    engine.preload(make_image("k1"))
     for _ in range(LAUNCH_RETRIES):
         assert engine.step() == ()
     with pytest.raises(EngineDead, match="out of memory"):

@@ -181,7 +181,8 @@ class KVCheckingRunner:
         assert op.lora_slot not in self.bound, f"{op}, but the slot holds {self.bound[op.lora_slot]}"
         assert op.adapter not in self.bound.values(), f"{op}, but it is resident"
         self.bound[op.lora_slot] = op.adapter
-        self._copying[op.adapter] = self.num_steps + self.copy_steps
+        num_steps = 0 if self.config.adapters_load_at_once else self.copy_steps
+        self._copying[op.adapter] = self.num_steps + num_steps
         self._homes[op.adapter] = op.pages
         if self.config.max_adapter_pages is None:
             num_bytes = sum(self.images[adapter].num_bytes for adapter in self.bound.values())

@@ -37,6 +37,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
     return SchedulerConfig(
         num_blocks=1 + num_blocks,
         max_adapter_pages=max_pages,
+        adapters_load_at_once=max_pages is None and rng.random() < 0.5,
         min_adapter_pages=rng.randint(0, max_pages) if max_pages and rng.random() < 0.5 else 0,
         block_size=rng.randint(1, 4),
         max_num_seqs=max_num_seqs,
