@@ -101,9 +101,7 @@ class AsyncEngine:
         """
         self.start()
         if image is not None and image.key not in self._prepared:
-            from engine.lora.image import prepare
-
-            await asyncio.to_thread(prepare, image)
+            await asyncio.to_thread(self._engine.prepare_adapter, image)
             self._prepared.add(image.key)
         stream = self._submit(request, image)
         num_unfinished = request.params.n
@@ -122,10 +120,8 @@ class AsyncEngine:
         read in here, in about 0.1 ms per MiB. Raises: EngineDead.
         """
         self.start()
-        if not self._engine.config.has_adapter_pages() and image.key not in self._prepared:
-            from engine.lora.image import prepare
-
-            prepare(image)
+        if image.key not in self._prepared:
+            self._engine.prepare_adapter(image)
             self._prepared.add(image.key)
         self._command([Preload(image)])
 

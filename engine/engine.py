@@ -107,6 +107,10 @@ class Engine:
                 wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
                 raise InvalidRequest(param, f"token id {wrong} is outside the vocabulary [0, {self._vocab_size - 1}]")
 
+    def prepare_adapter(self, image: AdapterImage) -> None:
+        """Optional: do now, from any thread, what else the step that loads the adapter would do."""
+        self._runner.prepare_adapter(image)
+
     def _add_image(self, key: str, image: AdapterImage | None) -> None:
         if image is None:
             raise AdapterError(f"adapter {key!r} is not known to this engine; give its image with the request")

@@ -93,13 +93,15 @@ class LoraBatch:
         self.rows = SegmentedRows()  # layers that see all rows of the step
         self.sampled_rows = SegmentedRows()  # layers that see only the rows that are sampled (lm_head)
         self._sites: dict[int, dict[int, BoundWeights]] = {}
-        self._bound: dict[int, tuple[int, ...]] = {}  # slot -> its sites
+        self._bound: dict[int, dict[int, SiteWeights]] = {}  # slot -> its weights by site
         self._sites_in_python: set[int] = set()
         self.needs_python = False  # this step has LoRA that no kernel computes, so it cannot be replayed
 
     def site_weights(self, site: int) -> dict[int, BoundWeights]:
         """slot -> weights of one site: a live table, which layers keep."""
-        return self._sites.setdefault(site, {})
+        if site not in self._sites:
+            self._sites[site] = {slot: BoundWeights(w[site]) for slot, w in self._bound.items() if site in w}
+        return self._sites[site]
 
     def compute_in_python(self, site: int) -> None:
         """The layer of this site knows no kernel."""
@@ -111,18 +113,20 @@ class LoraBatch:
             raise ValueError(f"LoRA slot {slot} cannot be bound: slots are 1 and up, and one adapter has each")
         weights = tuple(weights)
         for w in weights:
-            self.site_weights(w.site)[slot] = BoundWeights(w)
+            if (table := self._sites.get(w.site)) is not None:  # else no layer reads it: kernels do
+                table[slot] = BoundWeights(w)
         if self.kernels is not None:
             self.kernels.bind(slot, weights)
-        self._bound[slot] = tuple(w.site for w in weights)
+        self._bound[slot] = {w.site: w for w in weights}
 
     def unbind(self, slot: int) -> None:
         """Raises: KeyError if the slot is not bound."""
-        sites = self._bound.pop(slot)
+        sites = tuple(self._bound.pop(slot))
         if self.kernels is not None:
             self.kernels.unbind(slot, sites)
         for site in sites:
-            del self._sites[site][slot]
+            if (table := self._sites.get(site)) is not None:
+                del table[slot]
 
     def set(self, segments: tuple[LoraSegment, ...], sampled_segments: tuple[LoraSegment, ...] = ()) -> None:
         """Say which rows of this step use which slot.

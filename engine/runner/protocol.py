@@ -44,6 +44,10 @@ class Runner(Protocol):
         """
         ...
 
+    def prepare_adapter(self, image: AdapterImage) -> None:
+        """What can be done for an adapter before its step. Called from any thread, before `add_adapter`."""
+        ...
+
     def add_adapter(self, image: AdapterImage) -> None:
         """Make a host image available to AdapterLoad operations of later plans."""
         ...

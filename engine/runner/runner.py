@@ -73,6 +73,10 @@ class TorchRunner:
         self._max_plans_kept = config.plans_in_flight() + 1
         self._last_plan_id = -1
 
+    def prepare_adapter(self, image: AdapterImage) -> None:
+        """Callable from any thread, unlike the rest."""
+        self._adapters.prepare(image)
+
     def add_adapter(self, image: AdapterImage) -> None:
         """Adding a key again replaces its image, unless it is resident: a key names one version."""
         if image.key not in self._slots:

@@ -39,6 +39,9 @@ class AlphabetRunner:
         self._tokens: dict[TokenRef, int] = {}
         self._pending: set[int] = set()
 
+    def prepare_adapter(self, image: AdapterImage) -> None:
+        """Nothing to do."""
+
     def add_adapter(self, image: AdapterImage) -> None:
         self.images[image.key] = image
 

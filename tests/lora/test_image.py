@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import AdapterImageInvalid
-from engine.lora.image import AdapterImage, AdapterManifest, prepare
+from engine.lora.image import AdapterImage, AdapterManifest, touch_pages
 from engine.site import ImageSpec, LinearSite
 from tests.support.golden_image import FLOAT32, GOLDEN, GoldenImage
 
@@ -101,7 +101,7 @@ def test_adapter_without_any_site_is_an_image_of_no_bytes() -> None:
     spec = spec_of(FLOAT32)
     manifest = AdapterManifest.from_dict({**FLOAT32.manifest, "entries": [], "rank": 0, "num_bytes": 0}, spec)
     image = AdapterImage("empty", manifest, b"")
-    prepare(image)
+    touch_pages(image)
     assert image.num_bytes == 0
 
 
@@ -121,7 +121,7 @@ def test_buffer_at_an_odd_address_is_refused() -> None:
 def test_image_shares_any_buffer_and_is_read_only(kind: Any) -> None:
     source = kind(FLOAT32.data) if kind is not np.frombuffer else np.frombuffer(FLOAT32.data, dtype=np.uint8)
     image = AdapterImage("k", AdapterManifest.from_dict(FLOAT32.manifest, spec_of(FLOAT32)), source)
-    prepare(image)
+    touch_pages(image)
     assert image.data.ctypes.data == np.frombuffer(source, dtype=np.uint8).ctypes.data
     with pytest.raises(ValueError, match="read-only"):
         image.data[0] = 1
