@@ -31,6 +31,7 @@ class AlphabetRunner:
     gate: threading.Event = field(default_factory=threading.Event)  # a step's result waits for it
     plans: list[StepPlan] = field(default_factory=list)
     images: dict[str, AdapterImage] = field(default_factory=dict)
+    prepared: list[tuple[str, str]] = field(default_factory=list)  # (adapter, thread)
     num_most_in_flight: int = 0
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class AlphabetRunner:
         self._pending: set[int] = set()
 
     def prepare_adapter(self, image: AdapterImage) -> None:
-        """Nothing to do."""
+        self.prepared.append((image.key, threading.current_thread().name))
 
     def add_adapter(self, image: AdapterImage) -> None:
         self.images[image.key] = image

@@ -11,7 +11,6 @@ import pytest
 
 from engine.async_engine import AsyncEngine
 from engine.errors import AdapterError, InvalidRequest
-from engine.lora.image import AdapterImage
 from engine.request import FinishReason, OutputDelta
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
 from tests.engine_api.async_help import PATIENCE_S, collect, running, text_of, until, wait_for
@@ -78,22 +77,17 @@ def test_the_event_loop_is_woken_once_per_step_however_many_streams_it_has() -> 
         wait_for(main(engine))
 
 
-def test_an_image_is_read_in_once_and_not_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[tuple[str, str]] = []
-
-    def record(image: AdapterImage) -> None:
-        prepared.append((image.key, threading.current_thread().name))
-
+def test_an_image_is_prepared_once_and_not_on_the_step() -> None:
     async def main(engine: AsyncEngine) -> None:
         for _ in range(2):
             for key in ("k1", "k2"):
                 assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
 
-    monkeypatch.setattr("engine.lora.image.prepare", record)
-    with running() as engine:
+    runner = AlphabetRunner()
+    with running(runner) as engine:
         wait_for(main(engine))
-    assert [key for key, _ in prepared] == ["k1", "k2"]
-    assert "chorus-engine" not in {thread for _, thread in prepared}
+    assert [key for key, _ in runner.prepared] == ["k1", "k2"]
+    assert "chorus-engine" not in {thread for _, thread in runner.prepared}
 
 
 def test_two_callers_may_use_the_same_request_id() -> None:
