@@ -159,6 +159,10 @@ class Catalog:
             return None
         return known.error if now < known.retry_at else None
 
+    def failures(self, digest: str) -> tuple[StoreError, ...]:
+        """What stood in the way of the images of a version at the last try."""
+        return tuple(error for key, _ in self.states_of(digest) if (error := self._images[key].error) is not None)
+
     def forgive(self, digest: str) -> None:
         """Remembered failures of a version no longer stand in the way of the next try."""
         for key, _ in self.states_of(digest):
