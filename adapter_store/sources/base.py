@@ -151,7 +151,7 @@ class SourceConfig:
         file:///folder        s3://bucket/prefix        https://host/prefix (or http)        hub://endpoint-host
 
     A hub is asked over https, or at `endpoint_url`. A bucket's credentials left out come from the usual chain
-    (environment, profile, instance role): better than in settings.
+    (environment, profile, instance role): better than in settings. Secrets are the fields that its repr leaves out.
     """
 
     uri: str
