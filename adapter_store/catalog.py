@@ -66,6 +66,7 @@ class Catalog:
         self._images: dict[ImageKey, _Image] = {}
         self._images_of: dict[str, set[ImageKey]] = {}  # by version
         self._leased: set[ImageKey] = set()  # images with leases, so that expiry looks at no others
+        self._next_expiry = float("inf")  # no lease expires before
         self._max_missing = max_missing
         self._max_names = max_names
         self._num_missing = 0
@@ -166,6 +167,10 @@ class Catalog:
             return None
         return known.error if now < known.retry_at else None
 
+    def failures(self, digest: str) -> tuple[StoreError, ...]:
+        """What stood in the way of the images of a version at the last try."""
+        return tuple(error for key, _ in self.states_of(digest) if (error := self._images[key].error) is not None)
+
     def forgive(self, digest: str) -> None:
         """Remembered failures of a version no longer stand in the way of the next try."""
         for key, _ in self.states_of(digest):
@@ -192,12 +197,14 @@ class Catalog:
             raise ValueError(f"{image} is {known.state}, only an image on the host is leased")
         known.leases[owner] = expires_at
         self._leased.add(image)
+        self._next_expiry = min(self._next_expiry, expires_at)
 
     def renew(self, digest: str, owner: str, expires_at: float) -> bool:
         """Renews the leases of `owner` on all images of a version; False when it has none."""
         held = [key for key, _ in self.states_of(digest) if owner in self._images[key].leases]
         for key in held:
             self._images[key].leases[owner] = expires_at
+            self._next_expiry = min(self._next_expiry, expires_at)
         return bool(held)
 
     def release(self, digest: str, owner: str) -> tuple[ImageKey, ...]:
@@ -208,6 +215,8 @@ class Catalog:
 
     def expire(self, now: float) -> tuple[ImageKey, ...]:
         """Ends all leases whose time is over; returns the images that nobody wants any more, to be evicted."""
+        if now < self._next_expiry:
+            return ()
         over = [
             (key, owner)
             for key in self._leased
@@ -216,6 +225,8 @@ class Catalog:
         ]
         for key, owner in over:
             self._unlease(key, owner)
+        left = (expires_at for key in self._leased for expires_at in self._images[key].leases.values())
+        self._next_expiry = min(left, default=float("inf"))
         return tuple(key for digest in sorted({key.version for key, _ in over}) for key in self.unwanted(digest))
 
     def unwanted(self, digest: str) -> tuple[ImageKey, ...]:
@@ -248,6 +259,8 @@ class Catalog:
             assert key.version in self._versions, "an image of a forgotten version"
             assert not image.leases or image.state is AdapterState.HOST, "a lease on an image that is not on the host"
             assert (image.error is not None) == (image.state is AdapterState.FAILED), "a failure without its reason"
+        expiries = [expires_at for image in self._images.values() for expires_at in image.leases.values()]
+        assert self._next_expiry <= min(expiries, default=float("inf")), "a lease would never expire"
         assert self._leased == {key for key, image in self._images.items() if image.leases}, "leased images miscounted"
         indexed = {key for keys in self._images_of.values() for key in keys}
         assert indexed == set(self._images), "the index by version differs from the images"

@@ -95,14 +95,15 @@ class AdapterRejected(StoreError):
     code = "adapter_rejected"
     name: str
     reason: str
+    is_own_digest: bool  # what is wrong is that its content has another digest than this project knows
 
-    def __init__(self, reason: str, name: str = "") -> None:
+    def __init__(self, reason: str, name: str = "", *, is_own_digest: bool = False) -> None:
         prefix = f"adapter {name!r} was refused: " if name else "the adapter was refused: "
-        super().__init__(prefix + reason, name=name, reason=reason)
+        super().__init__(prefix + reason, name=name, reason=reason, is_own_digest=is_own_digest)
 
     def named(self, name: str) -> AdapterRejected:
         """The same refusal, told of the adapter `name`."""
-        return AdapterRejected(self.reason, name)
+        return AdapterRejected(self.reason, name, is_own_digest=self.is_own_digest)
 
 
 class AdapterTooLarge(StoreError):

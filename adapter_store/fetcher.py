@@ -107,7 +107,7 @@ class Fetcher:
         except DigestMismatch as error:
             distrust(source, name)
             if error.is_own:
-                raise AdapterRejected(str(error)) from error
+                raise AdapterRejected(str(error), is_own_digest=True) from error
             await self._ask_again(version, source)
             raise SourceUnavailable(source.name, f"adapter {name!r}: {error}") from error
         with contextlib.suppress(SourceUnavailable):  # going down now takes nothing from what was read

@@ -20,6 +20,8 @@ from adapter_store.value_cache import ValueCache
 
 _log = logging.getLogger(__name__)
 
+LOOK_S = 1.0  # an image that was there is looked at again after this; whoever finds it lost meanwhile asks again
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -54,6 +56,7 @@ class HostTier:
         self._clock = clock
         self._held: dict[ImageKey, Held] = {}
         self._in_files: set[ImageKey] = set()
+        self._seen_at: dict[ImageKey, float] = {}  # when an image was there
 
     def __len__(self) -> int:
         return len(self._held)
@@ -85,10 +88,13 @@ class HostTier:
     async def find(self, key: ImageKey) -> Held | None:
         """The image, if it is held and can still be had. What is returned is there until the next await."""
         while (held := self._held.get(key)) is not None:
+            if self._clock() - self._seen_at[key] < LOOK_S:
+                return held
             there = await self._has(held.handle)
             if self._held.get(key) is not held:
                 continue  # somebody else found it lost meanwhile
             if there:
+                self._seen_at[key] = self._clock()
                 return held
             _log.warning("version %s: its image was lost, it is loaded again", key.version[:12])
             self._lose(key)
@@ -107,7 +113,7 @@ class HostTier:
             raise
         held = Held(handle, manifest, data.nbytes, rank)
         self._catalog.fetched(key)
-        self._held[key] = held
+        self._held[key], self._seen_at[key] = held, self._clock()
         if isinstance(handle, FileImage):
             self._in_files.add(key)
         return held
@@ -148,6 +154,7 @@ class HostTier:
         on_host = {key for key in self._held if self._catalog.state(key) is AdapterState.HOST}
         assert on_host == set(self._held), "an image is held that the catalog does not know on the host"
         assert self._catalog.count(AdapterState.HOST) == len(self._held), "the catalog knows an image that is not held"
+        assert set(self._seen_at) == set(self._held), "it is not known when an image was there"
         assert set(self._held) <= set(self._cache.keys()), "an image is held outside the budget"
 
     async def _put(self, data: NDArray[np.uint8]) -> Any:
@@ -188,12 +195,14 @@ class HostTier:
         self._cache.drop(key)
         self._catalog.lose(key)
         held = self._held.pop(key)
+        del self._seen_at[key]
         self._in_files.discard(key)
         if isinstance(held.handle, FileImage):
             self._files.drop(held.handle)
 
     def _let_go(self, key: ImageKey) -> None:
         handle = self._held.pop(key).handle
+        del self._seen_at[key]
         self._in_files.discard(key)
         if isinstance(handle, FileImage):
             self._files.drop(handle)

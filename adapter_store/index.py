@@ -133,6 +133,10 @@ class Index:
         row = (*key, known.version, json.dumps(asdict(known.listing)), json.dumps(known.sha256), known.checked_at)
         await self.database.write("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?)", [row])
 
+    async def forget_digests(self, key: NameKey) -> None:
+        """What the files of `key` were when they were read last does not count any more."""
+        await self.database.write("UPDATE versions SET sha256 = '{}' WHERE source = ? AND name = ?", [tuple(key)])
+
     async def checked(self, checks: Iterable[tuple[NameKey, float]]) -> None:
         """The sources said at these times that these names stand for what is known."""
         rows = [(at, *key) for key, at in checks]

@@ -157,7 +157,7 @@ class StoreConfig:
     max_rank: int = 512
     lease_ttl_s: float = 30.0
     refresh_s: float = 10.0  # a re-uploaded adapter is seen within this
-    missing_ttl_s: float = 1.0  # a name that was not there is asked for again after this
+    missing_ttl_s: float = 1.0  # a name that no source has is asked for again after this
     failure_ttl_s: float = 30.0  # a refused adapter is looked at again after this
     unavailable_ttl_s: float = 2.0  # a source that was down is asked again after this
     stat_timeout_s: float = 5.0

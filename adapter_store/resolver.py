@@ -71,13 +71,16 @@ class Resolver:
         """
         check_name(name)
         wanted = self.source_names if source is None else (self.source(source).name,)
+        keys = [NameKey(source_name, name) for source_name in wanted]
         down: SourceUnavailable | None = None
-        for source_name in wanted:
-            key = NameKey(source_name, name)
+        for key in keys:
             if down is not None and self._catalog.current(key) is None:
                 continue
             try:
-                digest = await self._digest(key, force)
+                # Of a name that one source has, the others are asked no more often than that one.
+                is_known = any(map(self._catalog.current, keys)) and not self._catalog.is_final(key)
+                is_fresh = not force and self._is_fresh(key, is_known)
+                digest = self._catalog.current(key) if is_fresh else await self._answer(key, force)
             except SourceUnavailable as error:
                 if self._catalog.checked_at(key) is None:
                     raise
@@ -87,7 +90,7 @@ class Resolver:
             if version is not None:
                 return version
             if self._catalog.is_final(key):
-                raise AdapterNotFound(name, (source_name,))
+                raise AdapterNotFound(name, (key.source,))
         if down is not None:
             raise down
         raise AdapterNotFound(name, wanted)
@@ -143,9 +146,7 @@ class Resolver:
         for source in self._sources.values():
             await source.close()
 
-    async def _digest(self, key: NameKey, force: bool) -> str | None:
-        if not force and self._is_fresh(key):
-            return self._catalog.current(key)
+    async def _answer(self, key: NameKey, force: bool) -> str | None:
         running = self._asking.get(key)
         if running is not None and force:
             await asyncio.wait([running])  # it may have looked before the change that the caller knows of
@@ -162,17 +163,16 @@ class Resolver:
         if not task.cancelled():
             task.exception()  # every waiter may have left; then nobody else looks at it
 
-    def _is_fresh(self, key: NameKey) -> bool:
+    def _is_fresh(self, key: NameKey, is_known: bool) -> bool:
         checked_at = self._catalog.checked_at(key)
         if checked_at is None:
             return False
-        missing = self._catalog.current(key) is None
-        return self._clock() - checked_at < (self._config.missing_ttl_s if missing else self._config.refresh_s)
+        return self._clock() - checked_at < (self._config.refresh_s if is_known else self._config.missing_ttl_s)
 
     async def _ask(self, key: NameKey, force: bool) -> str | None:
         if self._catalog.checked_at(key) is None:
             await self._remembered(key)
-            if not force and self._is_fresh(key):
+            if not force and self._is_fresh(key, self._catalog.current(key) is not None):
                 return self._catalog.current(key)
         before = self._catalog.current(key)
         try:

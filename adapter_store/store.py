@@ -17,7 +17,7 @@ from typing import Any
 from adapter_store.blobs import BlobStore
 from adapter_store.catalog import ImageKey, NameKey, Version
 from adapter_store.database import IndexUnavailable
-from adapter_store.errors import AdapterVersionGone, SourceUnavailable, SpecUnknown, StoreError
+from adapter_store.errors import AdapterRejected, AdapterVersionGone, SourceUnavailable, SpecUnknown, StoreError
 from adapter_store.host import Held
 from adapter_store.index import CATALOG
 from adapter_store.records import (
@@ -89,9 +89,16 @@ class AdapterStore:
         return self._reports.record(await self._resolver.resolve(name, source))
 
     async def refresh(self, name: str, source: str | None = None) -> AdapterRecord:
-        """`resolve`, whatever is remembered: the source is asked, and a refused adapter may be tried again."""
+        """`resolve`, whatever is remembered: the source is asked, and a refused adapter may be tried again.
+
+        If it was refused for digests that its files had before, these do not count any more; registered ones do.
+        Raises: as `resolve`; SourceUnavailable (of "catalog") when such digests cannot be forgotten now.
+        """
         await self._begin()
         version = await self._resolver.resolve(name, source, force=True)
+        failures = self._catalog.failures(version.digest)
+        if any(isinstance(failure, AdapterRejected) and failure.is_own_digest for failure in failures):
+            await self._in_index(self._tiers.index.forget_digests(version.key))
         self._catalog.forgive(version.digest)
         return self._reports.record(version)
 

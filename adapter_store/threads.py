@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MAX_LOOKUPS = 8  # of one source at a time
 
 
 def nice_pool(max_workers: int, name: str, niceness: int = 0) -> ThreadPoolExecutor:
@@ -13,6 +20,30 @@ def nice_pool(max_workers: int, name: str, niceness: int = 0) -> ThreadPoolExecu
     return ThreadPoolExecutor(
         max_workers=max_workers, thread_name_prefix=name, initializer=be_nice, initargs=(niceness,)
     )
+
+
+class SourceThreads:
+    """The threads of one source. Lookups never wait for reads, which may hang, or are slowed down to a rate.
+
+    So a source has up to `max_reads + MAX_LOOKUPS` calls, and connections, at a time.
+    """
+
+    def __init__(self, max_reads: int, name: str, niceness: int) -> None:
+        self._reads = nice_pool(max_reads, f"{name}-read", niceness)
+        self._lookups = nice_pool(MAX_LOOKUPS, f"{name}-look", niceness)
+
+    async def look(self, call: Callable[..., T], *values: Any) -> T:
+        """What `call(*values)` returns; it is short."""
+        return await asyncio.get_running_loop().run_in_executor(self._lookups, call, *values)
+
+    async def read(self, call: Callable[..., T], *values: Any) -> T:
+        """What `call(*values)` returns; it may take long."""
+        return await asyncio.get_running_loop().run_in_executor(self._reads, call, *values)
+
+    def close(self) -> None:
+        """Takes no more calls. Those under way are not waited for, those that have not begun never do."""
+        for pool in (self._lookups, self._reads):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def be_nice(niceness: int) -> None:

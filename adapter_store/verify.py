@@ -108,7 +108,9 @@ def mismatch(file: SourceFile, finding: Finding) -> DigestMismatch:
     """Tells a contradiction, with both digests."""
     if finding.is_own:
         said = f"{finding.digest} is registered for it, or was seen under the same ETag before"
-        remedy = "register the new digest, or upload the right file"
+        remedy = (
+            "upload the right file; if it is right, refresh the adapter, or register the new digest if there is one"
+        )
     else:
         said = f"its source says {finding.digest}"
         remedy = "upload it again, with the right digest"

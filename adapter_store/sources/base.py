@@ -151,7 +151,7 @@ class SourceConfig:
         file:///folder        s3://bucket/prefix        https://host/prefix (or http)        hub://endpoint-host
 
     A hub is asked over https, or at `endpoint_url`. A bucket's credentials left out come from the usual chain
-    (environment, profile, instance role): better than in settings.
+    (environment, profile, instance role): better than in settings. Secrets are the fields that its repr leaves out.
     """
 
     uri: str
@@ -165,7 +165,7 @@ class SourceConfig:
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 20.0
     max_attempts: int = 2  # of one request, before its body comes; whoever reads goes on after a broken body
-    max_connections: int = 16
+    max_connections: int = 16  # that read; lookups have a few of their own
     # s3: "when_supported" also checks the bodies of servers that send checksums; some servers send wrong ones.
     request_checksums: Literal["when_required", "when_supported"] = "when_required"
     response_checksums: Literal["when_required", "when_supported"] = "when_required"

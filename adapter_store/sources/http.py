@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from functools import partial
 
 import httpx
 
@@ -22,7 +21,7 @@ from adapter_store.sources.base import (
 )
 from adapter_store.sources.ranges import WrongRange, digest_or_none, parse_content_range
 from adapter_store.sources.web import WebClient, content_length, shown
-from adapter_store.threads import nice_pool
+from adapter_store.threads import SourceThreads
 
 _NO_FILE = (404, 410)
 _NO_SUCH_METHOD = (405, 501)
@@ -41,7 +40,7 @@ class HttpSource:
         self.name = config.label
         self._prefix = config.uri.rstrip("/")
         self._web = WebClient(self.name, config.uri, config)
-        self._pool = nice_pool(config.max_connections, "adapters-http", niceness)
+        self._threads = SourceThreads(config.max_connections, "adapters-http", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`. Two requests for an adapter that is not there, one a known file for one that is."""
@@ -75,18 +74,15 @@ class HttpSource:
 
     async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         """See `Source.read`. Asks for the range, and only if the file is the listed one."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
+        await self._threads.read(self._read, name, file, part)
 
     async def close(self) -> None:
         """See `Source.close`."""
-        self._pool.shutdown(wait=False)
+        self._threads.close()
         self._web.close()
 
     async def _look(self, urls: Mapping[str, str], explicit: bool = False) -> tuple[SourceFile, ...]:
-        loop = asyncio.get_running_loop()
-        looks = (
-            loop.run_in_executor(self._pool, partial(self._stat, file, url, explicit)) for file, url in urls.items()
-        )
+        looks = (self._threads.look(self._stat, file, url, explicit) for file, url in urls.items())
         return tuple(file for file in await asyncio.gather(*looks) if file is not None)
 
     def _stat(self, file: str, address: str, explicit: bool) -> SourceFile | None:

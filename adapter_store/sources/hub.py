@@ -7,7 +7,6 @@ refuses every endpoint, it has no reads of ranges, and it shares one client with
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from fnmatch import fnmatchcase
@@ -30,7 +29,7 @@ from adapter_store.sources.base import (
 )
 from adapter_store.sources.ranges import digest_or_none
 from adapter_store.sources.web import WebClient, shown
-from adapter_store.threads import nice_pool
+from adapter_store.threads import SourceThreads
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
@@ -51,11 +50,11 @@ class HubSource:
         self._endpoint = endpoint.rstrip("/")
         self._config = config
         self._web = WebClient(self.name, self._endpoint, config)
-        self._pool = nice_pool(config.max_connections, "adapters-hub", niceness)
+        self._threads = SourceThreads(config.max_connections, "adapters-hub", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`. `name` is `organisation/repository` or `organisation/repository@revision`. One request."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._stat, name)
+        return await self._threads.look(self._stat, name)
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
         """The plain names in `repos`; without them an empty page: a hub has more than anybody could page through."""
@@ -66,11 +65,11 @@ class HubSource:
 
     async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         """See `Source.read`. Reads at the listed commit, which never changes."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
+        await self._threads.read(self._read, name, file, part)
 
     async def close(self) -> None:
         """See `Source.close`."""
-        self._pool.shutdown(wait=False)
+        self._threads.close()
         self._web.close()
 
     def _stat(self, name: str) -> SourceListing | None:

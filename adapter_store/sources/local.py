@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import stat as stat_module
@@ -20,7 +19,7 @@ from adapter_store.sources.base import (
     SourceListing,
     SourcePage,
 )
-from adapter_store.threads import nice_pool
+from adapter_store.threads import SourceThreads
 
 _READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
@@ -40,19 +39,19 @@ class LocalSource:
         self.root = Path(os.path.realpath(root))
         self.name = name or f"file://{self.root}"
         self._digests: dict[Path, tuple[_Identity, str]] = {}
-        self._pool = nice_pool(4, "adapters-local", niceness)
+        self._threads = SourceThreads(4, "adapters-local", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._stat, name)
+        return await self._threads.look(self._stat, name)
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
         """See `Source.list`. The order is by the parts of the names."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._list, cursor, limit)
+        return await self._threads.look(self._list, cursor, limit)
 
     async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         """See `Source.read`."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
+        await self._threads.read(self._read, name, file, part)
 
     def distrust(self, name: str) -> None:
         """See `Remembers.distrust`."""
@@ -62,7 +61,7 @@ class LocalSource:
 
     async def close(self) -> None:
         """See `Source.close`."""
-        self._pool.shutdown(wait=False)
+        self._threads.close()
 
     def _stat(self, name: str) -> SourceListing | None:
         folder = self._folder(name)

@@ -6,7 +6,6 @@ buffer needs none), so `preferred_transfer_client`, which could make that one dr
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, NoReturn
 
 import boto3
@@ -27,7 +26,7 @@ from adapter_store.sources.base import (
     SourcePage,
 )
 from adapter_store.sources.ranges import WrongRange, digest_or_none, num_bytes_to_skip, range_header
-from adapter_store.threads import nice_pool
+from adapter_store.threads import MAX_LOOKUPS, SourceThreads
 
 DEFAULT_REGION = "us-east-1"  # without any region boto3 fails before it asks, which looks like a missing adapter
 _PAGE_KEYS = 1000
@@ -60,29 +59,29 @@ class S3Source:
         self._prefix = f"{prefix}/" if prefix else ""
         self._common = {"Bucket": bucket} | ({"RequestPayer": "requester"} if config.requester_pays else {})
         self._client = _client(config)
-        self._pool = nice_pool(config.max_connections, "adapters-s3", niceness)
+        self._threads = SourceThreads(config.max_connections, "adapters-s3", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`. One request for exactly `<prefix>/<name>/`: `x/1` never sees `x/10`.
 
         Where that folder holds more than fits into one answer, one more for each file that matters.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._stat, name)
+        return await self._threads.look(self._stat, name)
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
         """See `Source.list`. The cursor is the last key that was looked at."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._list, cursor, limit)
+        return await self._threads.look(self._list, cursor, limit)
 
     async def read(self, name: str, file: SourceFile, part: RangeRead) -> None:
         """See `Source.read`. Asks for the range, and only if the file's ETag is the listed one.
 
         `part.sha256` is what the object's metadata says under `sha256`.
         """
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._read, name, file, part)
+        await self._threads.read(self._read, name, file, part)
 
     async def close(self) -> None:
         """See `Source.close`."""
-        self._pool.shutdown(wait=False)
+        self._threads.close()
         self._client.close()
 
     def _stat(self, name: str) -> SourceListing | None:
@@ -204,7 +203,7 @@ def _client(config: SourceConfig) -> Any:
             read_timeout=config.read_timeout_s,
             # Few: boto3 never retries a body, so whoever reads has to anyway, and its tries multiply with these.
             retries={"mode": "standard", "total_max_attempts": config.max_attempts},
-            max_pool_connections=config.max_connections,
+            max_pool_connections=config.max_connections + MAX_LOOKUPS,
             s3={"addressing_style": config.addressing_style},
             signature_version="s3v4",
             # Servers that are not AWS often lack the newer checksums, or answer a range with the whole object's.

@@ -17,6 +17,7 @@ import httpx
 from adapter_store.errors import SourceUnavailable, StoreConfigInvalid
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceConfig, SourceFile
 from adapter_store.sources.ranges import WrongRange, num_bytes_to_skip, range_header
+from adapter_store.threads import MAX_LOOKUPS
 
 MAX_REDIRECTS = 5
 MAX_REPLY_BYTES = 8 << 20  # of an answer that is read whole
@@ -38,7 +39,7 @@ class WebClient:
         self._client = httpx.Client(
             verify=_tls(config.verify_tls),
             timeout=httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s),
-            limits=httpx.Limits(max_connections=config.max_connections),
+            limits=httpx.Limits(max_connections=config.max_connections + MAX_LOOKUPS),
             # Bodies as they are stored: a compressed range is no range of the file.
             headers={"Accept-Encoding": "identity", "User-Agent": "chorus-adapter-store"},
         )

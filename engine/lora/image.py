@@ -27,8 +27,8 @@ FORMAT = 1
 ALIGNMENT_BYTES = 64
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-_MANIFEST_FIELDS = ("format", "spec", "dtype", "num_bytes", "rank", "entries")
-_ENTRY_FIELDS = ("site", "rank", "scaling", "a_offset", "b_offset")
+_MANIFEST_FIELDS = frozenset(("format", "spec", "dtype", "num_bytes", "rank", "entries"))
+_ENTRY_FIELDS = frozenset(("site", "rank", "scaling", "a_offset", "b_offset"))
 _PAGE_BYTES = 4096
 
 
@@ -123,27 +123,24 @@ def touch_pages(image: AdapterImage) -> None:
 
 
 def _entry(raw: Mapping[str, Any], position: int, spec: ImageSpec) -> ImageEntry:
-    where = f"entries[{position}]"
-    _check_fields(raw, _ENTRY_FIELDS, where)
-    index = _whole(raw["site"], f"{where}.site", 0)
-    if index >= len(spec.sites):
-        raise AdapterImageInvalid(f"{where}.site={index} is not one of the base model's {len(spec.sites)} sites")
-    site = spec.sites[index]
-    where = f"{where} ({site.name})"
-    rank = _whole(raw["rank"], f"{where}.rank", 1)
-    scaling = raw["scaling"]
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
-        raise AdapterImageInvalid(f"{where}.scaling={scaling!r} is not a finite number")
+    """Says where an error is only when there is one: a request waits for hundreds of these."""
+    site: LinearSite | None = None
+    try:
+        _check_fields(raw, _ENTRY_FIELDS, "")
+        index = _whole(raw["site"], ".site", 0)
+        if index >= len(spec.sites):
+            raise AdapterImageInvalid(f".site={index} is not one of the base model's {len(spec.sites)} sites")
+        site = spec.sites[index]
+        rank = _whole(raw["rank"], ".rank", 1)
+        scaling = raw["scaling"]
+        if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
+            raise AdapterImageInvalid(f".scaling={scaling!r} is not a finite number")
+        a_offset, b_offset = _offset(raw["a_offset"], ".a_offset"), _offset(raw["b_offset"], ".b_offset")
+    except AdapterImageInvalid as error:
+        where = f"entries[{position}]" if site is None else f"entries[{position}] ({site.name})"
+        raise AdapterImageInvalid(f"{where}{error}") from None
     a_shape, b_shape = _shapes(site, rank)
-    return ImageEntry(
-        site=index,
-        rank=rank,
-        scaling=float(scaling),
-        a_offset=_offset(raw["a_offset"], f"{where}.a_offset"),
-        b_offset=_offset(raw["b_offset"], f"{where}.b_offset"),
-        a_shape=a_shape,
-        b_shape=b_shape,
-    )
+    return ImageEntry(index, rank, float(scaling), a_offset, b_offset, a_shape, b_shape)
 
 
 def _shapes(site: LinearSite, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -151,12 +148,12 @@ def _shapes(site: LinearSite, rank: int) -> tuple[tuple[int, int], tuple[int, in
     return a_shape, (rank, site.out_features)
 
 
-def _check_fields(raw: object, names: tuple[str, ...], where: str) -> None:
+def _check_fields(raw: object, names: frozenset[str], where: str) -> None:
     if not isinstance(raw, Mapping):
         raise AdapterImageInvalid(f"{where} is {type(raw).__name__}, not a mapping")
-    missing = [name for name in names if name not in raw]
-    unknown = [str(name) for name in raw if name not in names]
-    if missing or unknown:
+    if raw.keys() != names:
+        missing = sorted(names - raw.keys())
+        unknown = sorted(str(name) for name in raw if name not in names)
         raise AdapterImageInvalid(f"{where}: missing fields {missing}, unknown fields {unknown}")
 
 
@@ -192,11 +189,12 @@ def _check_extents(entries: tuple[ImageEntry, ...], num_bytes: int, item_bytes: 
     for position, e in enumerate(entries):
         for name, offset, shape in (("a", e.a_offset, e.a_shape), ("b", e.b_offset, e.b_shape)):
             end = offset + shape[0] * shape[1] * item_bytes
-            label = f"entries[{position}].{name}_offset={offset}"
             if end > num_bytes:
-                raise AdapterImageInvalid(f"{label}: {shape} would end at byte {end} of {num_bytes}")
-            extents.append((offset, end, label))
+                where = f"entries[{position}].{name}_offset={offset}"
+                raise AdapterImageInvalid(f"{where}: {shape} would end at byte {end} of {num_bytes}")
+            extents.append((offset, end, position, name))
     extents.sort()
     for before, after in itertools.pairwise(extents):
         if after[0] < before[1]:
-            raise AdapterImageInvalid(f"{after[2]} overlaps {before[2]}, which ends at byte {before[1]}")
+            first, second = (f"entries[{position}].{name}_offset={at}" for at, _, position, name in (before, after))
+            raise AdapterImageInvalid(f"{second} overlaps {first}, which ends at byte {before[1]}")

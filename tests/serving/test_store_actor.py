@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any
 
 import pytest
 
+from adapter_store import actor
 from adapter_store.errors import StoreConfigInvalid
+from adapter_store.records import StoreConfig
+from adapter_store.sources.base import SourceConfig
 from deployments.settings import AdapterSettings
 from deployments.store_actor import connector, source_config, store_config
 
@@ -87,3 +91,28 @@ def test_the_tiers_of_the_store_are_as_they_were_set():
 def test_a_store_that_could_hold_no_adapter_is_refused_at_start():
     with pytest.raises(StoreConfigInvalid):
         connector(_settings(sources=[], host_bytes=10))
+
+
+def test_a_secret_is_in_the_name_of_the_store_only_behind_a_slow_digest(monkeypatch: pytest.MonkeyPatch):
+    """Whoever may list the actors of a cluster must not be able to try secrets by the billion."""
+    hashed: list[bytes] = []
+    slow: list[Any] = []
+    real_sha256, real_slow = hashlib.sha256, hashlib.pbkdf2_hmac
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(data) or real_sha256(data))
+    monkeypatch.setattr(hashlib, "pbkdf2_hmac", lambda *call: slow.append(call) or real_slow(*call))
+    names = set()
+    for secret in (
+        {"secret_access_key": "hunter1"},
+        {"session_token": "hunter1"},
+        {"token": "hunter1"},
+        {"token": "hunter2"},
+    ):
+        source = SourceConfig(uri="s3://bucket", name="s3", **secret)  # type: ignore[arg-type]
+        names.add(actor.store_name((source,), StoreConfig()))
+        assert actor.store_name((source,), StoreConfig()) in names
+    assert len(names) == len(slow) == 4
+    assert all(rounds >= 600_000 and b"hunter" not in salt for _, _, salt, rounds in slow)
+    actor.store_name((SourceConfig(uri="s3://bucket", name="s3"),), StoreConfig())
+    assert len(slow) == 4, "without secrets nobody waits"
+    assert hashed
+    assert all(b"hunter" not in data for data in hashed)

@@ -8,7 +8,7 @@ from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
 from adapter_store.sources.base import SourceChanged, distrust
 from adapter_store.sources.local import LocalSource
 from tests.support.fake_sources import small_adapter
-from tests.support.source_calls import read_files, run
+from tests.support.source_calls import look_while_reads_wait, read_files, run
 
 
 def upload(folder, files=None):
@@ -162,3 +162,9 @@ def test_a_read_whose_content_is_not_the_listed_one_is_noticed(root):
         assert (await source.stat("a")).etags != listing.etags
 
     run(source, main)
+
+
+def test_a_lookup_waits_for_no_read(root):
+    source = LocalSource(root)
+    (listing,) = run(source, lambda: look_while_reads_wait(source, "a", 40))
+    assert listing is not None

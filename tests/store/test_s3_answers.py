@@ -13,7 +13,7 @@ from adapter_store.sources.opening import open_source
 from tests.support import s3_servers
 from tests.support.answering import answering
 from tests.support.fake_sources import small_adapter
-from tests.support.source_calls import read_range, refused, run
+from tests.support.source_calls import look_while_reads_wait, read_range, refused, run
 from tests.support.web_server import Answer, web_server
 
 FILE = SourceFile(name="adapter_config.json", etag='"e"', num_bytes=10)
@@ -190,3 +190,10 @@ def test_a_cancelled_read_lets_go_of_its_connection():
     with answering(head("200 OK", size), endless=hung_up) as address:
         source = open_source(config(address))
         run(source, main)
+
+
+def test_a_lookup_waits_for_no_read(server):
+    """However many reads of the same bucket hang or are slowed down to a rate."""
+    source = open_source(config(server.endpoint))
+    (listing,) = run(source, lambda: look_while_reads_wait(source, "a", 40))
+    assert listing is not None

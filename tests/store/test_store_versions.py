@@ -11,9 +11,10 @@ from adapter_store.errors import (
     SourceUnavailable,
     StoreFull,
 )
+from adapter_store.host import LOOK_S
 from adapter_store.image import pack
-from tests.support.fake_sources import small_adapter
-from tests.support.store_world import IMAGE_BYTES, SPEC, in_loop
+from tests.support.fake_sources import FakeSource, small_adapter
+from tests.support.store_world import IMAGE_BYTES, SPEC, World, in_loop
 
 
 @in_loop()
@@ -176,6 +177,47 @@ async def test_acquiring_and_releasing_twice_is_as_once(world):
 async def test_a_lost_image_is_a_miss_and_no_error(world):
     lease = await world.acquire()
     world.blobs.lost.add(lease.image)
+    world.clock.now += LOOK_S
     leases = await asyncio.gather(*(world.acquire(owner=f"o{n}") for n in range(10)))
     assert {again.image for again in leases} == {lease.image + 1}
     assert world.source.fetches == ["a", "a"]
+
+
+@in_loop()
+async def test_an_image_in_steady_use_is_looked_at_once_a_second(world):
+    for _ in range(100):
+        await world.acquire()
+    assert world.blobs.num_looks == 0
+    world.clock.now += LOOK_S
+    for _ in range(100):
+        await world.acquire()
+    assert world.blobs.num_looks == 1
+
+
+@in_loop()
+async def test_a_hot_acquire_asks_nobody_and_waits_for_nothing(world):
+    """No statement of the index, no thread, no source: it is done before anything else has its turn."""
+    await world.acquire("a")
+    acquiring = world.acquire("a")
+    with pytest.raises(StopIteration) as done:
+        acquiring.send(None)
+    assert done.value.value.name == "a"
+
+
+def test_a_name_that_one_source_has_is_asked_of_the_others_no_more_often():
+    """And one that comes there is found within `refresh_s`."""
+
+    async def main():
+        first, second = FakeSource({}, "one"), FakeSource({"a": small_adapter(seed=1)}, "two")
+        world = World(first, second, refresh_s=10.0, missing_ttl_s=1.0)
+        await world.store.register_spec(SPEC)
+        await world.acquire("a")
+        world.clock.now += 9.0
+        assert (await world.acquire("a")).source == "two"
+        assert first.stats == ["a"]
+        first.adapters["a"] = small_adapter(seed=2)
+        world.clock.now += 1.0
+        assert (await world.acquire("a")).source == "one"
+        await world.store.close()
+
+    asyncio.run(main())

@@ -8,7 +8,8 @@ import pytest
 
 from adapter_store import objects
 from adapter_store.blobs import FileImage
-from adapter_store.errors import AdapterNotFound, SourceUnavailable, StoreConfigInvalid
+from adapter_store.catalog import NameKey
+from adapter_store.errors import AdapterNotFound, AdapterRejected, SourceUnavailable, StoreConfigInvalid
 from adapter_store.image import pack
 from adapter_store.records import AdapterState
 from tests.support.fake_sources import FakeSource, small_adapter
@@ -304,3 +305,24 @@ async def test_the_disk_tier_stays_within_its_bytes_and_keeps_what_is_leased(wor
     assert (await world.store.resolve("a")).state is AdapterState.HOST
     await world.restart()
     assert (await world.store.resolve("a")).state is AdapterState.DISK
+
+
+@in_world
+async def test_a_digest_that_was_remembered_wrongly_refuses_the_right_file_until_it_is_refreshed(world):
+    lease = await right(world)
+    await world.settle()
+    key = NameKey(lease.source, lease.name)
+    known = await world.store._tiers.index.known(key)
+    wrong = known._replace(sha256=dict.fromkeys(known.sha256, "0" * 64))
+    await world.store._tiers.index.remember(key, wrong)
+    for file in files_of(world):
+        file.unlink()
+    await world.restart()
+    for _ in range(2):
+        with pytest.raises(AdapterRejected, match="refresh the adapter"):
+            await world.acquire()
+        world.clock.now += world.config.failure_ttl_s
+    await world.store.refresh("a")
+    await right(world)
+    await world.settle()
+    assert await world.store._tiers.index.known(key) == known._replace(checked_at=world.clock.now)

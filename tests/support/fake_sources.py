@@ -147,6 +147,7 @@ class FakeBlobs:
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}
         self.lost: set[int] = set()
+        self.num_looks = 0
         self.max_bytes: int | None = None  # as many as shared memory has
         self._next = 0
 
@@ -159,6 +160,7 @@ class FakeBlobs:
         return self._next
 
     async def has(self, handle: int) -> bool:
+        self.num_looks += 1
         await asyncio.sleep(0)
         return handle not in self.lost
 

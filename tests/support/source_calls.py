@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -74,3 +75,20 @@ async def all_names(source: Source, limit: int) -> list[str]:
         cursor = page.next_cursor
         if cursor is None:
             return seen
+
+
+async def look_while_reads_wait(source: Source, name: str, num_reads: int) -> SourceListing | None:
+    """What a lookup finds while so many reads of the adapter wait for their rate."""
+    listing = await source.stat(name)
+    assert listing is not None
+    file = listing.files[0]
+    paid = threading.Event()
+    parts = [RangeRead(0, memoryview(bytearray(file.num_bytes)), lambda _: bool(paid.wait())) for _ in range(num_reads)]
+    reads = [asyncio.create_task(source.read(name, file, part)) for part in parts]
+    try:
+        while not any(part.num_received for part in parts):
+            await asyncio.sleep(0.01)
+        return await asyncio.wait_for(source.stat(name), 10.0)
+    finally:
+        paid.set()
+        await asyncio.gather(*reads)
