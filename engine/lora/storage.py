@@ -108,8 +108,8 @@ class PagedStorage:
         layout = lay_out(image.manifest, self._page_bytes)
         if len(pages) != sum(layout.runs):
             raise AdapterError(f"adapter {image.key!r} needs runs of {layout.runs} pages, the plan gives {pages}")
-        self._resident[image.key] = image
         self._copying[image.key] = self._copier.start(image, layout, pages)
+        self._resident[image.key] = image
         starts = [page * self._page_bytes for page in layout.first_pages(pages)]
         offsets = [tuple(starts[run] + offset for run, offset in pair) for pair in layout.tensors]
         return _views(_typed(self._buffer, image), image, [(a, b) for a, b in offsets])

@@ -145,8 +145,10 @@ class TorchRunner:
         image = self._images.get(op.adapter)
         if image is None:
             raise AdapterError(f"plan loads adapter {op.adapter!r}, whose image was never added")
-        self._batch.bind(op.lora_slot, self._adapters.load(image, op.pages))
+        weights = self._adapters.load(image, op.pages)
+        # Noted before memory can run out in `bind`: the next plan's eviction must find what this one began.
         self._slots[op.adapter] = op.lora_slot
+        self._batch.bind(op.lora_slot, weights)
 
     def _resolve(self, ref: TokenRef) -> torch.Tensor:
         rows, tokens = self._sampled[ref.plan_id]
