@@ -163,6 +163,8 @@ class AsyncEngine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(JOIN_TIMEOUT_S)
+        if self._dead_reason is None and not any(thread.is_alive() for thread in self._threads):
+            self._engine.close()  # a device that hangs, or a step still under way, would not let it end
         self._fail_all("the engine was closed")
 
     def stats(self) -> EngineStats:

@@ -239,6 +239,11 @@ class Engine:
                 self._images.discard(key)
                 self._released.append(key)
 
+    def close(self) -> None:
+        """End the runner's threads, which may be copying adapters. No step may follow."""
+        self._dead_reason = self._dead_reason or "the engine was closed"
+        self._runner.close()
+
     def _raise_if_dead(self) -> None:
         if self._dead_reason is not None:
             raise EngineDead(self._dead_reason)

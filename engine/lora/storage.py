@@ -53,6 +53,9 @@ class AdapterStorage(Protocol):
         Raises: KeyError if it is not resident.
         """
 
+    def close(self) -> None:
+        """Give up the copies under way and end the thread that makes them. The storage is of no use afterwards."""
+
 
 class BorrowedStorage:
     """CPU: weights are views into the image's own memory, so a load copies nothing.
@@ -87,6 +90,9 @@ class BorrowedStorage:
         del self._resident[key]
         if key in self._fresh:
             self._fresh.remove(key)
+
+    def close(self) -> None:
+        """There is no thread."""
 
 
 class PagedStorage:
@@ -135,7 +141,8 @@ class PagedStorage:
             self.num_waits += self._copier.cancel(load)
 
     def close(self) -> None:
-        """End the copying thread; copies that have not begun are dropped."""
+        for load in self._copying.values():
+            load.cancelled.set()
         self._copier.close()
 
 

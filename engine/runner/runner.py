@@ -84,6 +84,10 @@ class TorchRunner:
             raise AdapterError(f"adapter {key!r} is resident in slot {self._slots[key]}; evict it before removing it")
         self._images.pop(key, None)
 
+    def close(self) -> None:
+        """End the thread that copies adapters, if there is one. Nothing is submitted afterwards."""
+        self._adapters.close()
+
     def submit(self, plan: StepPlan) -> PendingTorchStep:
         """Execute a plan after all earlier ones.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -66,3 +67,22 @@ def test_preload_and_pin_may_be_asked_of_a_running_engine() -> None:
     engine.close()
     with pytest.raises(EngineDead):
         engine.pin_adapter("k3")
+
+
+def test_a_closed_engine_copies_nothing_any_more() -> None:
+    runner = AlphabetRunner()
+    engine = AsyncEngine(make_engine(runner))
+    engine.start()
+    assert not runner.is_closed
+    engine.close()
+    assert runner.is_closed
+
+
+def test_a_dead_engine_is_not_waited_for() -> None:
+    """Its device may hang, and whatever still copies to it with it."""
+    runner, died = AlphabetRunner(result_error=RuntimeError("device lost")), threading.Event()
+    engine = AsyncEngine(make_engine(runner), on_death=lambda _reason: died.set())
+    engine.preload(make_image("k1"))
+    assert died.wait(60)
+    engine.close()
+    assert not runner.is_closed
