@@ -118,8 +118,8 @@ class AsyncEngine:
     def preload(self, image: AdapterImage) -> None:
         """Load an adapter without a request, and do not wait for that.
 
-        Nothing happens if there is no room for it without evicting another. Where images are borrowed, this one is
-        read in here, in about 0.1 ms per MiB. Raises: EngineDead.
+        If there is no room for it without evicting another, or the engine refuses it, `on_adapter_released` tells.
+        Where images are borrowed, this one is read in here, in about 0.1 ms per MiB. Raises: EngineDead.
         """
         self.start()
         if not self._engine.config.has_adapter_pages() and image.key not in self._prepared:
@@ -127,7 +127,7 @@ class AsyncEngine:
 
             prepare(image)
             self._prepared.add(image.key)
-        self._command([Preload(image)])
+        self._ask(Preload(image))
 
     def pin_adapter(self, key: str) -> None:
         """Keep a resident adapter until `unpin_adapter`. Waits for the step under way: call it off an event loop.
@@ -136,7 +136,7 @@ class AsyncEngine:
         """
         self.start()
         answer: Future[None] = Future()
-        self._command([Pin(key, answer)])
+        self._ask(Pin(key, answer))
         while True:
             try:
                 return answer.result(ANSWER_POLL_S)
@@ -275,6 +275,13 @@ class AsyncEngine:
             self._prepared.discard(key)
             if self._on_adapter_released is not None:
                 self._on_adapter_released(key)
+
+    def _ask(self, command: Command) -> None:
+        """Raises: EngineDead, as nobody would answer."""
+        with self._condition:
+            self._raise_if_gone()
+            self._commands.append(command)
+            self._condition.notify_all()
 
     def _command(self, commands: Iterable[Command]) -> None:
         with self._condition:

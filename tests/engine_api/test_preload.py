@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from queue import SimpleQueue
 
 import pytest
 
@@ -67,6 +68,22 @@ def test_preload_and_pin_may_be_asked_of_a_running_engine() -> None:
     engine.close()
     with pytest.raises(EngineDead):
         engine.pin_adapter("k3")
+
+
+def test_whoever_preloads_hears_of_an_image_that_the_engine_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, released = make_engine(), SimpleQueue[str]()
+
+    def refuse(key: str, *_: object) -> None:
+        raise AdapterError(f"{key!r} is not what it was")
+
+    monkeypatch.setattr(engine._scheduler, "add_adapter", refuse)
+    running = AsyncEngine(engine, on_adapter_released=released.put)
+    running.preload(make_image("k1"))
+    assert released.get(timeout=60) == "k1"
+    assert running.is_alive
+    running.close()
+    with pytest.raises(EngineDead):
+        running.preload(make_image("k1"))
 
 
 def test_a_closed_engine_copies_nothing_any_more() -> None:

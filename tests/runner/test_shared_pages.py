@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import LLM
 from engine.config import EngineConfig
 from engine.core.plan import AdapterEvict, AdapterLoad
 from engine.errors import ConfigError
@@ -55,6 +56,15 @@ def test_a_shared_cache_without_a_page_for_adapters_is_refused(base: Path) -> No
         small = EngineConfig(model=str(base), kv_cache_bytes=least * page - 1, **config)
         with pytest.raises(ConfigError, match=rf"needs {least}, .* raise kv_cache_bytes to at least {least * page}"):
             num_kv_blocks(loaded, small)
+
+
+def test_a_floor_as_high_as_the_ceiling_is_a_fixed_share(base: Path) -> None:
+    """Of whole pages, whatever the size of a page."""
+    loaded = load_model(EngineConfig(model=str(base)))
+    page = loaded.capabilities.kv_shape(16, loaded.dtype).block_bytes
+    share = 5 * page + page // 2
+    llm = LLM(base, adapter_memory="pages", adapter_bytes=share, min_adapter_bytes=share, num_threads=1)
+    assert (llm._engine.limits.min_adapter_pages, llm._engine.limits.max_adapter_pages) == (5, 5)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
