@@ -55,6 +55,21 @@ def test_text_is_that_of_peft(
     assert llm.stats().adapter_pages == sum(runs)
 
 
+@pytest.mark.parametrize(("kernels", "block_size"), [("auto", 1), ("auto", 16), ("torch", 4)])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_what_was_left_in_a_page_is_never_read(
+    arch: str, kernels: str, block_size: int, zoo: Zoo, prompts: list[list[int]]
+) -> None:
+    """Bytes of an adapter read as KV, or of KV as an adapter, may be NaN, and 0 * NaN is NaN."""
+    base = zoo.base(arch)
+    adapters = zoo.three_adapters(base)
+    llm = LLM(
+        base, adapters, adapter_memory="pages", kernels=kernels, block_size=block_size, num_threads=1, max_num_seqs=8
+    )
+    llm._engine._runner._storage.data.fill_(float("nan"))  # type: ignore[attr-defined]
+    check(llm, base, adapters, prompts)
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2"])
 def test_text_of_other_architectures_is_that_of_peft(arch: str, zoo: Zoo, prompts: list[list[int]]) -> None:
     base = zoo.base(arch)
