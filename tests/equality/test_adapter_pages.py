@@ -30,6 +30,7 @@ def check(
     names = ([None, *adapters] * len(prompts))[: len(prompts)]
     for _ in range(2):  # the second time from what the first has left resident and cached
         for output in llm.generate(prompts, params, names):
+            assert len(output.token_ids) == params.max_tokens
             folder = adapters[output.adapter] if output.adapter else None
             assert_greedy(base, folder, [Text(output.prompt_token_ids, output.token_ids)])
     assert llm.stats().total_load_waits == 0
