@@ -116,14 +116,14 @@ class AsyncEngine:
     def preload(self, image: AdapterImage) -> None:
         """Load an adapter without a request, and do not wait for that.
 
-        Nothing happens if there is no room for it without evicting another. Where images are borrowed, this one is
-        read in here, in about 0.1 ms per MiB. Raises: EngineDead.
+        If there is no room for it without evicting another, or the engine refuses it, `on_adapter_released` tells.
+        Where images are borrowed, this one is read in here, in about 0.1 ms per MiB. Raises: EngineDead.
         """
         self.start()
         if image.key not in self._prepared:
             self._engine.prepare_adapter(image)
             self._prepared.add(image.key)
-        self._command([Preload(image)])
+        self._ask(Preload(image))
 
     def pin_adapter(self, key: str) -> None:
         """Keep a resident adapter until `unpin_adapter`. Waits for the step under way: call it off an event loop.
@@ -132,7 +132,7 @@ class AsyncEngine:
         """
         self.start()
         answer: Future[None] = Future()
-        self._command([Pin(key, answer)])
+        self._ask(Pin(key, answer))
         while True:
             try:
                 return answer.result(ANSWER_POLL_S)
@@ -159,6 +159,8 @@ class AsyncEngine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(JOIN_TIMEOUT_S)
+        if self._dead_reason is None and not any(thread.is_alive() for thread in self._threads):
+            self._engine.close()  # a device that hangs, or a step still under way, would not let it end
         self._fail_all("the engine was closed")
 
     def stats(self) -> EngineStats:
@@ -269,6 +271,13 @@ class AsyncEngine:
             self._prepared.discard(key)
             if self._on_adapter_released is not None:
                 self._on_adapter_released(key)
+
+    def _ask(self, command: Command) -> None:
+        """Raises: EngineDead, as nobody would answer."""
+        with self._condition:
+            self._raise_if_gone()
+            self._commands.append(command)
+            self._condition.notify_all()
 
     def _command(self, commands: Iterable[Command]) -> None:
         with self._condition:

@@ -79,7 +79,7 @@ class Preload:
             engine.preload(self.image)
         except EngineDead:
             raise
-        except EngineError as error:  # nobody waits for it
+        except EngineError as error:  # who asked is told by the release
             logger.warning("adapter %s is not preloaded: %s", self.image.key, error)
 
 

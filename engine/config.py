@@ -62,7 +62,6 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
         if self.kernels not in ("auto", "native", "triton", "torch"):
             raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
-
         if self.adapter_memory not in ("auto", "borrowed", "pages"):
             raise ConfigError(f"adapter_memory={self.adapter_memory!r} is not one of 'auto', 'borrowed', 'pages'")
         self._check_adapter_memory()
@@ -89,6 +88,16 @@ class EngineConfig:
         memory = self.adapter_memory
         has_lora = self.adapter_bytes > 0 and self.max_resident_adapters > 0
         return has_lora and (memory == "pages" or (memory == "auto" and self.device != "cpu"))
+
+    def adapter_pages(self, page_bytes: int) -> tuple[int, int]:
+        """Floor and ceiling of adapters in pages of the KV cache, if they lie there: at least and at most so many.
+
+        Equal settings are equal numbers: what the floor has of a page counts whole only below the ceiling.
+        """
+        if not self.has_adapter_pages():
+            return 0, 0
+        most = self.adapter_bytes // page_bytes
+        return min(-(-self.min_adapter_bytes // page_bytes), most), most
 
     def plans_in_flight(self) -> int:
         """pipeline_depth, resolved: on a GPU the host plans a step while the one before it runs."""

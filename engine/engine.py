@@ -140,10 +140,17 @@ class Engine:
     # ---- adapters without a request
 
     def preload(self, image: AdapterImage) -> None:
-        """Load an adapter with the next step. Nothing happens if there is no room without evicting another."""
+        """Load an adapter with the next step. Nothing happens if there is no room without evicting another.
+
+        An image that is not taken in, for want of room or by AdapterError, is released.
+        """
         self._raise_if_dead()
         if image.key not in self._images:
-            self._add_image(image.key, image)
+            try:
+                self._add_image(image.key, image)
+            except AdapterError:
+                self._released.append(image.key)
+                raise
         if not self._scheduler.preload_adapter(image.key):
             self._drop_images()
 
@@ -242,6 +249,11 @@ class Engine:
                 self._runner.remove_adapter(key)
                 self._images.discard(key)
                 self._released.append(key)
+
+    def close(self) -> None:
+        """End the runner's threads, which may be copying adapters. No step may follow."""
+        self._dead_reason = self._dead_reason or "the engine was closed"
+        self._runner.close()
 
     def _raise_if_dead(self) -> None:
         if self._dead_reason is not None:

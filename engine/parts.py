@@ -65,8 +65,8 @@ def limits_of(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
     if config.has_adapter_pages():
         # What adapters never get is room for one sequence of any length.
         num_left = parts.num_blocks - 1 - -(-parts.max_model_len // config.block_size)
-        max_pages = min(config.adapter_bytes // parts.block_bytes, max(0, num_left))
-        min_pages = -(-config.min_adapter_bytes // parts.block_bytes)
+        min_pages, max_pages = config.adapter_pages(parts.block_bytes)
+        max_pages = min(max_pages, max(0, num_left))
     return SchedulerConfig(
         num_blocks=parts.num_blocks,
         block_size=config.block_size,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from engine.core.adapter_slots import AdapterOp, AdapterSlots, AdapterState
 from engine.core.plan import AdapterLoad
 from engine.core.prefix_cache import PrefixCache
+from engine.errors import AdapterError
 
 
 class AdapterDesk:
@@ -55,8 +57,13 @@ class AdapterDesk:
         return bool(ops)
 
     def undo(self, ops: Iterable[AdapterOp]) -> None:
-        """The plan with these was abandoned: newest plan first, then `load_again`."""
-        for op in reversed(tuple(ops)):
+        """The plan with these was abandoned: newest plan first, then `load_again`.
+
+        What the next plan was to begin with came after it, and is undone before it: it may use what this one freed.
+        """
+        undone = (*ops, *self.ops)
+        self.ops.clear()
+        for op in reversed(undone):
             is_there = isinstance(op, AdapterLoad) and op.adapter in self._slots
             is_kept = op.adapter in self._slots.kept()
             if is_there and (op.adapter in self._preloading or is_kept):
@@ -64,11 +71,15 @@ class AdapterDesk:
             self.ops.append(self._slots.undo(op))
 
     def load_again(self) -> None:
-        """What the caller had preloaded or pinned, and an abandoned plan has not loaded."""
+        """What the caller had preloaded or pinned, and an abandoned plan has not loaded.
+
+        In other pages than before a pin may leave too little for others: then it is gone.
+        """
         wanted, self._wanted = self._wanted, {}
         for key, is_kept in wanted.items():
             if self.preload(key, 0) and is_kept:
-                self._slots.keep(key)
+                with suppress(AdapterError):
+                    self._slots.keep(key)
 
     def has_work(self) -> bool:
         return bool(self.ops) or self.is_preloading()

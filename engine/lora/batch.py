@@ -108,16 +108,19 @@ class LoraBatch:
         self._sites_in_python.add(site)
 
     def bind(self, slot: int, weights: Iterable[SiteWeights]) -> None:
-        """Put an adapter's weights into a free slot. Raises: ValueError if the slot is 0 or taken."""
+        """Put an adapter's weights into a free slot. Raises: ValueError if the slot is 0 or taken.
+
+        When the kernels run out of memory the slot is bound, for `unbind` to clear.
+        """
         if slot <= NO_LORA or slot in self._bound:
             raise ValueError(f"LoRA slot {slot} cannot be bound: slots are 1 and up, and one adapter has each")
         weights = tuple(weights)
         for w in weights:
             if (table := self._sites.get(w.site)) is not None:  # else no layer reads it: kernels do
                 table[slot] = BoundWeights(w)
+        self._bound[slot] = {w.site: w for w in weights}
         if self.kernels is not None:
             self.kernels.bind(slot, weights)
-        self._bound[slot] = {w.site: w for w in weights}
 
     def unbind(self, slot: int) -> None:
         """Raises: KeyError if the slot is not bound."""

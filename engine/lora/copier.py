@@ -105,24 +105,18 @@ class CudaPages:
 class Pacer:
     """Spreads bytes over time: after a chunk, the next one waits until the first would be over at this rate."""
 
-    def __init__(
-        self,
-        bytes_per_s: int | None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, bytes_per_s: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._bytes_per_s = bytes_per_s  # None: as fast as they go
         self._clock = clock
-        self._sleep = sleep
         self._next_s = 0.0
 
-    def wait(self, num_bytes: int) -> None:
-        """Until so many bytes may be copied."""
+    def wait(self, num_bytes: int, cancelled: threading.Event) -> None:
+        """Until so many bytes may be copied, or the load is given up: a step may wait for that."""
         if self._bytes_per_s is None:
             return
         now_s = self._clock()
-        if now_s < self._next_s:
-            self._sleep(self._next_s - now_s)
+        if now_s < self._next_s and cancelled.wait(self._next_s - now_s):
+            return
         self._next_s = max(now_s, self._next_s) + num_bytes / self._bytes_per_s
 
 
@@ -167,9 +161,9 @@ class Copier:
         device = self._device
         device.begin(load.mark)
         for number, chunk in enumerate(load.chunks):
+            self._pacer.wait(chunk.num_bytes, load.cancelled)
             if load.cancelled.is_set():
                 break
-            self._pacer.wait(chunk.num_bytes)
             index = number % NUM_STAGING
             device.wait_staging(index)
             staging = device.staging[index]

@@ -56,7 +56,7 @@ class NativeLora:
 
     def unbind(self, slot: int, sites: Iterable[int]) -> None:
         for site in sites:
-            self._tables[site][slot] = LoraWeights()
+            self._site(site)[slot] = LoraWeights()
 
     def set(self, segments: tuple[LoraSegment, ...], sampled_segments: tuple[LoraSegment, ...]) -> None:
         self.rows = Chunks(segments)

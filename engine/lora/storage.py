@@ -56,6 +56,9 @@ class AdapterStorage(Protocol):
         Raises: KeyError if it is not resident.
         """
 
+    def close(self) -> None:
+        """Give up the copies under way and end the thread that makes them. The storage is of no use afterwards."""
+
 
 class BorrowedStorage:
     """CPU: weights are views into the image's own memory, so a load copies nothing."""
@@ -94,6 +97,9 @@ class BorrowedStorage:
         if key in self._fresh:
             self._fresh.remove(key)
 
+    def close(self) -> None:
+        """There is no thread."""
+
 
 class PagedStorage:
     """Adapters in pages of the KV cache's buffer, copied there beside the steps.
@@ -117,8 +123,8 @@ class PagedStorage:
         layout = lay_out(image.manifest, self._page_bytes)
         if len(pages) != sum(layout.runs):
             raise AdapterError(f"adapter {image.key!r} needs runs of {layout.runs} pages, the plan gives {pages}")
-        self._resident[image.key] = image
         self._copying[image.key] = self._copier.start(image, layout, pages)
+        self._resident[image.key] = image
         starts = [page * self._page_bytes for page in layout.first_pages(pages)]
         offsets = [tuple(starts[run] + offset for run, offset in pair) for pair in layout.tensors]
         return _views(_typed(self._buffer, image), image, [(a, b) for a, b in offsets])
@@ -144,7 +150,8 @@ class PagedStorage:
             self.num_waits += self._copier.cancel(load)
 
     def close(self) -> None:
-        """End the copying thread; copies that have not begun are dropped."""
+        for load in self._copying.values():
+            load.cancelled.set()
         self._copier.close()
 
 

@@ -31,10 +31,9 @@ def num_kv_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
     if budget is None:
         budget = DEFAULT_CPU_BYTES if loaded.device.type == "cpu" else _free_cuda_bytes(loaded, config)
     per_sequence = -(-loaded.max_model_len // config.block_size)
-    pages = config.has_adapter_pages()
-    kept = max(1, -(-config.min_adapter_bytes // shape.block_bytes)) if pages else 0  # one, or LoRA could be left out
-    adapters = config.adapter_bytes // shape.block_bytes if pages else 0
-    most = config.max_num_seqs * per_sequence + max(kept, adapters) + _NULL_BLOCKS + _COPY_BLOCKS
+    kept, adapters = config.adapter_pages(shape.block_bytes)
+    kept = max(kept, min(1, adapters))  # one, or LoRA could be left out
+    most = config.max_num_seqs * per_sequence + adapters + _NULL_BLOCKS + _COPY_BLOCKS
     least = per_sequence + kept + _NULL_BLOCKS
     num_blocks = min(budget // shape.block_bytes, most)
     if num_blocks < least:

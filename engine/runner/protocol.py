@@ -55,3 +55,7 @@ class Runner(Protocol):
     def remove_adapter(self, key: str) -> None:
         """Forget a host image. Only when it is not resident."""
         ...
+
+    def close(self) -> None:
+        """End the runner's threads. Nothing is submitted afterwards."""
+        ...

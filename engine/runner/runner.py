@@ -88,6 +88,10 @@ class TorchRunner:
             raise AdapterError(f"adapter {key!r} is resident in slot {self._slots[key]}; evict it before removing it")
         self._images.pop(key, None)
 
+    def close(self) -> None:
+        """End the thread that copies adapters, if there is one. Nothing is submitted afterwards."""
+        self._adapters.close()
+
     def submit(self, plan: StepPlan) -> PendingTorchStep:
         """Execute a plan after all earlier ones.
 
@@ -149,8 +153,10 @@ class TorchRunner:
         image = self._images.get(op.adapter)
         if image is None:
             raise AdapterError(f"plan loads adapter {op.adapter!r}, whose image was never added")
-        self._batch.bind(op.lora_slot, self._adapters.load(image, op.pages))
+        weights = self._adapters.load(image, op.pages)
+        # Noted before memory can run out in `bind`: the next plan's eviction must find what this one began.
         self._slots[op.adapter] = op.lora_slot
+        self._batch.bind(op.lora_slot, weights)
 
     def _resolve(self, ref: TokenRef) -> torch.Tensor:
         rows, tokens = self._sampled[ref.plan_id]

@@ -140,6 +140,45 @@ def test_a_preload_loads_without_a_request_and_evicts_nobody() -> None:
     assert not scheduler.has_work()
 
 
+def test_what_was_to_follow_an_abandoned_plan_is_undone_before_it() -> None:
+    """A preload has got the slot that the abandoned plan freed, which the device may not have done."""
+    scheduler = paged(8, max_resident_adapters=1)
+    make_resident(scheduler, "ada")
+    assert not scheduler.remove_adapter("ada")
+    plan = scheduler.schedule(StepEvents())
+    assert plan is not None
+    assert plan.adapter_ops == (AdapterEvict("ada", 1),)
+    scheduler.add_adapter("bob", 10, (1,))
+    assert scheduler.preload_adapter("bob")
+    scheduler.abandon(plan)
+    plan, _ = step(scheduler)
+    assert plan.adapter_ops[:-1] == (AdapterEvict("bob", 1), AdapterEvict("ada", 1))
+    assert isinstance(plan.adapter_ops[-1], AdapterLoad)
+    assert scheduler.stats().resident_adapters == ("bob",)
+
+
+def test_a_pin_that_an_abandoned_plan_moves_into_the_way_of_others_is_lost_and_no_more() -> None:
+    scheduler = paged(12, max_adapter_pages=9, pipeline_depth=2)
+    for key, runs in (("one", (1,)), ("two", (2,)), ("wide", (6,))):
+        scheduler.add_adapter(key, 10, runs)
+    for name in "ab":
+        scheduler.add(request(name, 10, max_tokens=3))
+    step(scheduler)  # blocks 1 .. 6
+    assert scheduler.preload_adapter("one")
+    scheduler.add(request("c", 10, max_tokens=3))
+    first = scheduler.schedule(StepEvents())  # page 7, blocks 8 .. 10
+    assert first is not None
+    assert scheduler.preload_adapter("two")  # pages 11 and 12
+    for key in ("one", "two"):
+        scheduler.pin_adapter(key)
+    assert scheduler.schedule(StepEvents()) is not None
+    scheduler.abandon(first)
+    assert scheduler.stats().pinned_adapters == ("two",)  # which is in pages 1 and 2 now
+    scheduler.check_invariants()
+    list(run(scheduler))
+    assert set(scheduler.stats().resident_adapters) == {"one", "two"}
+
+
 def test_a_pinned_adapter_stays_while_others_come_and_go() -> None:
     scheduler = Scheduler(config(max_resident_adapters=2, adapter_bytes=20))
     make_resident(scheduler, "kept", runs=())

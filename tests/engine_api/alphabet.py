@@ -33,6 +33,7 @@ class AlphabetRunner:
     images: dict[str, AdapterImage] = field(default_factory=dict)
     prepared: list[tuple[str, str]] = field(default_factory=list)  # (adapter, thread)
     num_most_in_flight: int = 0
+    is_closed: bool = False
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -50,7 +51,11 @@ class AlphabetRunner:
         assert key not in self._slots.values(), f"{key} is resident"
         del self.images[key]
 
+    def close(self) -> None:
+        self.is_closed = True
+
     def submit(self, plan: StepPlan) -> _Pending:
+        assert not self.is_closed
         if self.submit_errors:
             raise self.submit_errors.popleft()
         error = self.fails_with(plan) if self.fails_with else None

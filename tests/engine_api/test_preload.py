@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from queue import SimpleQueue
 
 import pytest
 
@@ -66,3 +68,38 @@ def test_preload_and_pin_may_be_asked_of_a_running_engine() -> None:
     engine.close()
     with pytest.raises(EngineDead):
         engine.pin_adapter("k3")
+
+
+def test_whoever_preloads_hears_of_an_image_that_the_engine_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, released = make_engine(), SimpleQueue[str]()
+
+    def refuse(key: str, *_: object) -> None:
+        raise AdapterError(f"{key!r} is not what it was")
+
+    monkeypatch.setattr(engine._scheduler, "add_adapter", refuse)
+    running = AsyncEngine(engine, on_adapter_released=released.put)
+    running.preload(make_image("k1"))
+    assert released.get(timeout=60) == "k1"
+    assert running.is_alive
+    running.close()
+    with pytest.raises(EngineDead):
+        running.preload(make_image("k1"))
+
+
+def test_a_closed_engine_copies_nothing_any_more() -> None:
+    runner = AlphabetRunner()
+    engine = AsyncEngine(make_engine(runner))
+    engine.start()
+    assert not runner.is_closed
+    engine.close()
+    assert runner.is_closed
+
+
+def test_a_dead_engine_is_not_waited_for() -> None:
+    """Its device may hang, and whatever still copies to it with it."""
+    runner, died = AlphabetRunner(result_error=RuntimeError("device lost")), threading.Event()
+    engine = AsyncEngine(make_engine(runner), on_death=lambda _reason: died.set())
+    engine.preload(make_image("k1"))
+    assert died.wait(60)
+    engine.close()
+    assert not runner.is_closed

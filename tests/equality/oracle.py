@@ -32,7 +32,8 @@ class Text:
 
 
 def assert_greedy(base: Path, adapter: Path | None, texts: Sequence[Text]) -> None:
-    """Every output is what the oracle says, greedily."""
+    """Every output is what the oracle says, greedily, and there is one: a request that failed has none."""
+    assert all(text.output for text in texts), "a text is empty"
     fresh = [text for text in dict.fromkeys(texts) if (base, adapter, text) not in _verdicts]
     for text, wrong in zip(fresh, _judge(base, adapter, fresh), strict=True):
         _verdicts[base, adapter, text] = wrong

@@ -30,6 +30,7 @@ def check(
     names = ([None, *adapters] * len(prompts))[: len(prompts)]
     for _ in range(2):  # the second time from what the first has left resident and cached
         for output in llm.generate(prompts, params, names):
+            assert len(output.token_ids) == params.max_tokens
             folder = adapters[output.adapter] if output.adapter else None
             assert_greedy(base, folder, [Text(output.prompt_token_ids, output.token_ids)])
     assert llm.stats().total_load_waits == 0
@@ -53,6 +54,21 @@ def test_text_is_that_of_peft(
     assert (max(runs) > 1) == (block_size == 1)
     check(llm, base, adapters, prompts)
     assert llm.stats().adapter_pages == sum(runs)
+
+
+@pytest.mark.parametrize(("kernels", "block_size"), [("auto", 1), ("auto", 16), ("torch", 4)])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_what_was_left_in_a_page_is_never_read(
+    arch: str, kernels: str, block_size: int, zoo: Zoo, prompts: list[list[int]]
+) -> None:
+    """Bytes of an adapter read as KV, or of KV as an adapter, may be NaN, and 0 * NaN is NaN."""
+    base = zoo.base(arch)
+    adapters = zoo.three_adapters(base)
+    llm = LLM(
+        base, adapters, adapter_memory="pages", kernels=kernels, block_size=block_size, num_threads=1, max_num_seqs=8
+    )
+    llm._engine._runner._storage.data.fill_(float("nan"))  # type: ignore[attr-defined]
+    check(llm, base, adapters, prompts)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2"])

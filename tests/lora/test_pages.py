@@ -73,18 +73,35 @@ def test_chunks_are_no_larger_than_the_staging_buffer_and_cover_each_byte_once()
 def test_a_paced_copy_keeps_to_its_rate_and_an_idle_time_earns_no_burst() -> None:
     now, slept = [100.0], []
 
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        now[0] += seconds
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            slept.append(timeout)
+            now[0] += timeout or 0.0
+            return False
 
-    pacer = Pacer(1000, clock=lambda: now[0], sleep=sleep)
+    pacer, waits = Pacer(1000, clock=lambda: now[0]), Waits()
     for _ in range(4):
-        pacer.wait(500)
+        pacer.wait(500, waits)
     assert slept == [0.5, 0.5, 0.5]
     now[0] += 60.0
-    pacer.wait(500)
-    pacer.wait(500)
+    pacer.wait(500, waits)
+    pacer.wait(500, waits)
     assert slept[3:] == [0.5]
+
+
+def test_a_paced_copy_that_is_given_up_ends_without_its_pace() -> None:
+    """At a byte a second its next chunk would come in a minute, and a step may wait for its end."""
+    buffer = torch.zeros(100 * PAGE, dtype=torch.uint8)
+    storage = PagedStorage(buffer, PAGE, Copier(HostPages(buffer, 64), Pacer(1)))
+    image = image_of("k")
+    storage.load(image, tuple(range(1, 1 + sum(lay_out(image.manifest, PAGE).runs))))
+    load = storage._copying["k"]
+    storage.evict("k")
+    assert load.future.done()
+    storage.load(image, tuple(range(1, 1 + sum(lay_out(image.manifest, PAGE).runs))))
+    load = storage._copying["k"]
+    storage.close()
+    assert load.future.done()
 
 
 class Recorder(HostPages):
