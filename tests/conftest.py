@@ -35,7 +35,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
 # fails on a busy machine.
 BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("core",), 60),
-    (("store",), 40),
+    (("store",), 80),
     (("model", "runner", "lora", "quant", "kv", "native"), 70),
     (("triton_kernels",), 90),
     (("text", "engine_api"), 15),

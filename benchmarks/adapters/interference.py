@@ -7,8 +7,8 @@ thread; the time between two steps is what every stream waits for its next token
     undisturbed     no load was under way between the end of the step before and its own
     overlapping     one was: from the request for the cold adapter until its own step has begun
     own             it computed the row of a cold adapter's own request: that request's work, nobody's disturbance, and
-                    so in neither of the other two (`p99_ratio_with_own` counts it as overlapping all the same). The
-                    adapter's slot was filled in a step before, which overlaps
+                    so in neither of the other two (`p99_ratio_with_own` counts it as overlapping all the same). It
+                    also fills the adapter's slot
 
 `waited` counts steps in which a stream got no token although it had not ended.
 """
@@ -128,7 +128,7 @@ async def measure(args: argparse.Namespace, engine: Engine, source: SourceConfig
             begin = len(log.steps)
             await load(station, log, f"{COLD}-{number}", f"{COLD}-{number % args.cold_adapters}")
             number += 1
-            overlapped = len(log.steps) - begin
+            overlapped = max(0, len(log.steps) - begin - 1)  # the last is its own
             overlapping += overlapped
             await pause(log, max(2, overlapped))
             if any(task.done() for task in tasks):
