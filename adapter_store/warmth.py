@@ -77,10 +77,10 @@ class Warmth:
 
     async def write_down(self) -> None:
         """Writes traffic, uses, and what sources have said since the last time. Raises: IndexUnavailable."""
+        checked = {key for key in self._resolver.take_checked() if self._catalog.checked_at(key) is not None}
         if not self._index.is_durable:
             return
         now = self._wall()
-        checked = {key for key in self._resolver.take_checked() if self._catalog.checked_at(key) is not None}
         gone = {key for key in checked if self._catalog.current(key) is None}
         await self._index.checked((key, self._resolver.checked_at(key)) for key in checked - gone)
         await self._index.forget(gone)

@@ -135,6 +135,8 @@ class StoreClient:
                 if self._spec is None or time.monotonic() > deadline:
                     raise
                 await self._try("register_spec", (self._spec,), None)
+            except RayTaskError:
+                raise  # the store is there and has a fault; its class may also be one of those below
             except (RayActorError, ValueError, TimeoutError) as error:
                 self._actor = None
                 if time.monotonic() + pause_s > deadline:

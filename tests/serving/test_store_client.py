@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OwnerDiedError, RayActorError
+from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
 
 from adapter_store.blobs import FileImage
 from adapter_store.errors import AdapterNotFound, SpecUnknown
@@ -163,3 +163,11 @@ def test_changes_are_made_again_when_the_store_restarts_under_them(method: str, 
     answer = asyncio.run(getattr(_client(actor), method)(*given))
     assert answer == (None if method in ("register", "prefetch") else "answer")
     assert actor.calls == [(method, *sent)] * 2
+
+
+@pytest.mark.parametrize("fault", [ValueError("unforeseen"), TimeoutError("unforeseen")])
+def test_a_fault_in_the_store_is_told_and_not_taken_for_a_store_that_is_away(fault: Exception):
+    actor = FakeActor(resolve=[RayTaskError("resolve", "traceback", fault).as_instanceof_cause()])
+    with pytest.raises(RayTaskError, match="traceback"):
+        asyncio.run(_client(actor).resolve("a"))
+    assert len(actor.calls) == 1
