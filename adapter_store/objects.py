@@ -47,16 +47,19 @@ class ObjectFiles:
 
     def read(self, digest: str, num_bytes: int) -> NDArray[np.uint8]:
         """The object, aligned as a packed image is. Raises: ObjectBroken; FileNotFoundError."""
-        raw = np.empty(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
-        skip = -raw.ctypes.data % _ALIGNMENT_BYTES
-        data = raw[skip : skip + num_bytes]
         with self.path(digest).open("rb", buffering=0) as file:
+            found_bytes = os.fstat(file.fileno()).st_size
+            if found_bytes != num_bytes:
+                raise ObjectBroken(f"{digest} has {found_bytes} bytes instead of {num_bytes}")
+            raw = np.empty(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
+            skip = -raw.ctypes.data % _ALIGNMENT_BYTES
+            data = raw[skip : skip + num_bytes]
             num_read = 0
             while num_read < num_bytes and (more := file.readinto(data.data[num_read:])):
                 num_read += more
-            is_longer = bool(file.read(1))
-        if num_read < num_bytes or is_longer or hashlib.sha256(data.data).hexdigest() != digest:
-            raise ObjectBroken(digest)
+        found = hashlib.sha256(data.data).hexdigest()
+        if num_read < num_bytes or found != digest:
+            raise ObjectBroken(f"{digest} has the content of {found}")
         return data
 
     def has(self, digest: str, num_bytes: int) -> bool:

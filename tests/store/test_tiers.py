@@ -326,3 +326,31 @@ async def test_a_digest_that_was_remembered_wrongly_refuses_the_right_file_until
     await right(world)
     await world.settle()
     assert await world.store._tiers.index.known(key) == known._replace(checked_at=world.clock.now)
+
+
+@pytest.mark.parametrize("harm", ["listing = '[]'", "listing = 'x'", "sha256 = '7'"])
+def test_a_name_whose_row_is_broken_is_asked_of_its_source(harm, tmp_path, monkeypatch, caplog):
+    harmed("UPDATE versions SET " + harm, 0, tmp_path, monkeypatch, caplog)
+
+
+@pytest.mark.parametrize("harm", ["manifest = x'00'", "manifest = 7", "num_bytes = 1 << 60", "num_bytes = 1"])
+def test_an_image_whose_row_is_broken_is_a_miss_and_written_anew(harm, tmp_path, monkeypatch, caplog):
+    harmed("UPDATE images SET " + harm, 1, tmp_path, monkeypatch, caplog)
+
+
+def harmed(statement, num_broken, tmp_path, monkeypatch, caplog):
+    """Bits that turn on the disk are no reason to answer wrongly, or not at all."""
+
+    @in_world
+    async def scenario(world):
+        await right(world)
+        await world.settle()
+        await world.store._tiers.index.database.write(statement, [()])
+        await world.restart()
+        await right(world)
+        assert len(world.source.fetches) == 1 + num_broken
+        await world.restart()
+        await right(world)
+        assert len(world.source.fetches) == 1 + num_broken
+
+    scenario(tmp_path, monkeypatch, caplog)
