@@ -2,12 +2,17 @@
 
 import asyncio
 import errno
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adapter_store import objects
-from adapter_store.blobs import FileImage
+from adapter_store.blobs import FileImage, ImageFiles, map_image
 from adapter_store.catalog import NameKey
 from adapter_store.errors import AdapterNotFound, AdapterRejected, SourceUnavailable, StoreConfigInvalid
 from adapter_store.image import pack
@@ -354,3 +359,34 @@ def harmed(statement, num_broken, tmp_path, monkeypatch, caplog):
         assert len(world.source.fetches) == 1 + num_broken
 
     scenario(tmp_path, monkeypatch, caplog)
+
+
+def test_images_that_are_written_to_files_at_once_each_have_their_own(tmp_path, monkeypatch):
+    files = ImageFiles(tmp_path)
+    images = [np.full(1000, number, np.uint8) for number in range(16)]
+    start = threading.Barrier(len(images))
+    make = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: time.sleep(0.05) or make(**options))
+
+    def put(image):
+        start.wait()
+        return files.put(image)
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        handles = list(pool.map(put, images))
+    assert all(np.array_equal(map_image(handle), image) for handle, image in zip(handles, images, strict=True))
+    assert len(list(tmp_path.iterdir())) == 1
+    files.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@in_world
+async def test_image_files_of_a_store_that_was_killed_are_deleted_by_the_next(world):
+    world.blobs.max_bytes = 0
+    lease = await right(world)
+    assert isinstance(lease.image, FileImage)
+    await world.settle()
+    world.store._tiers._files.close = lambda: None  # it dies before it gets there
+    await world.restart()
+    assert not Path(lease.image.path).exists()
+    await right(world)
