@@ -176,6 +176,8 @@ class DiskTier:
                 await self._in_thread(self._files.write, digest, data)
                 if not self._seconds_per_byte:  # until something is read, writing tells how fast the disk is
                     self._measured(data.nbytes, time.perf_counter() - started_at)
+            if digest not in self._cache:
+                return  # meanwhile a read of it, as it was before, found it broken
             self._enter(row)
             await self._index.add_image(row, manifest)
         except StoreFull:

@@ -5,6 +5,7 @@ Blocking; the caller has threads for it. All raise OSError: a full disk, no perm
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -113,8 +114,9 @@ class FolderLock:
                 os.close(file)
                 raise
             self._file = file
-            os.ftruncate(file, 0)
-            os.write(file, f"{os.getpid()}\n".encode())
+            with contextlib.suppress(OSError):  # a full disk: it is ours all the same
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
         return True
 
     def holder(self) -> str:

@@ -13,12 +13,12 @@ import pytest
 
 from adapter_store import objects
 from adapter_store.blobs import FileImage, ImageFiles, map_image
-from adapter_store.catalog import NameKey
+from adapter_store.catalog import ImageKey, NameKey
 from adapter_store.errors import AdapterNotFound, AdapterRejected, SourceUnavailable, StoreConfigInvalid
 from adapter_store.image import pack
 from adapter_store.records import AdapterState
 from tests.support.fake_sources import FakeSource, small_adapter
-from tests.support.store_world import IMAGE_BYTES, SPEC, World
+from tests.support.store_world import DIGEST, IMAGE_BYTES, SPEC, World
 
 
 def in_world(test):
@@ -390,3 +390,41 @@ async def test_image_files_of_a_store_that_was_killed_are_deleted_by_the_next(wo
     await world.restart()
     assert not Path(lease.image.path).exists()
     await right(world)
+
+
+@in_world
+async def test_an_object_that_a_read_gives_up_while_it_is_written_again_is_not_counted_as_there(world):
+    lease = await right(world)
+    await world.settle()
+    disk, key = world.store._tiers.disk, ImageKey(lease.version, DIGEST)
+    row = disk.row(key)
+    await disk._forget(row.object, key)
+    write = disk._files.write
+
+    def slow(digest, data):
+        write(digest, data)
+        asyncio.run_coroutine_threadsafe(disk._forget(digest, key), loop).result()
+
+    loop = asyncio.get_running_loop()
+    world.monkeypatch.setattr(disk._files, "write", slow)
+    await disk.put(key, pack(small_adapter(seed=1), SPEC).data, lease.manifest, lease.rank, 1.0)
+    world.store.check_invariants()
+    assert disk.row(key) is None
+    await disk.flush()
+
+
+@in_world
+async def test_a_disk_that_is_full_at_start_still_gives_its_lock(world):
+    await world.store.close()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    world.monkeypatch.setattr(objects.os, "write", full)
+    lock = objects.FolderLock(world.folder / "lock")
+    assert lock.try_acquire()
+    assert not objects.FolderLock(world.folder / "lock").try_acquire()
+    lock.release()
+    world.monkeypatch.undo()
+    world.begin()
+    await world.store.register_spec(SPEC)
