@@ -428,3 +428,19 @@ async def test_a_disk_that_is_full_at_start_still_gives_its_lock(world):
     world.monkeypatch.undo()
     world.begin()
     await world.store.register_spec(SPEC)
+
+
+@in_world
+async def test_shared_memory_that_is_full_is_told_once_and_not_with_every_image(world):
+    world.blobs.max_bytes = 0
+    world.source.adapters.update({f"n{seed}": small_adapter(seed=seed) for seed in range(6)})
+
+    def told():
+        return [record for record in world.log.records if "shared memory is full of" in record.getMessage()]
+
+    for seed in range(5):
+        await right(world, f"n{seed}", seed)
+    assert len(told()) == 1
+    world.clock.now += 60
+    await right(world, "n5", 5)
+    assert len(told()) == 2

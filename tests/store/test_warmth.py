@@ -1,6 +1,7 @@
 """Pinned adapters stay, what is asked for comes back from disk, and nothing is evicted for it."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -262,3 +263,26 @@ async def test_housekeeping_that_fails_is_told_and_goes_on(world):
     world.store._housekeeping = asyncio.create_task(world.store._keep_house())
     async with asyncio.timeout(20):
         await again.wait()
+
+
+@in_world(refresh_s=0)
+async def test_a_pinned_adapter_that_cannot_be_loaded_is_told_once_for_each_reason(world):
+    log = logging.getLogger("adapter_store.warmth")
+    told = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = told.append
+    log.addHandler(handler)
+    try:
+        await world.store.pin("n0")
+        files = world.source.adapters.pop("n0")
+        for _ in range(5):
+            await world.store._warmth.load(world.store._specs[DIGEST])
+        assert len(told) == 1
+        world.source.adapters["n0"] = files
+        world.clock.now += world.config.missing_ttl_s
+        await world.store._warmth.load(world.store._specs[DIGEST])
+        del world.source.adapters["n0"]
+        await world.store._warmth.load(world.store._specs[DIGEST])
+        assert len(told) == 2
+    finally:
+        log.removeHandler(handler)
