@@ -133,6 +133,8 @@ class StoreMachine(RuleBasedStateMachine):
             if not is_down:
                 assert np.array_equal(served, IMAGES[seed]), "what is served are not the files of that name"
                 self.seed_of[lease.version] = seed
+            elif lease.version not in self.seed_of:  # it was expected, and is leased for the first time
+                (self.seed_of[lease.version],) = (known for known in IMAGES if np.array_equal(served, IMAGES[known]))
             assert np.array_equal(served, IMAGES[self.seed_of[lease.version]]), "a version has changed its bytes"
             self.leases[(lease.version, owner)] = [lease.image, self.seed_of[lease.version], 0.0]
             self.renewed(lease.version, owner)
