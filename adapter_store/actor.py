@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
@@ -32,10 +33,13 @@ NAMESPACE = "chorus"
 NAME = "adapter-store"
 IDLE_EXIT_S = 300.0
 _LOOK_TIMEOUT_S = 2.0
+_CLOSE_TIMEOUT_S = 30.0
 _SECRETS = tuple(field.name for field in fields(SourceConfig) if not field.repr)
 _NUM_ROUNDS = 600_000  # of PBKDF2 with SHA-256, as OWASP has advised since 2023: 0.2 s
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class RayBlobs:
@@ -82,6 +86,7 @@ class AdapterStoreActor:
         self._idle_exit_s = idle_exit_s
         self._called_at = time.monotonic()
         self._calls = 0  # under way
+        self._is_leaving = False
         self._watch = asyncio.get_event_loop().create_task(self._leave_when_idle())
 
     async def protocol_version(self) -> int:
@@ -156,10 +161,18 @@ class AdapterStoreActor:
         `ray.actor.exit_actor` is not enough: it may only be called in a task, and a retry of that task restarts the
         actor. `ray.kill` also says that nothing is to be restarted.
         """
-        await self._store.close()
+        self._is_leaving = True
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._store.close()
+        except Exception:
+            _log.exception("the adapter store leaves, but could not be closed")
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
-    async def _answer(self, call: Awaitable[T]) -> T:
+    async def _answer(self, call: Coroutine[Any, Any, T]) -> T:
+        if self._is_leaving:
+            call.close()
+            await asyncio.Event().wait()  # until this process ends, which sends the caller to the next store
         self._calls += 1
         self._called_at = time.monotonic()
         try:

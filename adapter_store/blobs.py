@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+_FOLDER_PREFIX = "adapter-images-"
 
 
 class BlobsFull(Exception):
@@ -68,26 +71,36 @@ def map_image(handle: FileImage) -> NDArray[np.uint8]:
 class ImageFiles:
     """Images in files of a folder of their own, below `parent` (None: the system's for temporary files).
 
-    Blocking. The folder is made with the first file and deleted by `close`.
+    Blocking, in any thread. The folder is made with the first file and deleted by `close`.
     """
 
     def __init__(self, parent: Path | None) -> None:
         self._parent = parent
         self._folder: Path | None = None
-        self._number = 0
+        self._lock = threading.Lock()
 
     def put(self, data: NDArray[np.uint8]) -> FileImage:
         """Writes `data`. Raises: OSError."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="adapter-images-", dir=self._parent))
-        self._number += 1
-        path = self._folder / str(self._number)
+        with self._lock:
+            if self._folder is None or not self._folder.is_dir():
+                self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=self._parent))
+        file, path = tempfile.mkstemp(dir=self._folder)
         try:
-            data.tofile(path)
-        except OSError:
-            path.unlink(missing_ok=True)
+            with open(file, "wb") as opened:
+                data.tofile(opened)
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
             raise
-        return FileImage(str(path))
+        return FileImage(path)
+
+    def sweep(self) -> None:
+        """Deletes what processes that were killed have left below `parent`.
+
+        What another store has there goes with it: that one finds its images lost, and loads them again.
+        """
+        if self._parent is not None:
+            for folder in self._parent.glob(f"{_FOLDER_PREFIX}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def drop(self, handle: FileImage) -> None:
         """Deletes the file."""

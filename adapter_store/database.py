@@ -72,7 +72,7 @@ class Database:
         """Tries again to have the file for writing, if it is not; whether it is now."""
         self._may_replace = may_replace
         if not self.is_writable:
-            await self._run(self._writes, self._open)
+            await self._run(self._writes, self._reopen)
         return self.is_writable
 
     def close(self) -> None:
@@ -126,37 +126,67 @@ class Database:
     def _open(self) -> None:
         """The file for writing; if that fails, as it is, read-only; if that fails, a stand-in in memory."""
         with self._lock:
-            if hasattr(self, "_reader"):
-                self._retired += [self._reader, self._writer]
             if self.path is None:
-                self._reader = self._writer = self._create(":memory:")
+                connection = self._create(":memory:")
+                self._use(connection, connection)
                 return
             try:
-                self._writer = self._open_file(self.path)
-                self._reader = _connect(str(self.path))
+                self._use(*self._open_file(self.path))
                 self.is_writable = True
                 return
             except (sqlite3.Error, OSError) as error:
                 self.is_writable = False
                 _log.error("the index %s cannot be written, nothing can be registered now: %s", self.path, error)
             try:
-                # No lock and no log: what the file itself says, without what was written last.
-                self._reader = self._writer = _connect(f"{self.path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-                self._check_version(self._reader)
+                connection = self._open_as_it_is(self.path)
             except sqlite3.Error as error:
                 _log.error("the index %s cannot be read, registered names are not known now: %s", self.path, error)
-                self._reader = self._writer = self._create(":memory:")
+                connection = self._create(":memory:")
+            self._use(connection, connection)
 
-    def _open_file(self, path: Path) -> sqlite3.Connection:
+    def _reopen(self) -> None:
+        """The file for writing; if that fails, all stays as it is, and nothing is said again."""
+        assert self.path is not None
+        with self._lock:
+            try:
+                self._use(*self._open_file(self.path))
+            except (sqlite3.Error, OSError) as error:
+                _log.debug("the index %s still cannot be written: %s", self.path, error)
+            else:
+                self.is_writable = True
+                _log.info("the index %s can be written again", self.path)
+
+    def _use(self, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
+        if hasattr(self, "_reader"):
+            self._retired += [self._reader, self._writer]
+        self._writer, self._reader = writer, reader
+
+    def _open_file(self, path: Path) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        """A connection to write and one to read."""
         try:
-            return self._create(str(path))
+            writer = self._create(str(path))
         except sqlite3.OperationalError:
             raise  # no permission, no room: a new file would not help
         except sqlite3.DatabaseError as error:
             if not self._may_replace:
                 raise
             self._set_aside(path, error)
-            return self._create(str(path))
+            writer = self._create(str(path))
+        try:
+            return writer, _connect(str(path))
+        except BaseException:
+            writer.close()
+            raise
+
+    def _open_as_it_is(self, path: Path) -> sqlite3.Connection:
+        """Neither lock nor log: what the file itself says, without what was written last."""
+        connection = _connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            self._check_version(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _create(self, path: str) -> sqlite3.Connection:
         connection = _connect(path)

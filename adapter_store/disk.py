@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from adapter_store.catalog import ImageKey
 from adapter_store.database import IndexUnavailable
 from adapter_store.errors import StoreFull
-from adapter_store.index import ImageRow, Index
+from adapter_store.index import ImageRow, Index, RowBroken
 from adapter_store.objects import FolderLock, ObjectBroken, ObjectFiles
 from adapter_store.threads import nice_pool
 from adapter_store.value_cache import ValueCache
@@ -136,11 +136,14 @@ class DiskTier:
                 return None
             row, manifest = found
             data = await self._in_thread(self._files.read, row.object, row.num_bytes)
-        except (FileNotFoundError, ObjectBroken) as error:
-            if isinstance(error, ObjectBroken):
-                self.broken += 1
-                _log.error("disk tier: an image of version %s is broken, it is deleted", key.version[:12])
+        except FileNotFoundError:
             await self._forget(row.object, key)
+            return None
+        except (ObjectBroken, RowBroken) as error:
+            self.broken += 1
+            _log.error("disk tier: an image of version %s is broken, it is deleted: %s", key.version[:12], error)
+            known = self._rows.get(key) if isinstance(error, RowBroken) else row
+            await self._forget(None if known is None else known.object, key)
             return None
         except (OSError, IndexUnavailable) as error:
             self._switch_off(error)
@@ -173,6 +176,8 @@ class DiskTier:
                 await self._in_thread(self._files.write, digest, data)
                 if not self._seconds_per_byte:  # until something is read, writing tells how fast the disk is
                     self._measured(data.nbytes, time.perf_counter() - started_at)
+            if digest not in self._cache:
+                return  # meanwhile a read of it, as it was before, found it broken
             self._enter(row)
             await self._index.add_image(row, manifest)
         except StoreFull:
@@ -263,14 +268,15 @@ class DiskTier:
         for digest in digests:
             await self._in_thread(self._files.delete, digest)
 
-    async def _forget(self, digest: str, key: ImageKey) -> None:
-        """An object that is not there, or not what it should be."""
-        keys = {key, *self._leave(digest)}
-        if digest in self._cache:
+    async def _forget(self, digest: str | None, key: ImageKey) -> None:
+        """An object that is not there, or not what it should be; None: the row does not even tell which."""
+        keys = {key, *(() if digest is None else self._leave(digest))}
+        if digest is not None and digest in self._cache:
             self._cache.drop(digest)
         try:
             await self._index.drop_images(keys)
-            await self._in_thread(self._files.delete, digest)
+            if digest is not None:
+                await self._in_thread(self._files.delete, digest)
         except (OSError, IndexUnavailable) as error:
             self._switch_off(error)
 

@@ -20,6 +20,7 @@ from adapter_store.value_cache import ValueCache
 
 _log = logging.getLogger(__name__)
 
+QUIET_S = 60.0
 LOOK_S = 1.0  # an image that was there is looked at again after this; whoever finds it lost meanwhile asks again
 
 
@@ -54,6 +55,7 @@ class HostTier:
         self._cache: ValueCache[ImageKey] = ValueCache(budget_bytes, is_pinned)
         self._is_pinned, self._is_awaited = is_pinned, is_awaited
         self._clock = clock
+        self._told_at: dict[str, float] = {}
         self._held: dict[ImageKey, Held] = {}
         self._in_files: set[ImageKey] = set()
         self._seen_at: dict[ImageKey, float] = {}  # when an image was there
@@ -162,16 +164,23 @@ class HostTier:
             try:
                 return await self._blobs.put(data)
             except BlobsFull as error:
-                _log.warning("%s; images that nobody leases make room", error)
+                self._tell("%s; images that nobody leases make room", error)
                 if not self._free(2 * data.nbytes):
                     break
         try:
             handle = await asyncio.to_thread(self._files.put, data)
         except OSError as error:
-            _log.error("an image fits neither into shared memory nor into a file: %s", error)
+            self._tell("an image fits neither into shared memory nor into a file: %s", error)
             raise StoreFull(data.nbytes, self.pinned_bytes, self.budget_bytes) from error
-        _log.error("shared memory is full of leased images: an image is served from the file %s", handle.path)
+        self._tell("shared memory is full of leased images: images are served from files, the first is %s", handle.path)
         return handle
+
+    def _tell(self, what: str, detail: object) -> None:
+        """Once, and again when there was no such trouble for a while."""
+        now = self._clock()
+        if now - self._told_at.get(what, float("-inf")) >= QUIET_S:
+            _log.error(what, detail)
+        self._told_at[what] = now
 
     def _free(self, num_bytes: int) -> bool:
         """Drops what is worth least, `num_bytes` of it if there is so much; whether there was anything."""

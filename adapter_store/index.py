@@ -9,6 +9,7 @@ or of another schema is set aside and a new one begun.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from adapter_store.catalog import ImageKey, NameKey
 from adapter_store.database import Database, Row, batches
 from adapter_store.records import Registration
 from adapter_store.sources.base import SourceFile, SourceListing
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "index.sqlite"
@@ -43,6 +46,10 @@ CREATE TABLE traffic (source TEXT, name TEXT, value REAL NOT NULL, at REAL NOT N
 CREATE TABLE pins (source TEXT, name TEXT, PRIMARY KEY (source, name)) WITHOUT ROWID;
 INSERT INTO counted VALUES ('registered', 0);
 """
+
+
+class RowBroken(Exception):
+    """A row's content is not what was written: the file has no checksums. It never leaves the store."""
 
 
 class Known(NamedTuple):
@@ -126,7 +133,11 @@ class Index:
         if not rows:
             return None
         version, listing, sha256, checked_at = rows[0]
-        return Known(version, _listing(json.loads(listing)), json.loads(sha256), checked_at)
+        try:
+            return Known(version, _listing(json.loads(listing)), dict(json.loads(sha256)), float(checked_at))
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("what the index knows of adapter %s is broken, its source is asked: %s", key.name, error)
+            return None
 
     async def remember(self, key: NameKey, known: Known) -> None:
         """What `key` stands for now."""
@@ -149,13 +160,16 @@ class Index:
     # Images of the disk tier
 
     async def image(self, key: ImageKey) -> tuple[ImageRow, dict[str, Any]] | None:
-        """An image and its manifest."""
+        """An image and its manifest. Raises: RowBroken, too."""
         rows = await self.database.read(
             "SELECT version, spec_digest, object, num_bytes, rank, cost_s, uses, manifest FROM images "
             "WHERE version = ? AND spec_digest = ?",
             tuple(key),
         )
-        return (_image(rows[0]), json.loads(zlib.decompress(rows[0][7]))) if rows else None
+        try:
+            return (_image(rows[0]), json.loads(zlib.decompress(rows[0][7]))) if rows else None
+        except (ValueError, TypeError, zlib.error) as error:
+            raise RowBroken(f"{type(error).__name__}: {error}") from error
 
     async def images(self, after: int, limit: int) -> tuple[tuple[int, ImageRow], ...]:
         """At most `limit` images behind row `after`, each with the number of its row."""

@@ -5,6 +5,7 @@ Blocking; the caller has threads for it. All raise OSError: a full disk, no perm
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -47,16 +48,19 @@ class ObjectFiles:
 
     def read(self, digest: str, num_bytes: int) -> NDArray[np.uint8]:
         """The object, aligned as a packed image is. Raises: ObjectBroken; FileNotFoundError."""
-        raw = np.empty(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
-        skip = -raw.ctypes.data % _ALIGNMENT_BYTES
-        data = raw[skip : skip + num_bytes]
         with self.path(digest).open("rb", buffering=0) as file:
+            found_bytes = os.fstat(file.fileno()).st_size
+            if found_bytes != num_bytes:
+                raise ObjectBroken(f"{digest} has {found_bytes} bytes instead of {num_bytes}")
+            raw = np.empty(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
+            skip = -raw.ctypes.data % _ALIGNMENT_BYTES
+            data = raw[skip : skip + num_bytes]
             num_read = 0
             while num_read < num_bytes and (more := file.readinto(data.data[num_read:])):
                 num_read += more
-            is_longer = bool(file.read(1))
-        if num_read < num_bytes or is_longer or hashlib.sha256(data.data).hexdigest() != digest:
-            raise ObjectBroken(digest)
+        found = hashlib.sha256(data.data).hexdigest()
+        if num_read < num_bytes or found != digest:
+            raise ObjectBroken(f"{digest} has the content of {found}")
         return data
 
     def has(self, digest: str, num_bytes: int) -> bool:
@@ -110,8 +114,9 @@ class FolderLock:
                 os.close(file)
                 raise
             self._file = file
-            os.ftruncate(file, 0)
-            os.write(file, f"{os.getpid()}\n".encode())
+            with contextlib.suppress(OSError):  # a full disk: it is ours all the same
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
         return True
 
     def holder(self) -> str:

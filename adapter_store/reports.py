@@ -69,7 +69,7 @@ class Reports:
         """See `AdapterStore.list_adapters`."""
         sources = self._tiers.resolver.source_names
         index, _, inner = (cursor or "0:").partition(":")
-        position = int(index) if index.isdecimal() else len(sources)
+        position = int(index) if index in map(str, range(len(sources))) else len(sources)
         while position < len(sources):
             page = await self._tiers.resolver.source(sources[position]).list(inner or None, max(1, limit))
             records = tuple(self.named(NameKey(sources[position], name)) for name in page.names)

@@ -67,6 +67,7 @@ class AdapterStore:
         self._tasks: set[asyncio.Task[None]] = set()
         self._beginning: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
+        self._loading: dict[str, asyncio.Task[None]] = {}  # what is warm, by spec
         self._reports = Reports(self._tiers, self._specs, self.config, clock)
 
     # What a name stands for
@@ -80,7 +81,7 @@ class AdapterStore:
         if read.digest not in self._specs:
             self._specs[read.digest] = read
             await self._begin()
-            self._spawn(self._warmth.load(read))
+            self._load_warm(read)
         return read.digest
 
     async def resolve(self, name: str, source: str | None = None) -> AdapterRecord:
@@ -269,17 +270,26 @@ class AdapterStore:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(self._tick_s)
-            try:
-                await self._tiers.keep_house()
-                for spec in tuple(self._specs.values()):
-                    await self._warmth.load(spec)
-            except Exception:  # serving goes on, and the next look may do better
-                _log.exception("the store could not look after its tiers")
+            for spec in self._specs.values():
+                self._load_warm(spec)
+            task = self._spawn(self._tiers.keep_house())
+            await asyncio.wait([task])  # what it raises is told, and it is tried again
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _load_warm(self, spec: Spec) -> None:
+        """In the background, as it gives way to other loads: while there are always some, it does not end."""
+        if spec.digest not in self._loading or self._loading[spec.digest].done():
+            self._loading[spec.digest] = self._spawn(self._warmth.load(spec))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("work in the background of the store has failed", exc_info=error)
 
     async def _in_index(self, work: Awaitable[Any]) -> Any:
         try:

@@ -58,6 +58,8 @@ class Tiers:
         self.catalog = Catalog()
         self.pins = Pins(config.host_bytes)
         self._files = ImageFiles(folder)
+        if self._lock is not None and self._lock.is_held:
+            self._files.sweep()
         self.host = HostTier(self.catalog, blobs, self._files, config.host_bytes, self._stays, self._is_awaited, clock)
         self.disk: DiskTier | None = None
         if folder is not None and self._lock is not None:

@@ -6,7 +6,7 @@ Pure: no I/O; the caller hands in the time, in seconds of a clock that all count
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -55,14 +55,9 @@ class Traffic(Generic[K]):
 
     def take_changed(self) -> tuple[tuple[K, float, float], ...]:
         """(key, count, when) of all that changed since the last call, to be kept elsewhere."""
-        changed = tuple((key, *self._counts[key]) for key in self._changed if key in self._counts)
+        changed = tuple((key, *self._counts[key]) for key in self._changed)
         self._changed.clear()
         return changed
-
-    def forget(self, keys: Iterable[K]) -> None:
-        """These are not asked for any more."""
-        for key in keys:
-            self._counts.pop(key, None)
 
     def _decayed(self, value: float, at: float, now: float) -> float:
         # A clock that was set back takes nothing away.
@@ -71,3 +66,4 @@ class Traffic(Generic[K]):
     def _forget(self, now: float) -> None:
         kept = self.top(self._max_keys // 2, now)
         self._counts = {key: self._counts[key] for key in kept}
+        self._changed.intersection_update(kept)

@@ -60,6 +60,7 @@ class Warmth:
         self._flights, self._resolver, self._pins = flights, resolver, pins
         self._forget_s = _FORGET_HALF_LIVES * config.traffic_half_life_s
         self._wall = wall
+        self._told: dict[NameKey, str] = {}  # pinned name -> why it could not be loaded at the last look
 
     def count(self, key: NameKey) -> None:
         """A request for `key` has come."""
@@ -77,10 +78,10 @@ class Warmth:
 
     async def write_down(self) -> None:
         """Writes traffic, uses, and what sources have said since the last time. Raises: IndexUnavailable."""
+        checked = {key for key in self._resolver.take_checked() if self._catalog.checked_at(key) is not None}
         if not self._index.is_durable:
             return
         now = self._wall()
-        checked = {key for key in self._resolver.take_checked() if self._catalog.checked_at(key) is not None}
         gone = {key for key in checked if self._catalog.current(key) is None}
         await self._index.checked((key, self._resolver.checked_at(key)) for key in checked - gone)
         await self._index.forget(gone)
@@ -108,7 +109,11 @@ class Warmth:
                 version = await self._resolver.resolve(key.name, key.source)
                 await self._load(Warm(version, ImageKey(version.digest, spec.digest), 0), spec)
             except (StoreError, SourceChanged) as error:
-                _log.warning("pinned adapter %s cannot be loaded now: %s", key.name, error)
+                if self._told.get(key) != str(error):  # once, not with every look
+                    _log.warning("pinned adapter %s cannot be loaded now: %s", key.name, error)
+                self._told[key] = str(error)
+            else:
+                self._told.pop(key, None)
         if self._disk is None:
             return
         async for warm in self._warm(spec.digest):

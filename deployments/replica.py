@@ -146,8 +146,8 @@ class Replica:
         while True:
             try:
                 await self._store.heartbeat(self._adapters.versions)
-            except (Refused, StoreError) as error:
-                logger.warning("no heartbeat to the adapter store: %s", error)
+            except Exception as error:  # whatever it is: without beats the leases would run out
+                logger.warning("no heartbeat to the adapter store: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._lease_ttl_s / 3)
 
     async def __del__(self) -> None:

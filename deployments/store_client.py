@@ -102,7 +102,7 @@ class StoreClient:
         while True:
             lease: Lease = await self._call("acquire", name, self._digest, self._owner, version, source)
             try:
-                return lease, await _bytes_of(lease.image)
+                return lease, await _bytes_of(lease.image, self._wait_s)
             except (ObjectLostError, GetTimeoutError, FileNotFoundError) as error:
                 # The store died after it answered: a miss, not an error.
                 if time.monotonic() > deadline:
@@ -135,6 +135,8 @@ class StoreClient:
                 if self._spec is None or time.monotonic() > deadline:
                     raise
                 await self._try("register_spec", (self._spec,), None)
+            except RayTaskError:
+                raise  # the store is there and has a fault; its class may also be one of those below
             except (RayActorError, ValueError, TimeoutError) as error:
                 self._actor = None
                 if time.monotonic() + pause_s > deadline:
@@ -156,9 +158,11 @@ class StoreClient:
                 raise
 
 
-async def _bytes_of(image: Any) -> object:
+async def _bytes_of(image: Any, timeout_s: float) -> object:
     """In a thread: an image may be on its way from another node, and a file be slow to open."""
-    return await asyncio.to_thread(map_image if isinstance(image, FileImage) else ray.get, image)
+    if isinstance(image, FileImage):
+        return await asyncio.to_thread(map_image, image)
+    return await asyncio.to_thread(ray.get, image, timeout=timeout_s)
 
 
 def _unavailable(message: str) -> Refused:

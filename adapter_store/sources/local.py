@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat as stat_module
+import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
@@ -21,6 +23,7 @@ from adapter_store.sources.base import (
 )
 from adapter_store.threads import SourceThreads
 
+MAX_DIGESTS = 100_000  # with more, the half that was taken longest ago is forgotten, and taken again when needed
 _READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
 
@@ -38,7 +41,8 @@ class LocalSource:
     def __init__(self, root: str | Path, name: str = "", niceness: int = 0) -> None:
         self.root = Path(os.path.realpath(root))
         self.name = name or f"file://{self.root}"
-        self._digests: dict[Path, tuple[_Identity, str]] = {}
+        self._digests: dict[Path, tuple[_Identity, str]] = {}  # the latest last
+        self._lock = threading.Lock()  # of the digests
         self._threads = SourceThreads(4, "adapters-local", niceness)
 
     async def stat(self, name: str) -> SourceListing | None:
@@ -56,8 +60,9 @@ class LocalSource:
     def distrust(self, name: str) -> None:
         """See `Remembers.distrust`."""
         folder = self.root / check_name(name)
-        for file_name in KNOWN_FILES:
-            self._digests.pop(folder / file_name, None)
+        with self._lock:
+            for file_name in KNOWN_FILES:
+                self._digests.pop(folder / file_name, None)
 
     async def close(self) -> None:
         """See `Source.close`."""
@@ -131,8 +136,16 @@ class LocalSource:
             after = os.fstat(file.fileno())
         digest = hasher.hexdigest()
         if num_bytes == status.st_size and after.st_mtime_ns == status.st_mtime_ns:
-            self._digests[path] = (identity, digest)  # a file that is being written is hashed again next time
+            self._remember(path, identity, digest)  # a file that is being written is hashed again next time
         return digest, num_bytes
+
+    def _remember(self, path: Path, identity: _Identity, digest: str) -> None:
+        with self._lock:
+            self._digests.pop(path, None)
+            self._digests[path] = (identity, digest)
+            if len(self._digests) > MAX_DIGESTS:
+                for oldest in list(islice(self._digests, MAX_DIGESTS // 2)):
+                    del self._digests[oldest]
 
     def _list(self, cursor: str | None, limit: int) -> SourcePage:
         after = tuple(cursor.split("/")) if cursor else ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,3 +118,33 @@ def test_a_secret_is_in_the_name_of_the_store_only_behind_a_slow_digest(monkeypa
     assert len(slow) == 4, "without secrets nobody waits"
     assert hashed
     assert all(b"hunter" not in data for data in hashed)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_store_that_leaves_answers_nobody_from_its_remains_and_always_goes(is_broken, tmp_path, monkeypatch):
+    """A call that comes while it closes ends with the process, which sends the caller to the next store."""
+
+    async def main():
+        killed = asyncio.Event()
+        monkeypatch.setattr(actor.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+        monkeypatch.setattr(actor.ray, "kill", lambda *_, **__: killed.set())
+        leaving = actor.AdapterStoreActor((SourceConfig(uri=tmp_path.as_uri(), name="local"),), StoreConfig())
+        await leaving.status()
+        leaving._watch.cancel()
+        close = leaving._store.close
+
+        async def closing():
+            await close()
+            if is_broken:
+                raise OSError("unforeseen")
+
+        leaving._store.close = closing
+        task = asyncio.create_task(leaving.leave())
+        await asyncio.sleep(0)
+        late = asyncio.create_task(leaving.resolve("a"))
+        await task
+        assert killed.is_set()
+        assert not late.done()
+        late.cancel()
+
+    asyncio.run(main())

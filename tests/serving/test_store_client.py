@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OwnerDiedError, RayActorError
+from ray.exceptions import GetTimeoutError, OwnerDiedError, RayActorError, RayTaskError
 
 from adapter_store.blobs import FileImage
 from adapter_store.errors import AdapterNotFound, SpecUnknown
-from deployments.calls import Refused
+from deployments.calls import Fault, Refused
+from deployments.replica import Replica
 from deployments.store_client import StoreClient
 
 SPEC = {"sites": []}
@@ -95,7 +97,8 @@ def test_a_restarted_store_is_told_the_spec_again():
 def test_an_image_that_died_with_its_owner_is_leased_again(monkeypatch: pytest.MonkeyPatch):
     outcomes: list[Any] = [OwnerDiedError("00", None, ""), b"bytes"]  # type: ignore[arg-type]
 
-    def get(_: Any) -> Any:
+    def get(_: Any, *, timeout: float) -> Any:
+        assert timeout == 2.0
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -163,3 +166,45 @@ def test_changes_are_made_again_when_the_store_restarts_under_them(method: str, 
     answer = asyncio.run(getattr(_client(actor), method)(*given))
     assert answer == (None if method in ("register", "prefetch") else "answer")
     assert actor.calls == [(method, *sent)] * 2
+
+
+@pytest.mark.parametrize("fault", [ValueError("unforeseen"), TimeoutError("unforeseen")])
+def test_a_fault_in_the_store_is_told_and_not_taken_for_a_store_that_is_away(fault: Exception):
+    actor = FakeActor(resolve=[RayTaskError("resolve", "traceback", fault).as_instanceof_cause()])
+    with pytest.raises(RayTaskError, match="traceback"):
+        asyncio.run(_client(actor).resolve("a"))
+    assert len(actor.calls) == 1
+
+
+def test_an_image_that_never_arrives_is_unavailable_after_the_wait(monkeypatch: pytest.MonkeyPatch):
+    def get(_: Any, *, timeout: float) -> Any:
+        time.sleep(timeout)
+        raise GetTimeoutError
+
+    monkeypatch.setattr("ray.get", get)
+    actor = FakeActor(acquire=[SimpleNamespace(image="ref")])
+    with pytest.raises(Refused) as caught:
+        asyncio.run(_client(actor, wait_s=0.05).lease("a", None, None))
+    assert caught.value.fault.code == "store_unavailable"
+
+
+def test_no_fault_of_the_store_ends_the_heartbeats_of_a_replica():
+    """Without beats its leases would run out."""
+
+    class Store:
+        num_beats = 0
+
+        async def heartbeat(self, versions: tuple[str, ...]) -> None:
+            self.num_beats += 1
+            raise (RuntimeError, ValueError, Refused(Fault(code="store_unavailable", message="")))[self.num_beats % 3]
+
+    async def main() -> None:
+        replica: Any = SimpleNamespace(_store=Store(), _adapters=SimpleNamespace(versions=()), _lease_ttl_s=0.003)
+        beating = asyncio.ensure_future(Replica._beat(replica))
+        async with asyncio.timeout(20):
+            while replica._store.num_beats < 6:
+                await asyncio.sleep(0.001)
+        assert not beating.done()
+        beating.cancel()
+
+    asyncio.run(main())

@@ -168,3 +168,13 @@ def test_a_lookup_waits_for_no_read(root):
     source = LocalSource(root)
     (listing,) = run(source, lambda: look_while_reads_wait(source, "a", 40))
     assert listing is not None
+
+
+def test_the_digests_that_are_remembered_are_bounded(root, monkeypatch):
+    monkeypatch.setattr("adapter_store.sources.local.MAX_DIGESTS", 10)
+    for number in range(20):
+        upload(root / f"n{number}", {"adapter_config.json": b"%d" % number})
+    source = LocalSource(root)
+    seen = run(source, *(lambda n=n: source.stat(f"n{n}") for n in [*range(20), *range(20)]))
+    assert len(source._digests) <= 10
+    assert seen[:20] == seen[20:]

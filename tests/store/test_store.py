@@ -267,3 +267,9 @@ def test_without_ray_the_image_is_a_readonly_array():
         await store.close()
 
     asyncio.run(main())
+
+
+@in_loop()
+async def test_behind_a_cursor_that_no_page_gave_there_is_nothing(world):
+    for cursor in ("9" * 5000, "-1:a", "x", "²:a", "7:a"):
+        assert (await world.store.list_adapters(cursor)).records == ()

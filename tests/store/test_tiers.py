@@ -2,18 +2,23 @@
 
 import asyncio
 import errno
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adapter_store import objects
-from adapter_store.blobs import FileImage
-from adapter_store.catalog import NameKey
+from adapter_store.blobs import FileImage, ImageFiles, map_image
+from adapter_store.catalog import ImageKey, NameKey
 from adapter_store.errors import AdapterNotFound, AdapterRejected, SourceUnavailable, StoreConfigInvalid
 from adapter_store.image import pack
 from adapter_store.records import AdapterState
 from tests.support.fake_sources import FakeSource, small_adapter
-from tests.support.store_world import IMAGE_BYTES, SPEC, World
+from tests.support.store_world import DIGEST, IMAGE_BYTES, SPEC, World
 
 
 def in_world(test):
@@ -326,3 +331,116 @@ async def test_a_digest_that_was_remembered_wrongly_refuses_the_right_file_until
     await right(world)
     await world.settle()
     assert await world.store._tiers.index.known(key) == known._replace(checked_at=world.clock.now)
+
+
+@pytest.mark.parametrize("harm", ["listing = '[]'", "listing = 'x'", "sha256 = '7'"])
+def test_a_name_whose_row_is_broken_is_asked_of_its_source(harm, tmp_path, monkeypatch, caplog):
+    harmed("UPDATE versions SET " + harm, 0, tmp_path, monkeypatch, caplog)
+
+
+@pytest.mark.parametrize("harm", ["manifest = x'00'", "manifest = 7", "num_bytes = 1 << 60", "num_bytes = 1"])
+def test_an_image_whose_row_is_broken_is_a_miss_and_written_anew(harm, tmp_path, monkeypatch, caplog):
+    harmed("UPDATE images SET " + harm, 1, tmp_path, monkeypatch, caplog)
+
+
+def harmed(statement, num_broken, tmp_path, monkeypatch, caplog):
+    """Bits that turn on the disk are no reason to answer wrongly, or not at all."""
+
+    @in_world
+    async def scenario(world):
+        await right(world)
+        await world.settle()
+        await world.store._tiers.index.database.write(statement, [()])
+        await world.restart()
+        await right(world)
+        assert len(world.source.fetches) == 1 + num_broken
+        await world.restart()
+        await right(world)
+        assert len(world.source.fetches) == 1 + num_broken
+
+    scenario(tmp_path, monkeypatch, caplog)
+
+
+def test_images_that_are_written_to_files_at_once_each_have_their_own(tmp_path, monkeypatch):
+    files = ImageFiles(tmp_path)
+    images = [np.full(1000, number, np.uint8) for number in range(16)]
+    start = threading.Barrier(len(images))
+    make = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: time.sleep(0.05) or make(**options))
+
+    def put(image):
+        start.wait()
+        return files.put(image)
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        handles = list(pool.map(put, images))
+    assert all(np.array_equal(map_image(handle), image) for handle, image in zip(handles, images, strict=True))
+    assert len(list(tmp_path.iterdir())) == 1
+    files.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@in_world
+async def test_image_files_of_a_store_that_was_killed_are_deleted_by_the_next(world):
+    world.blobs.max_bytes = 0
+    lease = await right(world)
+    assert isinstance(lease.image, FileImage)
+    await world.settle()
+    world.store._tiers._files.close = lambda: None  # it dies before it gets there
+    await world.restart()
+    assert not Path(lease.image.path).exists()
+    await right(world)
+
+
+@in_world
+async def test_an_object_that_a_read_gives_up_while_it_is_written_again_is_not_counted_as_there(world):
+    lease = await right(world)
+    await world.settle()
+    disk, key = world.store._tiers.disk, ImageKey(lease.version, DIGEST)
+    row = disk.row(key)
+    await disk._forget(row.object, key)
+    write = disk._files.write
+
+    def slow(digest, data):
+        write(digest, data)
+        asyncio.run_coroutine_threadsafe(disk._forget(digest, key), loop).result()
+
+    loop = asyncio.get_running_loop()
+    world.monkeypatch.setattr(disk._files, "write", slow)
+    await disk.put(key, pack(small_adapter(seed=1), SPEC).data, lease.manifest, lease.rank, 1.0)
+    world.store.check_invariants()
+    assert disk.row(key) is None
+    await disk.flush()
+
+
+@in_world
+async def test_a_disk_that_is_full_at_start_still_gives_its_lock(world):
+    await world.store.close()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    world.monkeypatch.setattr(objects.os, "write", full)
+    lock = objects.FolderLock(world.folder / "lock")
+    assert lock.try_acquire()
+    assert not objects.FolderLock(world.folder / "lock").try_acquire()
+    lock.release()
+    world.monkeypatch.undo()
+    world.begin()
+    await world.store.register_spec(SPEC)
+
+
+@in_world
+async def test_shared_memory_that_is_full_is_told_once_and_not_with_every_image(world):
+    world.blobs.max_bytes = 0
+    world.source.adapters.update({f"n{seed}": small_adapter(seed=seed) for seed in range(6)})
+
+    def told():
+        return [record for record in world.log.records if "shared memory is full of" in record.getMessage()]
+
+    for seed in range(5):
+        await right(world, f"n{seed}", seed)
+    assert len(told()) == 1
+    world.clock.now += 60
+    await right(world, "n5", 5)
+    assert len(told()) == 2

@@ -41,6 +41,7 @@ def test_only_the_most_wanted_half_is_remembered_when_there_are_too_many():
         traffic.count(number, 50.0)
         assert len(traffic) <= 100
     assert traffic.value("hot", 50.0) > 1
+    assert len(traffic.take_changed()) <= 100, "nor does what nobody takes pile up"
 
 
 def test_what_has_changed_is_told_once_and_adds_up_where_it_is_restored():

@@ -1,9 +1,11 @@
 """Pinned adapters stay, what is asked for comes back from disk, and nothing is evicted for it."""
 
 import asyncio
+import logging
 
 import pytest
 
+from adapter_store.catalog import NameKey
 from adapter_store.errors import AdapterNameInvalid, AdapterNotFound, PinRefused
 from adapter_store.records import AdapterState
 from tests.support.fake_sources import small_adapter, small_spec
@@ -204,3 +206,83 @@ async def test_unpinning_what_is_not_pinned_or_gone_is_no_error_of_its_own(world
     assert (await world.store.unpin("n0")).name == "n0"
     with pytest.raises(AdapterNotFound):
         await world.store.unpin("n0")
+
+
+@in_world()
+async def test_traffic_is_written_down_while_there_is_always_something_to_load(world):
+    """What gives way to every load must not keep back what does not."""
+    await use(world, *(f"n{number}" for number in range(8)))
+    await world.store.close()
+    world.begin()
+    world.store._tick_s = 0.01
+    busy = asyncio.Event()
+
+    async def never_quiet():
+        busy.set()
+        await asyncio.Event().wait()
+
+    world.store._flights.quiet = never_quiet
+    await world.store.register_spec(SPEC)
+    async with asyncio.timeout(20):
+        await busy.wait()
+        key = NameKey("fake", "new")
+        world.store._warmth.count(key)
+        while key not in {name for name, _, _ in await world.store._tiers.index.traffic(100)}:
+            await asyncio.sleep(0.01)
+    for task in world.store._loading.values():
+        task.cancel()
+
+
+def test_without_a_disk_nothing_piles_up_that_only_a_disk_would_take():
+    async def main():
+        world = World()
+        world.source.adapters.update({f"n{number}": small_adapter() for number in range(20)})
+        for name in world.source.adapters:
+            await world.store.expect(name)
+        await world.settle()
+        assert len(world.store._resolver._checked) == len(world.source.adapters)
+        await world.store._tiers.keep_house()
+        assert world.store._resolver.take_checked() == set()
+        await world.store.close()
+
+    asyncio.run(main())
+
+
+@in_world()
+async def test_housekeeping_that_fails_is_told_and_goes_on(world):
+    world.store._tick_s = 0.01
+    world.store._housekeeping.cancel()
+    failed = asyncio.Event()
+    again = asyncio.Event()
+
+    async def fail():
+        (again if failed.is_set() else failed).set()
+        raise RuntimeError("unforeseen")
+
+    world.store._tiers.keep_house = fail
+    world.store._housekeeping = asyncio.create_task(world.store._keep_house())
+    async with asyncio.timeout(20):
+        await again.wait()
+
+
+@in_world(refresh_s=0)
+async def test_a_pinned_adapter_that_cannot_be_loaded_is_told_once_for_each_reason(world):
+    log = logging.getLogger("adapter_store.warmth")
+    told = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = told.append
+    log.addHandler(handler)
+    try:
+        await world.store.pin("n0")
+        files = world.source.adapters.pop("n0")
+        for _ in range(5):
+            await world.store._warmth.load(world.store._specs[DIGEST])
+        assert len(told) == 1
+        world.source.adapters["n0"] = files
+        world.clock.now += world.config.missing_ttl_s
+        await world.store._warmth.load(world.store._specs[DIGEST])
+        del world.source.adapters["n0"]
+        await world.store._warmth.load(world.store._specs[DIGEST])
+        assert len(told) == 2
+    finally:
+        log.removeHandler(handler)
