@@ -71,9 +71,7 @@ def test_a_floor_as_high_as_the_ceiling_is_a_fixed_share(base: Path) -> None:
 def test_pages_in_which_tensors_would_not_be_aligned_are_refused(block_size: int) -> None:
     config = EngineConfig(model="", adapter_memory="pages", block_size=block_size)
     kv = KVStorage(KVShape(1, block_size, 1, 3, torch.bfloat16), 4)  # 12 bytes a token
-    with pytest.raises(
-        ConfigError, match=rf"KV blocks of {12 * block_size} bytes, .* multiple of 64: raise"
-    ):
+    with pytest.raises(ConfigError, match=rf"KV blocks of {12 * block_size} bytes, .* multiple of 64: raise"):
         _adapter_storage(config, kv)
 
 
