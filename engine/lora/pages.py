@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from engine.lora.image import ALIGNMENT_BYTES, ITEM_BYTES, AdapterManifest, ImageEntry
 
-
 MAX_GAP_BYTES = 64 << 10  # a guess: a copy of its own would cost about as much
 
 
