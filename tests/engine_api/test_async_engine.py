@@ -78,7 +78,10 @@ def test_the_event_loop_is_woken_once_per_step_however_many_streams_it_has() -> 
         wait_for(main(engine))
 
 
-def test_an_image_is_read_in_once_and_not_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("settings", "read_in"), [({}, ["k1", "k2"]), ({"adapter_memory": "pages"}, [])])
+def test_an_image_to_be_borrowed_is_read_in_once_and_not_on_the_step(
+    settings: dict[str, str], read_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared: list[tuple[str, str]] = []
 
     def record(image: AdapterImage) -> None:
@@ -90,9 +93,9 @@ def test_an_image_is_read_in_once_and_not_on_the_step(monkeypatch: pytest.Monkey
                 assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
 
     monkeypatch.setattr("engine.lora.image.prepare", record)
-    with running() as engine:
+    with running(block_bytes=64, **settings) as engine:
         wait_for(main(engine))
-    assert [key for key, _ in prepared] == ["k1", "k2"]
+    assert [key for key, _ in prepared] == read_in
     assert "chorus-engine" not in {thread for _, thread in prepared}
 
 
