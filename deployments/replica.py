@@ -21,7 +21,7 @@ from deployments.http_errors import fault_of
 from deployments.settings import AppArgs
 from deployments.store_actor import connector
 from deployments.store_client import StoreClient
-from deployments.warm import Device, Warmer
+from deployments.warm import Warmer
 from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -61,7 +61,7 @@ class Replica:
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self._warmer = Warmer(
             self._adapters,
-            cast("Device", self._engine),
+            self._engine,
             self._store,
             pinned=args.adapters.pinned,
             budget_bytes=args.warm_bytes,

@@ -35,7 +35,7 @@ class AdapterSettings(Settings):
     sources: tuple[Source, ...] = Field(default=(), strict=False)  # in order: the first that knows a name has it
     allowed: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns of names; None: all
     pinned: tuple[str, ...] = Field(default=(), strict=False)  # names that every replica keeps on its device
-    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with; None: half of engine.adapter_bytes
+    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of adapter_bytes
     host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
     disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk

@@ -102,7 +102,9 @@ class Warmer:
             if held.version == before:
                 return
             if not await self._load(held):
-                raise AdapterError("no room beside what the device has; raise engine.adapter_bytes, or pin fewer")
+                raise AdapterError(
+                    "no room beside what the device has; raise engine.adapter_bytes or kv_cache_bytes, or pin fewer"
+                )
             await asyncio.to_thread(self._device.pin_adapter, held.version)
             self._pinned[name] = held.version
         if before is not None:

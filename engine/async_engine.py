@@ -3,8 +3,8 @@
     event loops ──commands──> engine thread ──updates──> output thread ──one wake-up per step and loop──> event loops
                   (deque)     step()                     detokenise, stop strings
 
-Nothing slow is on the step: tokens become text on the output thread, and images are read in before they are handed
-over. A watchdog thread finds a step that does not come back.
+Nothing slow is on the step: tokens become text on the output thread, and images that are borrowed are read in
+before they are handed over. A watchdog thread finds a step that does not come back.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class AsyncEngine:
         self._closing = False
         self._dead_reason: str | None = None
         self._turns: SimpleQueue[Turn | None] = SimpleQueue()
-        self._prepared: set[str] = set()  # adapter keys whose image was read in
+        self._prepared: set[str] = set()  # adapter keys whose image was read in, to be borrowed
         self._request_numbers = count()
         self._threads: list[threading.Thread] = []
         self._step_began_s: float | None = None  # written by the engine thread, read by the watchdog
@@ -100,9 +100,8 @@ class AsyncEngine:
         Raises: RequestError, AdapterError when the request is refused; EngineDead.
         """
         self.start()
-        if image is not None and image.key not in self._prepared:
-            await asyncio.to_thread(self._engine.prepare_adapter, image)
-            self._prepared.add(image.key)
+        if image is not None and self._is_to_be_prepared(image):
+            await asyncio.to_thread(self._prepare, image)
         stream = self._submit(request, image)
         num_unfinished = request.params.n
         try:
@@ -120,9 +119,8 @@ class AsyncEngine:
         Where images are borrowed, this one is read in here, in about 0.1 ms per MiB. Raises: EngineDead.
         """
         self.start()
-        if image.key not in self._prepared:
-            self._engine.prepare_adapter(image)
-            self._prepared.add(image.key)
+        if self._is_to_be_prepared(image):
+            self._prepare(image)
         self._ask(Preload(image))
 
     def pin_adapter(self, key: str) -> None:
@@ -198,6 +196,14 @@ class AsyncEngine:
             self._commands.append(Add(own, image))
             self._condition.notify_all()
         return stream
+
+    def _is_to_be_prepared(self, image: AdapterImage) -> bool:
+        """Images that are copied to pages are read by the thread that copies."""
+        return image.key not in self._prepared and not self._engine.config.has_adapter_pages()
+
+    def _prepare(self, image: AdapterImage) -> None:
+        self._engine.prepare_adapter(image)
+        self._prepared.add(image.key)
 
     def _leave(self, stream: Stream, *, abort: bool) -> None:
         with self._condition:

@@ -61,14 +61,15 @@ class AdapterDesk:
 
         What the next plan was to begin with came after it, and is undone before it: it may use what this one freed.
         """
-        undone = (*ops, *self.ops)
-        self.ops.clear()
-        for op in reversed(undone):
+        to_come, self.ops = self.ops, []
+        for op in reversed((*ops, *to_come)):
             is_there = isinstance(op, AdapterLoad) and op.adapter in self._slots
             is_kept = op.adapter in self._slots.kept()
             if is_there and (op.adapter in self._preloading or is_kept):
                 self._wanted[op.adapter] = is_kept
-            self.ops.append(self._slots.undo(op))
+            eviction = self._slots.undo(op)
+            if not (op in to_come and isinstance(op, AdapterLoad)):  # else the runner was never told of it
+                self.ops.append(eviction)
 
     def load_again(self) -> None:
         """What the caller had preloaded or pinned, and an abandoned plan has not loaded.

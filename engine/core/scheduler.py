@@ -325,6 +325,8 @@ class Scheduler:
         self._kv.check_invariants(holders, held_blocks, adapter_pages)
         most, least = self.config.max_adapter_pages or 0, self.config.min_adapter_pages
         assert len(adapter_pages) <= most, f"adapters hold {len(adapter_pages)} of at most {most} pages"
+        used = 0 if self.config.max_adapter_pages is None else self._slots.room.used
+        assert len(adapter_pages) == used, f"adapters hold {len(adapter_pages)} pages and count {used}"
         for_sequences = self.config.num_blocks - 1 - max(least, len(adapter_pages))
         num_held = self.config.num_blocks - 1 - self._kv.pool.num_free - len(adapter_pages)
         assert num_held <= for_sequences, f"sequences hold {num_held} of at most {for_sequences} blocks"

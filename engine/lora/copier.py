@@ -81,7 +81,9 @@ class CudaPages:
         self._stream = torch.cuda.Stream(self._device)
         self._pinned = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_STAGING)]
         self.staging = tuple(tensor.numpy() for tensor in self._pinned)
-        self._copied = [torch.cuda.Event() for _ in range(NUM_STAGING)]  # not recorded yet: over
+        # Blocking: who waits for them sleeps, and leaves its core to the step thread. Not recorded yet: over.
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(NUM_STAGING)]
+        self._finished = torch.cuda.Event(blocking=True)
 
     def mark(self) -> torch.cuda.Event:
         # The pages may have belonged to kernels still queued on the step's stream: the copy comes after them.
@@ -99,7 +101,8 @@ class CudaPages:
         self._copied[index].synchronize()
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        self._finished.record(self._stream)
+        self._finished.synchronize()
 
 
 class Pacer:

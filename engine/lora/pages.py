@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from engine.lora.image import ALIGNMENT_BYTES, ITEM_BYTES, AdapterManifest, ImageEntry
 
+MAX_GAP_BYTES = 64 << 10  # a guess: a copy of its own would cost about as much
+
 
 class Piece(NamedTuple):
     """Bytes of the image that belong together (a tensor, or a part of one) and where they go."""
@@ -85,9 +87,9 @@ class Chunk(NamedTuple):
 
 
 def cut_chunks(layout: PageLayout, pages: tuple[int, ...], max_bytes: int) -> list[Chunk]:
-    """The copies of one load: each within a run, of at most `max_bytes`, together all tensors."""
+    """The copies of one load: each within neighbouring runs, of at most `max_bytes`, together all tensors."""
     chunks: list[Chunk] = []
-    for first_page, pieces in zip(layout.first_pages(pages), layout.pieces, strict=True):
+    for begin, pieces in _neighbours(layout, pages):
         end = max(piece.dst + piece.num_bytes for piece in pieces)
         for start in range(0, end, max_bytes):
             stop = min(end, start + max_bytes)
@@ -96,5 +98,28 @@ def cut_chunks(layout: PageLayout, pages: tuple[int, ...], max_bytes: int) -> li
                 for piece in pieces
                 if (first := max(piece.dst, start)) < (last := min(piece.dst + piece.num_bytes, stop))
             )
-            chunks.append(Chunk(first_page * layout.page_bytes + start, stop - start, parts))
+            chunks.append(Chunk(begin + start, stop - start, parts))
     return chunks
+
+
+def _neighbours(layout: PageLayout, pages: tuple[int, ...]) -> list[tuple[int, list[Piece]]]:
+    """Runs whose pages follow each other as one: where it begins in the buffer, and its pieces, ascending by dst.
+
+    What a run leaves empty at its end is copied with the rest if it is little.
+    """
+    spans: list[tuple[int, list[Piece]]] = []
+    free_from = -1  # in the buffer, behind the run before
+    for first_page, length, pieces in zip(layout.first_pages(pages), layout.runs, layout.pieces, strict=True):
+        begin = first_page * layout.page_bytes
+        if begin == free_from and free_from - _end_of(spans[-1]) <= MAX_GAP_BYTES:
+            spans[-1][1].extend(piece._replace(dst=piece.dst + begin - spans[-1][0]) for piece in pieces)
+        else:
+            spans.append((begin, list(pieces)))
+        free_from = begin + length * layout.page_bytes
+    return spans
+
+
+def _end_of(span: tuple[int, list[Piece]]) -> int:
+    """Behind its last byte, in the buffer."""
+    begin, pieces = span
+    return begin + pieces[-1].dst + pieces[-1].num_bytes

@@ -205,6 +205,7 @@ class Player:
     def _abandon(self, plan: StepPlan) -> None:
         """`plan` was submitted, or could not be; the later ones go with it."""
         self.counts["abandoned"] += 1
+        self._want_adapters()  # after the plan was made: it is undone first
         given_up = [p for p, _ in self.in_flight if p.plan_id >= plan.plan_id]
         for _ in given_up:
             self.in_flight.pop()

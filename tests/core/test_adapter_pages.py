@@ -152,8 +152,7 @@ def test_what_was_to_follow_an_abandoned_plan_is_undone_before_it() -> None:
     assert scheduler.preload_adapter("bob")
     scheduler.abandon(plan)
     plan, _ = step(scheduler)
-    assert plan.adapter_ops[:-1] == (AdapterEvict("bob", 1), AdapterEvict("ada", 1))
-    assert isinstance(plan.adapter_ops[-1], AdapterLoad)
+    assert plan.adapter_ops == (AdapterEvict("ada", 1), AdapterLoad("bob", 1, (1,)))
     assert scheduler.stats().resident_adapters == ("bob",)
 
 

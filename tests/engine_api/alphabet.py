@@ -103,7 +103,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(make_tokenizer())
 
 
-def make_parts(runner: AlphabetRunner, *, num_blocks: int = 65, max_model_len: int = 128) -> EngineParts:
+def make_parts(
+    runner: AlphabetRunner, *, num_blocks: int = 65, max_model_len: int = 128, block_bytes: int = 0
+) -> EngineParts:
     return EngineParts(
         runner=runner,
         tokenizer=tokenizer(),
@@ -113,6 +115,7 @@ def make_parts(runner: AlphabetRunner, *, num_blocks: int = 65, max_model_len: i
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS_ID,),
         cache_namespace="alphabet",
+        block_bytes=block_bytes,
     )
 
 
@@ -126,7 +129,7 @@ def make_engine(runner: AlphabetRunner | None = None, **settings: Any) -> Engine
         "max_resident_adapters": 2,
         **settings,
     }
-    sizes = {name: values.pop(name) for name in ("num_blocks", "max_model_len") if name in values}
+    sizes = {name: values.pop(name) for name in ("num_blocks", "max_model_len", "block_bytes") if name in values}
     parts = make_parts(runner or AlphabetRunner(), **sizes)
     return Engine(EngineConfig(model="alphabet", **values), parts=parts)
 

@@ -77,16 +77,19 @@ def test_the_event_loop_is_woken_once_per_step_however_many_streams_it_has() -> 
         wait_for(main(engine))
 
 
-def test_an_image_is_prepared_once_and_not_on_the_step() -> None:
+@pytest.mark.parametrize(("settings", "prepared"), [({}, ["k1", "k2"]), ({"adapter_memory": "pages"}, [])])
+def test_an_image_to_be_borrowed_is_prepared_once_and_not_on_the_step(
+    settings: dict[str, str], prepared: list[str]
+) -> None:
     async def main(engine: AsyncEngine) -> None:
         for _ in range(2):
             for key in ("k1", "k2"):
                 assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
 
     runner = AlphabetRunner()
-    with running(runner) as engine:
+    with running(runner, block_bytes=64, **settings) as engine:
         wait_for(main(engine))
-    assert [key for key, _ in runner.prepared] == ["k1", "k2"]
+    assert [key for key, _ in runner.prepared] == prepared
     assert "chorus-engine" not in {thread for _, thread in runner.prepared}
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.lora.copier import Copier, HostPages, Pacer
-from engine.lora.pages import cut_chunks, lay_out
+from engine.lora.pages import MAX_GAP_BYTES, cut_chunks, lay_out
 from engine.lora.storage import PagedStorage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
 
@@ -33,12 +33,12 @@ def test_every_tensor_lies_whole_in_neighbouring_pages_and_arrives_there(
     layout = lay_out(image.manifest, PAGE)
     assert list(layout.runs) == sorted(layout.runs, reverse=True)
     num_pages = sum(layout.runs)
-    # Runs in any order, with gaps between them; what lies in between must not be touched.
+    # Runs in any order, side by side or with gaps between them; what lies in between must not be touched.
     order = data.draw(st.permutations(range(len(layout.runs))))
     starts, page = {}, 1
     for run in order:
         starts[run] = page
-        page += layout.runs[run] + 1
+        page += layout.runs[run] + data.draw(st.integers(0, 1))
     pages = tuple(starts[run] + i for run, length in enumerate(layout.runs) for i in range(length))
     assert len(pages) == num_pages
     buffer = torch.full(((page + 1) * PAGE,), 7, dtype=torch.uint8)
@@ -68,6 +68,29 @@ def test_chunks_are_no_larger_than_the_staging_buffer_and_cover_each_byte_once()
         4 * e.rank * (sites[e.site].in_features + sites[e.site].out_features) for e in image.manifest.entries
     )
     assert sum(end - start for start, end in sources) == num_bytes
+
+
+def test_runs_that_are_neighbours_are_copied_as_one() -> None:
+    sites = linear_sites(*[(30, 20)] * 4)
+    image = pack("k", spec_of(sites), random_weights(sites, 1, seed=2))
+    layout = lay_out(image.manifest, PAGE)
+    assert set(layout.runs) == {1}
+    num_pages = len(layout.runs)
+    (chunk,) = cut_chunks(layout, tuple(range(5, 5 + num_pages)), 1 << 20)
+    assert (chunk.dst, len(chunk.pieces)) == (5 * PAGE, 8)
+    assert chunk.num_bytes <= num_pages * PAGE
+    apart = (*range(5, 5 + num_pages - 1), 50)
+    assert [chunk.dst for chunk in cut_chunks(layout, apart, 1 << 20)] == [5 * PAGE, 50 * PAGE]
+    backwards = tuple(range(5 + num_pages, 5, -1))
+    assert len(cut_chunks(layout, backwards, 1 << 20)) == num_pages
+
+
+def test_a_wide_gap_between_neighbours_is_not_copied() -> None:
+    sites = linear_sites((30_000, 30_000))
+    image = pack("k", spec_of(sites), random_weights(sites, 1, seed=2))
+    layout = lay_out(image.manifest, 4 * 30_000 + MAX_GAP_BYTES + 32)
+    assert layout.runs == (1, 1)
+    assert sum(chunk.num_bytes for chunk in cut_chunks(layout, (1, 2), 1 << 20)) == 2 * 4 * 30_000
 
 
 def test_a_paced_copy_keeps_to_its_rate_and_an_idle_time_earns_no_burst() -> None:
