@@ -1,54 +1,16 @@
 """Host, disk, source: an image is looked for in this order, over restarts, and while one of them is out of order."""
 
-import asyncio
 import errno
-import tempfile
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from adapter_store import objects
-from adapter_store.blobs import FileImage, ImageFiles, map_image
-from adapter_store.catalog import ImageKey, NameKey
-from adapter_store.errors import AdapterNotFound, AdapterRejected, SourceUnavailable, StoreConfigInvalid
-from adapter_store.image import pack
+from adapter_store.catalog import NameKey
+from adapter_store.errors import AdapterRejected, SourceUnavailable, StoreConfigInvalid
 from adapter_store.records import AdapterState
+from tests.support.disk_world import files_of, in_world, right
 from tests.support.fake_sources import FakeSource, small_adapter
-from tests.support.store_world import DIGEST, IMAGE_BYTES, SPEC, World
-
-
-def in_world(test):
-    """Runs an async test with a World whose disk tier is in `tmp_path`; at its end the store's parts must agree."""
-
-    def run(tmp_path, monkeypatch, caplog):
-        async def main():
-            world = World(disk_path=str(tmp_path / "disk"), refresh_s=10.0)
-            world.monkeypatch, world.folder, world.log = monkeypatch, tmp_path / "disk", caplog
-            await world.store.register_spec(SPEC)
-            await test(world)
-            await world.settle()
-            world.store.check_invariants()
-            await world.store.close()
-
-        asyncio.run(main())
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
-
-
-def files_of(world):
-    return sorted(path for path in (world.folder / "objects").rglob("*") if path.is_file())
-
-
-async def right(world, name="a", seed=1, **more):
-    """Acquires, and compares what is served with the packed true files."""
-    lease = await world.acquire(name, **more)
-    assert np.array_equal(world.bytes_of(lease), pack(small_adapter(seed=seed), SPEC).data)
-    return lease
+from tests.support.store_world import IMAGE_BYTES, SPEC, World
 
 
 @in_world
@@ -113,35 +75,6 @@ async def test_what_fell_out_of_host_memory_comes_back_from_disk_without_its_sou
     world.source.fetches.clear()
     await right(world)
     assert world.source.fetches == []
-
-
-@in_world
-async def test_an_image_that_was_changed_on_disk_is_never_served(world):
-    await right(world)
-    await world.settle()
-    (path,) = files_of(world)
-    content = bytearray(path.read_bytes())
-    content[7] ^= 1
-    path.write_bytes(content)
-    await world.restart()
-    await right(world)
-    assert world.source.fetches == ["a", "a"]
-    await world.restart()
-    await right(world)
-    assert world.source.fetches == ["a", "a"], "it was written again"
-
-
-@in_world
-async def test_a_file_that_was_cut_short_or_is_gone_is_a_miss(world):
-    for harm in (lambda path: path.write_bytes(path.read_bytes()[:-1]), lambda path: path.unlink()):
-        world.source.fetches.clear()
-        await right(world)
-        await world.settle()
-        for path in files_of(world):
-            harm(path)
-        await world.restart()
-        await right(world)
-        assert world.source.fetches[-1:] == ["a"]
 
 
 @in_world
@@ -258,38 +191,6 @@ def test_no_source_may_be_called_catalog():
 
 
 @in_world
-async def test_with_shared_memory_full_of_leased_images_the_next_one_is_served_from_a_file(world):
-    world.blobs.max_bytes = IMAGE_BYTES
-    first = await right(world)
-    second = await right(world, "b", 2)
-    assert isinstance(second.image, FileImage)
-    assert np.array_equal(world.bytes_of(first), pack(small_adapter(seed=1), SPEC).data)
-    assert (await world.store.status()).degraded == ("host",)
-    mapped = world.bytes_of(second)
-    await world.store.release(second.version, "me")
-    del world.source.adapters["b"]
-    world.clock.now += 20
-    with pytest.raises(AdapterNotFound):
-        await world.acquire("b")
-    assert (await world.store.status()).degraded == ()
-    with pytest.raises(FileNotFoundError):
-        world.bytes_of(second)
-    assert np.array_equal(mapped, pack(small_adapter(seed=2), SPEC).data), "who has mapped it keeps it"
-
-
-@in_world
-async def test_with_shared_memory_full_images_that_nobody_leases_make_room(world):
-    world.blobs.max_bytes = 2 * IMAGE_BYTES
-    for seed in range(4):
-        world.source.adapters[f"n{seed}"] = small_adapter(seed=seed)
-        lease = await right(world, f"n{seed}", seed)
-        await world.settle()
-        assert not isinstance(lease.image, FileImage)
-        await world.store.release(lease.version, "me")
-    assert (await world.store.status()).degraded == ()
-
-
-@in_world
 async def test_the_disk_tier_stays_within_its_bytes_and_keeps_what_is_leased(world):
     await world.store.close()
     world.config = type(world.config)(
@@ -333,86 +234,6 @@ async def test_a_digest_that_was_remembered_wrongly_refuses_the_right_file_until
     assert await world.store._tiers.index.known(key) == known._replace(checked_at=world.clock.now)
 
 
-@pytest.mark.parametrize("harm", ["listing = '[]'", "listing = 'x'", "sha256 = '7'"])
-def test_a_name_whose_row_is_broken_is_asked_of_its_source(harm, tmp_path, monkeypatch, caplog):
-    harmed("UPDATE versions SET " + harm, 0, tmp_path, monkeypatch, caplog)
-
-
-@pytest.mark.parametrize("harm", ["manifest = x'00'", "manifest = 7", "num_bytes = 1 << 60", "num_bytes = 1"])
-def test_an_image_whose_row_is_broken_is_a_miss_and_written_anew(harm, tmp_path, monkeypatch, caplog):
-    harmed("UPDATE images SET " + harm, 1, tmp_path, monkeypatch, caplog)
-
-
-def harmed(statement, num_broken, tmp_path, monkeypatch, caplog):
-    """Bits that turn on the disk are no reason to answer wrongly, or not at all."""
-
-    @in_world
-    async def scenario(world):
-        await right(world)
-        await world.settle()
-        await world.store._tiers.index.database.write(statement, [()])
-        await world.restart()
-        await right(world)
-        assert len(world.source.fetches) == 1 + num_broken
-        await world.restart()
-        await right(world)
-        assert len(world.source.fetches) == 1 + num_broken
-
-    scenario(tmp_path, monkeypatch, caplog)
-
-
-def test_images_that_are_written_to_files_at_once_each_have_their_own(tmp_path, monkeypatch):
-    files = ImageFiles(tmp_path)
-    images = [np.full(1000, number, np.uint8) for number in range(16)]
-    start = threading.Barrier(len(images))
-    make = tempfile.mkdtemp
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: time.sleep(0.05) or make(**options))
-
-    def put(image):
-        start.wait()
-        return files.put(image)
-
-    with ThreadPoolExecutor(len(images)) as pool:
-        handles = list(pool.map(put, images))
-    assert all(np.array_equal(map_image(handle), image) for handle, image in zip(handles, images, strict=True))
-    assert len(list(tmp_path.iterdir())) == 1
-    files.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-@in_world
-async def test_image_files_of_a_store_that_was_killed_are_deleted_by_the_next(world):
-    world.blobs.max_bytes = 0
-    lease = await right(world)
-    assert isinstance(lease.image, FileImage)
-    await world.settle()
-    world.store._tiers._files.close = lambda: None  # it dies before it gets there
-    await world.restart()
-    assert not Path(lease.image.path).exists()
-    await right(world)
-
-
-@in_world
-async def test_an_object_that_a_read_gives_up_while_it_is_written_again_is_not_counted_as_there(world):
-    lease = await right(world)
-    await world.settle()
-    disk, key = world.store._tiers.disk, ImageKey(lease.version, DIGEST)
-    row = disk.row(key)
-    await disk._forget(row.object, key)
-    write = disk._files.write
-
-    def slow(digest, data):
-        write(digest, data)
-        asyncio.run_coroutine_threadsafe(disk._forget(digest, key), loop).result()
-
-    loop = asyncio.get_running_loop()
-    world.monkeypatch.setattr(disk._files, "write", slow)
-    await disk.put(key, pack(small_adapter(seed=1), SPEC).data, lease.manifest, lease.rank, 1.0)
-    world.store.check_invariants()
-    assert disk.row(key) is None
-    await disk.flush()
-
-
 @in_world
 async def test_a_disk_that_is_full_at_start_still_gives_its_lock(world):
     await world.store.close()
@@ -428,19 +249,3 @@ async def test_a_disk_that_is_full_at_start_still_gives_its_lock(world):
     world.monkeypatch.undo()
     world.begin()
     await world.store.register_spec(SPEC)
-
-
-@in_world
-async def test_shared_memory_that_is_full_is_told_once_and_not_with_every_image(world):
-    world.blobs.max_bytes = 0
-    world.source.adapters.update({f"n{seed}": small_adapter(seed=seed) for seed in range(6)})
-
-    def told():
-        return [record for record in world.log.records if "shared memory is full of" in record.getMessage()]
-
-    for seed in range(5):
-        await right(world, f"n{seed}", seed)
-    assert len(told()) == 1
-    world.clock.now += 60
-    await right(world, "n5", 5)
-    assert len(told()) == 2
