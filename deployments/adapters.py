@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ logger = logging.getLogger("ray.serve")
 
 RESOLVE_WAIT_S = 1.0
 MAX_NAMES = 10_000
+MAX_MANIFESTS = 256  # of versions that were held before: checking one again takes a millisecond for 200 sites
 
 
 class Store(Protocol):
@@ -69,6 +71,7 @@ class HeldAdapters:
         self._loop = asyncio.get_running_loop()
         self._meanings: dict[tuple[str, str | None], _Meaning] = {}
         self._held: dict[str, Held] = {}
+        self._manifests: OrderedDict[str, AdapterManifest] = OrderedDict()  # the latest last
         self._loading: dict[tuple[str, str | None, str | None], asyncio.Task[Held]] = {}
         self._renewing: set[tuple[str, str | None]] = set()
         self._background_tasks: set[asyncio.Task[None]] = set()
@@ -176,10 +179,18 @@ class HeldAdapters:
             self._mean(name, source, lease.version)
         held = self._held.get(lease.version)
         if held is None:
-            manifest = AdapterManifest.from_dict(lease.manifest, self._spec)
-            held = Held(name, lease.version, AdapterImage(lease.version, manifest, data), lease)
+            image = AdapterImage(lease.version, self._manifest(lease), data)
+            held = Held(name, lease.version, image, lease)
             self._held[lease.version] = held
         return held
+
+    def _manifest(self, lease: Lease) -> AdapterManifest:
+        """Raises: AdapterImageInvalid."""
+        manifest = self._manifests.pop(lease.version, None) or AdapterManifest.from_dict(lease.manifest, self._spec)
+        self._manifests[lease.version] = manifest
+        if len(self._manifests) > MAX_MANIFESTS:
+            self._manifests.popitem(last=False)
+        return manifest
 
     def _on_dropped(self, version: str) -> None:
         held = self._held.get(version)

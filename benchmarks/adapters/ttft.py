@@ -47,14 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = EngineConfig(model=args.model, dtype=args.dtype, num_threads=args.threads, max_resident_adapters=1)
-    engine = Engine(config)
     with ExitStack() as stack:
         if args.ray:
             stack.enter_context(running_ray(OBJECT_STORE_BYTES))
         for place in args.places.split(","):
             if place == "disk" and "disk_hits" not in {field.name for field in fields(StoreStatus)}:
                 continue  # this store has no disk tier
-            asyncio.run(Place(args, engine, place).measure())
+            asyncio.run(Place(args, Engine(config), place).measure())
 
 
 class Place:

@@ -14,6 +14,7 @@ from adapter_store.errors import AdapterNotFound
 from adapter_store.records import AdapterRecord, Lease
 from deployments.adapters import HeldAdapters
 from deployments.calls import Fault, Refused
+from engine.lora.image import AdapterManifest
 from engine.site import ImageSpec
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
@@ -91,6 +92,20 @@ def test_a_held_version_is_leased_once_and_released_when_the_engine_drops_it():
         assert rig.held.versions == ("v1",)
         await rig.drop("v1")
         assert (rig.held.versions, rig.store.released) == ((), ["v1"])
+
+    _run(test)
+
+
+def test_a_version_that_comes_back_has_its_manifest_checked_once(monkeypatch: pytest.MonkeyPatch):
+    checked: list[object] = []
+    check = AdapterManifest.from_dict
+    monkeypatch.setattr(AdapterManifest, "from_dict", lambda *args: checked.append(args) or check(*args))
+
+    async def test(rig: Rig) -> None:
+        for version in ("v1", "v2", "v1"):
+            await rig.use(version=version, accepted=False)
+        assert rig.store.leases == ["v1", "v2", "v1"]
+        assert len(checked) == 2
 
     _run(test)
 
