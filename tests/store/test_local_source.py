@@ -8,7 +8,7 @@ from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
 from adapter_store.sources.base import SourceChanged, distrust
 from adapter_store.sources.local import LocalSource
 from tests.support.fake_sources import small_adapter
-from tests.support.source_calls import look_while_reads_wait, read_files, run
+from tests.support.source_calls import all_names, look_while_reads_wait, read_files, run
 
 
 def upload(folder, files=None):
@@ -118,29 +118,24 @@ def test_a_listing_pages_through_nested_names_without_gap_or_repetition(root):
     (root / "loop").symlink_to(root)
     source = LocalSource(root)
 
-    async def main(limit):
-        seen, cursor = [], None
-        while True:
-            page = await source.list(cursor, limit)
-            assert len(page.names) <= limit
-            seen += page.names
-            cursor = page.next_cursor
-            if cursor is None:
-                return seen
+    assert run(source, *(lambda n=n: all_names(source, n) for n in (1, 2, 3, 100))) == [names] * 4
 
-    assert run(source, *(lambda n=n: main(n) for n in (1, 2, 3, 100))) == [names] * 4
+
+def rewrite_unnoticed(path):
+    """Same size, same inode, the old time put back."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_a_file_rewritten_behind_an_unchanged_time_is_served_once_somebody_noticed(root):
-    """Same size, same inode, the old time put back: only its content tells, and whoever reads it looks at that."""
+    """Only its content tells, and whoever reads it looks at that."""
     source = LocalSource(root)
     path = root / "a" / "adapter_model.safetensors"
 
     async def main():
         listing = await source.stat("a")
-        before = path.stat()
-        path.write_bytes(path.read_bytes()[::-1])
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        rewrite_unnoticed(path)
         assert await source.stat("a") == listing  # remembered, and wrong
         distrust(source, "a")
         assert (await source.stat("a")).etags != listing.etags
@@ -154,9 +149,7 @@ def test_a_read_whose_content_is_not_the_listed_one_is_noticed(root):
 
     async def main():
         listing = await source.stat("a")
-        before = path.stat()
-        path.write_bytes(path.read_bytes()[::-1])
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        rewrite_unnoticed(path)
         with pytest.raises(SourceChanged):
             await read_files(source, "a", listing)
         assert (await source.stat("a")).etags != listing.etags

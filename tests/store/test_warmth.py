@@ -8,6 +8,7 @@ import pytest
 from adapter_store.catalog import NameKey
 from adapter_store.errors import AdapterNameInvalid, AdapterNotFound, PinRefused
 from adapter_store.records import AdapterState
+from tests.support.disk_world import play
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.store_world import DIGEST, IMAGE_BYTES, SPEC, World, in_loop
 
@@ -28,11 +29,7 @@ def in_world(**config):
                     }
                 )
                 world.source.adapters.update({f"n{seed}": small_adapter(seed=seed) for seed in range(8)})
-                await world.store.register_spec(SPEC)
-                await test(world)
-                await world.settle()
-                world.store.check_invariants()
-                await world.store.close()
+                await play(world, test)
 
             asyncio.run(main())
 

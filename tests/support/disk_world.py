@@ -9,6 +9,15 @@ from tests.support.fake_sources import small_adapter
 from tests.support.store_world import SPEC, World
 
 
+async def play(world, test):
+    """Runs an async test; at its end the store's parts must agree."""
+    await world.store.register_spec(SPEC)
+    await test(world)
+    await world.settle()
+    world.store.check_invariants()
+    await world.store.close()
+
+
 def in_world(test):
     """Runs an async test with a World whose disk tier is in `tmp_path`; at its end the store's parts must agree."""
 
@@ -16,11 +25,7 @@ def in_world(test):
         async def main():
             world = World(disk_path=str(tmp_path / "disk"), refresh_s=10.0)
             world.monkeypatch, world.folder, world.log = monkeypatch, tmp_path / "disk", caplog
-            await world.store.register_spec(SPEC)
-            await test(world)
-            await world.settle()
-            world.store.check_invariants()
-            await world.store.close()
+            await play(world, test)
 
         asyncio.run(main())
 
