@@ -137,11 +137,13 @@ class DiskTier:
             row, manifest = found
             data = await self._in_thread(self._files.read, row.object, row.num_bytes)
         except FileNotFoundError:
+            await self.has_stock()
             await self._forget(row.object, key)
             return None
         except (ObjectBroken, RowBroken) as error:
             self.broken += 1
             _log.error("disk tier: an image of version %s is broken, it is deleted: %s", key.version[:12], error)
+            await self.has_stock()  # which may have seen the row, and would take it for a good one afterwards
             known = self._rows.get(key) if isinstance(error, RowBroken) else row
             await self._forget(None if known is None else known.object, key)
             return None
