@@ -6,9 +6,11 @@ The adapters are made from their numbers when they are fetched. What was measure
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import random
 import shutil
 import statistics
+import sys
 import time
 from collections import Counter
 from contextlib import aclosing
@@ -231,6 +233,8 @@ def test_sixty_adapters_share_slots_for_twelve_and_every_answer_is_theirs(
 def test_five_thousand_adapters_pass_through_a_few_slots_for_ten_thousand_requests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Longer than any other test may take, on a busy machine.
+    faulthandler.dump_traceback_later(3600, exit=True, file=sys.__stderr__)
     scale = Scale(5000, 10_000, 32, engine_adapters=32, host_adapters=128, disk_adapters=512, judged=0.05)
     run = soak(scale, tmp_path, capsys)
     assert growth(run.seen.rss_bytes) <= MAX_RSS_GROWTH
