@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
 SEAMS = ("engine.errors", "engine.request", "engine.site", "engine.config", "engine.stats", "engine.startup")
-PARTS = ("engine.model", "engine.kv", "engine.lora")
+PARTS = ("engine.model", "engine.kv", "engine.lora", "engine.quant")
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.upload")  # know tensors and nothing of the engine
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
@@ -36,6 +36,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.upload": (),
     "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", *KERNELS),
     "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", *KERNELS),
+    "engine.quant": (*SEAMS, "engine.quant"),
     "engine.model": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS),
     "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
