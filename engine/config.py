@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from types import UnionType
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from engine.errors import ConfigError
 
@@ -15,6 +15,7 @@ Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 AdapterMemory = Literal["auto", "borrowed", "pages"]
 Kernels = Literal["auto", "native", "triton", "torch"]
+Quantization = Literal["int8", "int8-dynamic", "int4", "nf4", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,10 @@ class EngineConfig:
     model: str  # folder with a transformers checkpoint
     tokenizer: str | None = None  # folder; None: the model's
     device: Device = "cpu"
-    dtype: DType = "auto"  # auto: what the checkpoint says
+    dtype: DType = "auto"  # auto: what the checkpoint says; bfloat16 for a quantized one in float16 on the CPU
+    quantization: Quantization | None = None  # linear layers of a 16-bit checkpoint are rounded to it at load
+    quantize_lm_head: bool = False  # the output layer too
+    quantize_embeddings: bool = False  # the input embeddings too, to int8
     max_model_len: int | None = None  # tokens of prompt and output; None: what the model was made for
     block_size: int = 16  # P, tokens of KV cache in one block
     kv_cache_bytes: int | None = None  # with adapters in its pages; None: 256 MiB on the CPU, what a GPU has left
@@ -64,7 +68,16 @@ class EngineConfig:
             raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
         if self.adapter_memory not in ("auto", "borrowed", "pages"):
             raise ConfigError(f"adapter_memory={self.adapter_memory!r} is not one of 'auto', 'borrowed', 'pages'")
+        self._check_quantization()
         self._check_adapter_memory()
+
+    def _check_quantization(self) -> None:
+        kinds = get_args(Quantization)
+        if self.quantization is not None and self.quantization not in kinds:
+            raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(map(repr, kinds))}")
+        for name in ("quantize_lm_head", "quantize_embeddings"):
+            if getattr(self, name) and self.quantization is None:
+                raise ConfigError(f"{name}=True means nothing without `quantization`: set both, or leave it at False")
 
     def _check_adapter_memory(self) -> None:
         if self.adapter_memory == "borrowed" and self.device != "cpu":
@@ -125,6 +138,9 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
     "adapter_memory": (str, "'auto', 'borrowed' or 'pages'"),
     "kernels": (str, "'auto', 'native', 'triton' or 'torch'"),
+    "quantization": (str, "'int8', 'int8-dynamic', 'int4', 'nf4' or 'fp8'"),
+    "quantize_lm_head": (bool, "True or False"),
+    "quantize_embeddings": (bool, "True or False"),
     "cuda_graphs": (bool, "True or False"),
     "enable_prefix_caching": (bool, "True or False"),
     "enable_chunked_prefill": (bool, "True or False"),

@@ -38,7 +38,8 @@ def load_parts(config: EngineConfig) -> EngineParts:
 
 
 def _load_parts(config: EngineConfig) -> EngineParts:
-    from engine.model.loader import check_folder, load_model
+    from engine.model.checkpoint import check_folder
+    from engine.model.loader import load_model
     from engine.runner.memory import num_kv_blocks
     from engine.runner.runner import TorchRunner
 
@@ -54,7 +55,7 @@ def _load_parts(config: EngineConfig) -> EngineParts:
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
-        cache_namespace=loaded.fingerprint,
+        cache_namespace=loaded.cache_namespace,
         block_bytes=loaded.capabilities.kv_shape(config.block_size, loaded.dtype).block_bytes,
     )
 
