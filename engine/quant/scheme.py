@@ -14,6 +14,8 @@ from engine.quant.weight import QuantizedWeight
 Shape = tuple[int | None, ...]
 """Of a tensor in a file; None: any length."""
 
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -38,7 +40,10 @@ class Scheme(Protocol):
     A bias is no part of a scheme: it is stored as it would be without one, whoever loads the model reads it.
     """
 
-    name: str  # as in quantization_config["quant_method"]
+    @property
+    def name(self) -> str:
+        """As in quantization_config["quant_method"]."""
+        ...
 
     def is_quantized(self, module: str, present: Collection[str]) -> bool:
         """By the config's own rules; where they leave it open (most do for lm_head), by what the files hold."""

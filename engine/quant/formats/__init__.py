@@ -6,10 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.errors import ModelNotSupported
+from engine.quant.formats.awq import read_awq
+from engine.quant.formats.bitsandbytes import read_bitsandbytes
+from engine.quant.formats.compressed_tensors import read_compressed_tensors
+from engine.quant.formats.gptq import read_gptq
+from engine.quant.formats.torchao import read_torchao
 from engine.quant.scheme import Scheme
 
 _Reader = Callable[[Mapping[str, Any], Mapping[str, str]], Scheme]
-_READERS: dict[str, _Reader] = {}
+_READERS: dict[str, _Reader] = {
+    "awq": read_awq,
+    "gptq": read_gptq,
+    "compressed-tensors": read_compressed_tensors,
+    "bitsandbytes": read_bitsandbytes,
+    "torchao": read_torchao,
+}
 
 
 def read_scheme(config: Mapping[str, Any], metadata: Mapping[str, str]) -> Scheme:
