@@ -10,6 +10,16 @@ class LoraWeights(ctypes.Structure):
     _fields_ = (("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scaling", c_float))
 
 
+class Quantization(ctypes.Structure):
+    _fields_ = (
+        ("order", c_void_p),
+        ("group_size", c_int64),
+        ("kind", c_int32),
+        ("inputs", c_int32),
+        ("has_zeros", c_int32),
+    )
+
+
 class Member(ctypes.Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -17,6 +27,7 @@ class Member(ctypes.Structure):
         ("out_features", c_int64),
         ("y", c_void_p),
         ("lora", c_void_p),
+        ("quantization", c_void_p),
     )
 
 

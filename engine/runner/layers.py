@@ -74,8 +74,9 @@ def _native(
     backend = NativeAttention(library, storage)
     with torch.inference_mode():
         done = compile_decoder(model, sites, library, lora, backend, _trial(loaded, backend))
-        fuse(model, library)
-        done |= pack_linears(model, [site for site in sites if site.index not in done], library, lora)
+        fuse(model, library, loaded.dtype)
+        left = [site for site in sites if site.index not in done]
+        done |= pack_linears(model, left, library, lora, loaded.dtype)
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
 
