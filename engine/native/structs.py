@@ -42,7 +42,10 @@ class KVCache(ctypes.Structure):
         ("block_size", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
+        ("section_bytes", c_int64),
+        ("scales_offset", c_int64),
         ("is_bf16", c_int32),
+        ("is_int8", c_int32),
     )
 
 
