@@ -86,7 +86,13 @@ def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tu
 
     lora, backend = None, TritonAttention(storage)
     if _has_lora(config):
-        lora = TritonLora(len(loaded.sites), config.max_resident_adapters, loaded.dtype, loaded.device)
+        lora = TritonLora(
+            len(loaded.sites),
+            config.max_resident_adapters,
+            loaded.dtype,
+            loaded.device,
+            are_codes=config.adapter_dtype == "int8",
+        )
     with torch.inference_mode():
         done = fuse_decoder(loaded.model, loaded.sites, lora, backend, _trial(loaded, backend))
     return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done

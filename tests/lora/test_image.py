@@ -65,7 +65,7 @@ _BROKEN: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "scaling that is no number": (("entries", 2, "scaling"), "2", "scaling='2' is not a finite number"),
     "unaligned offset": (("entries", 0, "b_offset"), 68, "(model.embed_tokens).b_offset=68 is not a multiple of 64"),
     "negative offset": (("entries", 0, "b_offset"), -64, "b_offset=-64"),
-    "tensor beyond the end": (("entries", 3, "b_offset"), 512, "entries[3].b_offset=512: (2, 5) would end at byte 552"),
+    "tensor beyond the end": (("entries", 3, "b_offset"), 512, "b_offset=512: its 40 bytes would end at 552 of 512"),
     "overlapping tensors": (("entries", 1, "a_offset"), 64, "overlaps entries[0].b_offset=64, which ends at byte 96"),
     "rank that makes tensors overlap": (("entries", 1, "rank"), 5, "overlaps"),
 }

@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SpecInvalid
-from adapter_store.image import convert, pack, pack_folder
+from adapter_store.image import pack, pack_folder
 from adapter_store.inspect import Limits
+from adapter_store.rounding import convert
 from adapter_store.spec import spec_digest
 from engine.site import ImageSpec, LinearSite
 from tests.support.fake_sources import adapter_files, site, small_adapter, small_config, small_spec, small_tensors
@@ -244,7 +245,7 @@ def test_limits_of_rank_and_bytes_are_inclusive():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "int4"}, "dtype"),
         ({"tp_degree": 2}, "tp_degree"),
         ({"sites": []}, "sites"),
         ({"sites": [site(0, "a", 4, 4), site(0, "b", 4, 4)]}, "twice"),

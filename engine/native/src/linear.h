@@ -4,14 +4,17 @@
 
 #include "common.h"
 
-/* One adapter at one site: y += scaling * (x a^T) b. Shapes: a [rank, in], b [rank, out]; a is NULL in an empty slot. */
+/* One adapter at one site: y += scaling * (x a^T) b. Shapes: a [rank, in], b [rank, out]; a is NULL in an empty slot.
+ * INT8 are codes, and scales [2, rank] say what one counts in: of each row of a, then of b. */
 typedef struct {
     const void *a, *b;
     int64_t rank;
     float scaling;
+    int32_t type; /* element */
+    const float *scales;
 } lora_weights;
 
-/* One of the layers that read the same x. Weight, bias and LoRA have one element type. */
+/* One of the layers that read the same x. Weight and bias have one element type. */
 typedef struct {
     const void *weight; /* packed */
     const void *bias;   /* [out] or NULL */
