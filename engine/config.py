@@ -14,6 +14,7 @@ MIB = 1 << 20
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 AdapterMemory = Literal["auto", "borrowed", "pages"]
+AdapterDType = Literal["auto", "int8"]
 Kernels = Literal["auto", "native", "triton", "torch"]
 Quantization = Literal["int8", "int8-dynamic", "int4", "nf4", "fp8"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
@@ -39,6 +40,7 @@ class EngineConfig:
     max_queued_requests: int = 1024  # waiting requests; one more is refused with QueueFull
     adapter_bytes: int = 512 * MIB  # resident adapters at most, true rank, as packed
     min_adapter_bytes: int = 0  # of the KV cache's pages: so much of them no sequence gets
+    adapter_dtype: AdapterDType = "auto"  # of packed adapters: the model's, or codes of half its bytes and less exact
     adapter_memory: AdapterMemory = "auto"  # borrowed from shared memory, or KV pages; auto: on the CPU, on a GPU
     adapter_copy_bytes_per_s: int | None = None  # into pages, beside the steps; None: as fast as the bus
     max_resident_adapters: int = 256  # LoRA slots, without the base
@@ -68,6 +70,8 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
         if self.kernels not in ("auto", "native", "triton", "torch"):
             raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
+        if self.adapter_dtype not in ("auto", "int8"):
+            raise ConfigError(f"adapter_dtype={self.adapter_dtype!r} is not one of 'auto' (the model's), 'int8'")
         if self.adapter_memory not in ("auto", "borrowed", "pages"):
             raise ConfigError(f"adapter_memory={self.adapter_memory!r} is not one of 'auto', 'borrowed', 'pages'")
         self._check_quantization()
@@ -149,6 +153,7 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "tokenizer": (str, "the path of a folder"),
     "device": (str, "'cpu' or 'cuda'"),
     "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
+    "adapter_dtype": (str, "'auto' or 'int8'"),
     "adapter_memory": (str, "'auto', 'borrowed' or 'pages'"),
     "kv_cache_dtype": (str, "'auto', 'int8' or 'fp8'"),
     "kernels": (str, "'auto', 'native', 'triton' or 'torch'"),

@@ -50,7 +50,7 @@ def _load_parts(config: EngineConfig) -> EngineParts:
     return EngineParts(
         runner=TorchRunner(loaded, config, num_blocks),
         tokenizer=tokenizer,
-        image_spec=loaded.image_spec(),
+        image_spec=loaded.image_spec(config.adapter_dtype),
         num_blocks=num_blocks,
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,

@@ -5,9 +5,20 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
+import torch
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as common.h numbers them
+
 
 class LoraWeights(ctypes.Structure):
-    _fields_ = (("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scaling", c_float))
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("rank", c_int64),
+        ("scaling", c_float),
+        ("type", c_int32),
+        ("scales", c_void_p),
+    )
 
 
 class Quantization(ctypes.Structure):

@@ -84,7 +84,7 @@ TARGET INLINE void TILE(const int rows, const int planes, const int nibbles, con
 
 #define ROWS_OF_PLANES(n, planes)                                      \
     case n:                                                            \
-        if (q->kind == INT4)                                           \
+        if (q->kind == CODE_INT4)                                           \
             TILE(n, planes, 1, q->has_zeros, in, row, panel, sum);                   \
         else                                                           \
             TILE(n, planes, 0, q->has_zeros, in, row, panel, sum);                   \

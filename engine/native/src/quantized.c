@@ -19,10 +19,10 @@
 
 static int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-static int is_integer(const quantization *q) { return q->kind == INT4 || q->kind == INT8; }
+static int is_integer(const quantization *q) { return q->kind == CODE_INT4 || q->kind == CODE_INT8; }
 
 static int64_t bytes_of_codes(const quantization *q, int64_t codes) {
-    return q->kind == INT4 || q->kind == NF4 ? codes / 2 : codes;
+    return q->kind == CODE_INT4 || q->kind == CODE_NF4 ? codes / 2 : codes;
 }
 
 static quantized_inputs shape_of(const quantization *q, int64_t in_features) {
@@ -275,7 +275,7 @@ INLINE void tile_of_floats(const int rows, const int nibbles, const quantized_in
 
 #define ROWS_OF_FLOATS(n)                              \
     case n:                                            \
-        if (q->kind == NF4)                            \
+        if (q->kind == CODE_NF4)                            \
             tile_of_floats(n, 1, in, row, panel, sum); \
         else                                           \
             tile_of_floats(n, 0, in, row, panel, sum); \
@@ -324,7 +324,7 @@ static void pack_codes(const packing *p, int64_t panel, int64_t begin, int64_t c
             if (nibbles)
                 to[(i / 8 * PANEL + n) * 4 + i % 4] |= (uint8_t)((row[k / 2] >> k % 2 * 4 & 15) << i / 4 % 2 * 4);
             else
-                to[(i / 4 * PANEL + n) * 4 + i % 4] = p->q->kind == INT8 ? row[k] ^ 0x80 : row[k];
+                to[(i / 4 * PANEL + n) * 4 + i % 4] = p->q->kind == CODE_INT8 ? row[k] ^ 0x80 : row[k];
         }
     }
 }
