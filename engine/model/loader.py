@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from engine.config import EngineConfig
+from engine.config import AdapterDType, EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
 from engine.model.attention import ATTENTION_NAME
 from engine.model.capabilities import Capabilities, judge
@@ -66,9 +66,9 @@ class LoadedModel:
         on a model's sites and dtype, which rounding does not change."""
         return f"{self.fingerprint}:{self.rounding}" if self.rounding else self.fingerprint
 
-    def image_spec(self) -> ImageSpec:
+    def image_spec(self, adapter_dtype: AdapterDType = "auto") -> ImageSpec:
         """How adapters must be packed for this model."""
-        dtype: Any = DTYPE_NAMES[self.dtype]
+        dtype: Any = DTYPE_NAMES[self.dtype] if adapter_dtype == "auto" else adapter_dtype
         return ImageSpec(base_fingerprint=self.fingerprint, dtype=dtype, sites=self.sites)
 
 

@@ -153,5 +153,9 @@ def _int4_codes(groups: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _usable(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As they will be stored; those of all-zero groups, and those too small for the dtype, as its least normal one."""
-    return scales.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
+    """As they will be stored; those of all-zero groups, and those too small for the dtype, as its least number.
+
+    float16 is narrow: 127 steps of its least normal number are 0.008, more than the weights of some rows.
+    """
+    least = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    return scales.to(dtype).float().clamp(min=least)
