@@ -20,12 +20,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.quant.weight import NF4_VALUES, Activations, Kind, QuantizedWeight, pack_nibbles
 
 DEFAULT_GROUP_SIZES = {"int4": 128, "nf4": 64}
 _FP8_MAX = 448.0  # of float8_e4m3fn
 _TILE_ELEMENTS = 4 << 20  # rounded at once: what the work needs beside the weight is a few times this
+
+
+# What a setting of the engine means.
+_METHODS: dict[Quantization, tuple[Kind, Activations | None]] = {
+    "int8": ("int8", None),
+    "int8-dynamic": ("int8", "int8"),
+    "int4": ("int4", None),
+    "nf4": ("nf4", None),
+    "fp8": ("fp8", "fp8"),
+}
+_MIN_GROUP_SIZE = 32  # with fewer weights to a scale, scales cost as much as 4-bit codes save
+
+
+def can_round(method: Quantization, in_features: int) -> bool:
+    """Whether a layer of so many inputs can be rounded at load: in 4 bits, groups of 32 or more must divide them."""
+    kind, _ = _METHODS[method]
+    return kind in ("int8", "fp8") or in_features % _MIN_GROUP_SIZE == 0
+
+
+def round_weight(weight: Tensor, method: Quantization) -> QuantizedWeight:
+    """As `quantize`, for a setting of the engine."""
+    kind, activations = _METHODS[method]
+    return quantize(weight, kind, activations=activations)
+
+
+def bytes_per_weight(method: Quantization) -> float:
+    """About: codes, and the scales of a 4-bit layer."""
+    kind, _ = _METHODS[method]
+    return 0.5 + 4 / DEFAULT_GROUP_SIZES[kind] if kind in DEFAULT_GROUP_SIZES else 1.0
 
 
 def group_size_for(kind: Kind, in_features: int, group_size: int | None = None) -> int:

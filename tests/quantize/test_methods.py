@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.quant.formats import read_scheme
-from tests.support.quantized_files import decode, tensors_in
+from tests.support.decoded_files import decode, tensors_in
 
 METHODS = ("int8", "int8-dynamic", "int4", "nf4", "fp8")
 # Of normal weights: half a step of 127 in 3.2 sigma; 0.103 of int4 and 0.092 of nf4 in groups of 64 or 128; three bits

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.quantized_files import decode, tensors_in
+from tests.support.decoded_files import decode, tensors_in
 
 
 def weights_in(out: Path, model: PreTrainedModel) -> dict[str, Tensor]:

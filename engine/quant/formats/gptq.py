@@ -123,7 +123,10 @@ def read_gptq(config: Mapping[str, Any], metadata: Mapping[str, str]) -> GptqSch
     fields.pass_over("quant_method", "lm_head", "desc_act", "backend", "modules_to_not_convert", *MAKING)
     packing = _packing_of(fields)
     symmetric = fields.flag("sym", True)
-    layout = fields.choice("format", _LAYOUTS, fields.choice("checkpoint_format", _LAYOUTS, "gptq"))
+    named = fields.take("format")
+    layout = fields.choice("checkpoint_format", _LAYOUTS, named or "gptq")
+    if named not in (None, layout):
+        fields.refuse("format", named, f"with checkpoint_format={layout!r}; served: {', '.join(_LAYOUTS)}")
     fields.choice("method", ("gptq",), "gptq")
     fields.choice("pack_dtype", ("int32",), "int32")
     fields.choice("data_type", ("int",), "int")
