@@ -75,8 +75,9 @@ def _native(
     backend, trial = NativeAttention(library, storage), NativeAttention(library, _trial_storage(storage))
     with torch.inference_mode():
         done = compile_decoder(model, sites, library, lora, trial, _trial(loaded, trial))
-        fuse(model, library)
-        done |= pack_linears(model, [site for site in sites if site.index not in done], library, lora)
+        fuse(model, library, loaded.dtype)
+        left = [site for site in sites if site.index not in done]
+        done |= pack_linears(model, left, library, lora, loaded.dtype)
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
 
@@ -87,7 +88,13 @@ def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tu
 
     lora, backend, trial = None, TritonAttention(storage), TritonAttention(_trial_storage(storage))
     if _has_lora(config):
-        lora = TritonLora(len(loaded.sites), config.max_resident_adapters, loaded.dtype, loaded.device)
+        lora = TritonLora(
+            len(loaded.sites),
+            config.max_resident_adapters,
+            loaded.dtype,
+            loaded.device,
+            are_codes=config.adapter_dtype == "int8",
+        )
     with torch.inference_mode():
         done = fuse_decoder(loaded.model, loaded.sites, lora, trial, _trial(loaded, trial))
     return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done

@@ -101,10 +101,12 @@ def call_all(dtype: torch.dtype, rows: int) -> None:
     elementwise.rms_norm(hidden, weight, 1e-5, residual=new(rows, 4096))
     elementwise.silu_mul(new(rows, 2 * 14336))
     group = lora.LoraGroup.of([0, 1, 2], [4096, 1024, 1024], 4096, "cpu")
-    lora.add_lora(qkv, hidden, new(rows, 3, dtype=torch.int32), group, lora.LoraTables.empty(3, 9, "cpu"), 64)
     uneven = lora.LoraGroup.of([0], [4090], 4090, "cpu")
-    narrow = new(rows, 4090)
-    lora.add_lora(narrow, narrow, new(rows, 3, dtype=torch.int32), uneven, lora.LoraTables.empty(3, 9, "cpu"), 64)
+    narrow, chunks = new(rows, 4090), new(rows, 3, dtype=torch.int32)
+    tables, codes = (lora.LoraTables.empty(3, 9, "cpu", are_codes=are_codes) for are_codes in (False, True))
+    lora.add_lora(qkv, hidden, chunks, group, tables, 64)
+    lora.add_lora(narrow, narrow, chunks, uneven, tables, 64)
+    lora.add_lora(qkv, hidden, chunks, group, codes, 64)
 
 
 if __name__ == "__main__":
