@@ -21,6 +21,16 @@ class LoraWeights(ctypes.Structure):
     )
 
 
+class Quantization(ctypes.Structure):
+    _fields_ = (
+        ("order", c_void_p),
+        ("group_size", c_int64),
+        ("kind", c_int32),
+        ("inputs", c_int32),
+        ("has_zeros", c_int32),
+    )
+
+
 class Member(ctypes.Structure):
     _fields_ = (
         ("weight", c_void_p),
@@ -28,6 +38,7 @@ class Member(ctypes.Structure):
         ("out_features", c_int64),
         ("y", c_void_p),
         ("lora", c_void_p),
+        ("quantization", c_void_p),
     )
 
 
@@ -42,7 +53,10 @@ class KVCache(ctypes.Structure):
         ("block_size", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
+        ("section_bytes", c_int64),
+        ("scales_offset", c_int64),
         ("is_bf16", c_int32),
+        ("is_int8", c_int32),
     )
 
 

@@ -65,7 +65,7 @@ def bind(batch: LoraBatch, sites: tuple[LinearSite, ...], storage: AdapterStorag
 
 def packed_layers(linears: list[nn.Linear], lora: NativeLora) -> list[PackedLinear]:
     sites = linear_sites(*((linear.in_features, linear.out_features) for linear in linears))
-    group = PackedGroup(native_or_skip(), linears, lora, sites)
+    group = PackedGroup(native_or_skip(), linears, lora, sites, linears[0].weight.dtype)
     return [PackedLinear(linear, group, i, sampled=False) for i, linear in enumerate(linears)]
 
 
