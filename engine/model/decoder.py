@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kv.backend import AttentionBackend, AttentionInputs, LayerCall
+from engine.quant.linear import QuantLinear
 from engine.site import LinearSite
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -35,6 +36,8 @@ _NORMS = {
 }
 _TRIAL_TOKENS = 20
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+_FIXED_POINT = 2**-12  # inputs of integer codes may be multiplied as 16-bit numbers
+_NEXT_STEP = 2**-7  # an input between two steps of its rounding may go to either
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class LayerParts:
     num_heads: int  # query heads
     rotary_dims: int  # of a head
     dtype: torch.dtype  # of all weights and of the hidden states
-    linears: dict[str, nn.Linear]
+    linears: dict[str, nn.Linear | QuantLinear]
     sites: dict[str, int]  # of the linears
     norms: dict[str, Norm]  # those there are
 
@@ -111,7 +114,10 @@ def swap_decoder(
     for i, observed in enumerate(seen):
         parts = _take_apart(observed, layers[i], site_of)
         one = None if parts is None else compile_one(parts)
-        if parts is None or one is None or not _agrees(make_run([one], observed.hidden), observed, backend, inputs):
+        if parts is None or one is None:
+            accepted.append(None)
+            continue
+        if not _agrees(make_run([one], observed.hidden), observed, backend, inputs, _tolerance(parts)):
             accepted.append(None)
             continue
         accepted.append(one)
@@ -136,13 +142,17 @@ def _runs(seen: list[_Observed], accepted: list[Compiled | None]) -> Iterator[tu
             run = []
 
 
+def num_trial_blocks(block_size: int) -> int:
+    """Blocks of the cache that a trial run needs, the null block included."""
+    return 1 + -(-_TRIAL_TOKENS // block_size)
+
+
 def _trial_inputs(backend: AttentionBackend) -> AttentionInputs:
     """One sequence of _TRIAL_TOKENS rows, in blocks 1, 2, ..."""
     size, device = backend.storage.shape.block_size, backend.storage.data.device
-    num_blocks = -(-_TRIAL_TOKENS // size)
     return AttentionInputs(
         slot_mapping=torch.arange(size, size + _TRIAL_TOKENS, device=device),
-        block_tables=torch.arange(1, 1 + num_blocks, device=device)[None],
+        block_tables=torch.arange(1, num_trial_blocks(size), device=device)[None],
         query_starts=(0, _TRIAL_TOKENS),
         context_lengths=(_TRIAL_TOKENS,),
     )
@@ -187,10 +197,10 @@ def _take_apart(observed: _Observed, module: nn.Module, site_of: Mapping[str, in
     if call.softcap is not None or call.sinks is not None or "position_embeddings" not in observed.arguments:
         return None
     known = {*_LINEARS.values(), *_NORMS.values()}
-    leaves = {name for name, part in module.named_modules() if next(part.parameters(recurse=False), None) is not None}
+    leaves = {name for name, part in module.named_modules() if _holds_weights(part)}
     linears = {key: _get(module, name) for key, name in _LINEARS.items()}
     norms = {key: _norm(norm) for key, name in _NORMS.items() if (norm := _get(module, name)) is not None}
-    if leaves - known or not all(type(linear) is nn.Linear for linear in linears.values()):
+    if leaves - known or not all(type(linear) in (nn.Linear, QuantLinear) for linear in linears.values()):
         return None
     sites = {key: site_of.get(f"{observed.name}.{name}", -1) for key, name in _LINEARS.items()}
     if "input_norm" not in norms or "post_norm" not in norms or min(sites.values()) < 0:
@@ -200,6 +210,10 @@ def _take_apart(observed: _Observed, module: nn.Module, site_of: Mapping[str, in
         return None
     rotary_dims = observed.arguments["position_embeddings"][0].shape[-1]
     return LayerParts(call, observed.num_heads, rotary_dims, dtype, linears, sites, norms)
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return isinstance(module, QuantLinear) or next(module.parameters(recurse=False), None) is not None
 
 
 def _norm(norm: nn.Module) -> Norm:
@@ -214,7 +228,16 @@ def _get(module: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def _agrees(compiled: nn.Module, observed: _Observed, backend: AttentionBackend, inputs: AttentionInputs) -> bool:
+def _tolerance(parts: LayerParts) -> float:
+    """Of what a compiled layer adds, relative to the largest of it."""
+    weights = [linear.quantized for linear in parts.linears.values() if isinstance(linear, QuantLinear)]
+    limits = [_NEXT_STEP if weight.activations else _FIXED_POINT for weight in weights]
+    return max([_TOLERANCE[parts.dtype], *limits])
+
+
+def _agrees(
+    compiled: nn.Module, observed: _Observed, backend: AttentionBackend, inputs: AttentionInputs, tolerance: float
+) -> bool:
     expected, dtype = observed.output, observed.hidden.dtype
     if not isinstance(expected, Tensor) or backend.storage.shape.dtype is not dtype:
         return False
@@ -223,5 +246,5 @@ def _agrees(compiled: nn.Module, observed: _Observed, backend: AttentionBackend,
     got = compiled(observed.hidden, position_embeddings=(cos, sin), attention_backend=backend)
     change = (expected - observed.hidden).float()  # what the layer adds: beside the whole stream an error looks small
     error = (got - expected).float().abs().max()
-    limit = _TOLERANCE[dtype] * change.abs().max() + torch.finfo(dtype).eps * 2 * expected.abs().max()
+    limit = tolerance * change.abs().max() + torch.finfo(dtype).eps * 2 * expected.abs().max()
     return bool(error <= limit)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary
+from engine.quant.linear import QuantLinear
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+_NEXT_STEP = 2**-7  # an input that is rounded for a quantized weight may go to either of two steps
 _ROWS = 5
 
 
@@ -63,11 +65,14 @@ class NativeGatedMLP(nn.Module):
         return self.down_proj(hidden)
 
 
-def fuse(model: nn.Module, library: NativeLibrary) -> int:
-    """Swap every module that has a twin here. Returns: how many. Before LoRA layers are put around the linear ones."""
+def fuse(model: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> int:
+    """Swap every module that has a twin here. Returns: how many. Before LoRA layers are put around the linear ones.
+
+    `dtype`: of the activations.
+    """
     num_swapped = 0
     for name, module in list(model.named_modules()):
-        twin = _norm_twin(module, library) or _mlp_twin(module, library)
+        twin = _norm_twin(module, library) or _mlp_twin(module, library, dtype)
         if twin is not None:
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, twin)
@@ -89,23 +94,26 @@ def _norm_twin(module: nn.Module, library: NativeLibrary) -> nn.Module | None:
     return None
 
 
-def _mlp_twin(module: nn.Module, library: NativeLibrary) -> nn.Module | None:
+def _mlp_twin(module: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> nn.Module | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(part) is nn.Linear for part in parts) or len(list(module.children())) > 4:
+    if not all(type(part) in (nn.Linear, QuantLinear) for part in parts) or len(list(module.children())) > 4:
         return None
-    gate = parts[0]
-    assert isinstance(gate, nn.Linear)
-    if gate.weight.dtype not in SUPPORTED_DTYPES:
+    if dtype not in SUPPORTED_DTYPES or any(p.dtype is not dtype for p in module.parameters()):
         return None
+    gate, _, down = parts
+    assert isinstance(gate, nn.Linear | QuantLinear)
+    rounds = isinstance(down, QuantLinear) and down.quantized.activations is not None
     twin = NativeGatedMLP(library, module)
-    return twin if _agree(module, twin, gate.in_features, gate.weight.dtype) else None
+    return twin if _agree(module, twin, gate.in_features, dtype, _NEXT_STEP if rounds else 0.0) else None
 
 
 @torch.inference_mode()
-def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype) -> bool:
+def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype, tolerance: float = 0.0) -> bool:
+    """`tolerance`: what is allowed beyond the rounding of `dtype`."""
     x = torch.randn((1, _ROWS, width), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected, got = module(x), twin(x)
     if got.dtype is not expected.dtype or got.shape != expected.shape:
         return False
     scale = float(expected.float().abs().max())
-    return bool((got.float() - expected.float()).abs().max() <= _TOLERANCE[dtype] * max(scale, 1e-6))
+    limit = max(tolerance, _TOLERANCE[dtype]) * max(scale, 1e-6)
+    return bool((got.float() - expected.float()).abs().max() <= limit)

@@ -14,8 +14,9 @@ from engine.kv.backend import AttentionInputs
 from engine.kv.native_cpu import NativeAttention
 from engine.lora.native_cpu import NativeLora
 from engine.model.decoder import LayerParts, swap_decoder
-from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, check
-from engine.native.structs import Decoder, DecoderLayer, Member
+from engine.model.packed import Packer, can_pack
+from engine.native.library import NativeLibrary, check
+from engine.native.structs import Decoder, DecoderLayer
 from engine.site import LinearSite
 
 
@@ -25,7 +26,7 @@ class _Compiled:
 
     layer: DecoderLayer
     shape: tuple[int, int]  # query heads, intermediate
-    tensors: list[Tensor] = field(default_factory=list)
+    keep: list[Any] = field(default_factory=list)
 
 
 class NativeDecoder(nn.Module):
@@ -111,18 +112,20 @@ def _compile(parts: LayerParts, library: NativeLibrary, lora: NativeLora | None)
     """The layer for the kernel, or None if it cannot compute it."""
     linears, call = parts.linears, parts.call
     q_width, hidden, intermediate = linears["q"].out_features, linears["q"].in_features, linears["gate"].out_features
-    if parts.dtype not in SUPPORTED_DTYPES or hidden % 2 or q_width % 2 or intermediate % 2:
+    if hidden % 2 or q_width % 2 or intermediate % 2:
+        return None
+    if not all(can_pack(linear, parts.dtype) for linear in linears.values()):
         return None
     layer = DecoderLayer(index=call.index, window=call.sliding_window or 0, scaling=call.scaling)
     one = _Compiled(layer, (parts.num_heads, intermediate))
+    packer = Packer(library)
     for key, linear in linears.items():
-        weight, bias = library.pack(linear.weight), linear.bias
         table = None if lora is None else lora.table_address(parts.sites[key])
-        address = None if bias is None else bias.data_ptr()
-        setattr(layer, key, Member(weight.data_ptr(), address, linear.out_features, None, table))
-        one.tensors += [weight] if bias is None else [weight, bias]
+        member, keep = packer.pack(linear, table)
+        setattr(layer, key, member)
+        one.keep += keep
     for key, norm in parts.norms.items():
         setattr(layer, key, norm.weight.data_ptr())
-        one.tensors.append(norm.weight)
+        one.keep.append(norm.weight)
         setattr(layer, "head_norm_eps" if key in ("q_norm", "k_norm") else "norm_eps", norm.eps)
     return one

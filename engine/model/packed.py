@@ -2,15 +2,86 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.lora.native_cpu import NativeLora
-from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, check
-from engine.native.structs import Member
+from engine.native.library import MAX_ZERO, SUPPORTED_DTYPES, NativeLibrary, check
+from engine.native.structs import Member, Quantization
+from engine.quant.linear import QuantLinear
+from engine.quant.weight import QuantizedWeight
 from engine.site import LinearSite
+
+# As code_kind and input_rounding in engine/native/src/linear.h.
+_KINDS = {"int4": 0, "int8": 1, "nf4": 2, "fp8": 3}
+_INPUTS = {None: 0, "int8": 1, "fp8": 2}
+
+
+def can_pack(linear: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the kernels can compute a layer, in a model whose activations have this dtype."""
+    if dtype not in SUPPORTED_DTYPES:
+        return False
+    if type(linear) is nn.Linear:
+        return linear.weight.dtype is dtype
+    if type(linear) is not QuantLinear or (linear.bias is not None and linear.bias.dtype is not dtype):
+        return False
+    weight = linear.quantized
+    if weight.kind in ("nf4", "fp8"):
+        return weight.zeros is None and not (weight.kind == "fp8" and _has_nan(weight.codes))
+    return weight.zeros is None or int(weight.zeros.abs().max()) <= MAX_ZERO
+
+
+def _has_nan(codes: Tensor) -> bool:
+    return bool(((codes.view(torch.uint8) & 127) == 127).any())
+
+
+class Packer:
+    """Packs layers that may be members of one call: those whose inputs have the same order share one tensor of it."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._library = library
+        self._orders: list[Tensor] = []
+
+    def pack(self, linear: nn.Module, table: int | None) -> tuple[Member, list[Any]]:
+        """The layer for the kernel, and what must live as long. `table`: where its LoRA weights lie."""
+        assert isinstance(linear, nn.Linear | QuantLinear)
+        member, keep = Member(out_features=linear.out_features, lora=table), []
+        if isinstance(linear, QuantLinear):
+            how, order = self._quantization(linear.quantized)
+            weight = linear.quantized
+            packed = self._library.pack_quantized(weight.codes, weight.scales, weight.zeros, how)
+            member.quantization = ctypes.addressof(how)
+            keep += [how, order]
+        else:
+            packed = self._library.pack(linear.weight)
+        member.weight = packed.data_ptr()
+        if linear.bias is not None:
+            bias = linear.bias.detach().contiguous()
+            member.bias = bias.data_ptr()
+            keep.append(bias)
+        return member, [*keep, packed]
+
+    def _quantization(self, weight: QuantizedWeight) -> tuple[Quantization, Tensor | None]:
+        order = None if weight.order is None else self._shared(weight.order.to(torch.int32))
+        how = Quantization(
+            order=None if order is None else order.data_ptr(),
+            group_size=weight.group_size,
+            kind=_KINDS[weight.kind],
+            inputs=_INPUTS[weight.activations],
+            has_zeros=weight.zeros is not None,
+        )
+        return how, order
+
+    def _shared(self, order: Tensor) -> Tensor:
+        for known in self._orders:
+            if torch.equal(known, order):
+                return known
+        self._orders.append(order.contiguous())
+        return self._orders[-1]
 
 
 class PackedGroup:
@@ -21,31 +92,29 @@ class PackedGroup:
     """
 
     def __init__(
-        self, library: NativeLibrary, linears: Sequence[nn.Linear], lora: NativeLora | None, sites: Sequence[LinearSite]
+        self,
+        library: NativeLibrary,
+        linears: Sequence[nn.Linear | QuantLinear],
+        lora: NativeLora | None,
+        sites: Sequence[LinearSite],
+        dtype: torch.dtype,
     ) -> None:
+        """`dtype`: of inputs and outputs, and of all that is not quantized."""
         self._library = library
         self._lora = lora
         self._in_features = linears[0].in_features
-        self.dtype = linears[0].weight.dtype
-        self._weights = [library.pack(linear.weight) for linear in linears]
-        self._biases = [None if linear.bias is None else linear.bias.detach().contiguous() for linear in linears]
+        self.dtype = dtype
         self._widths = [linear.out_features for linear in linears]
-        self._members = (Member * len(linears))(
-            *(
-                Member(
-                    weight=weight.data_ptr(),
-                    bias=None if bias is None else bias.data_ptr(),
-                    out_features=width,
-                    lora=None if lora is None else lora.table_address(site.index),
-                )
-                for weight, bias, width, site in zip(self._weights, self._biases, self._widths, sites, strict=True)
-            )
-        )
+        packer = Packer(library)
+        tables = [None if lora is None else lora.table_address(site.index) for site in sites]
+        packed = [packer.pack(linear, table) for linear, table in zip(linears, tables, strict=True)]
+        self._members = (Member * len(linears))(*(member for member, _ in packed))
+        self._keep = [keep for _, keep in packed]
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def run(self, index: int, x: Tensor, *, sampled: bool) -> Tensor:
-        """The output of layer `index`. Shapes: x [..., in] in the weights' dtype; returns [..., out]."""
+        """The output of layer `index`. Shapes: x [..., in] in the group's dtype; returns [..., out]."""
         if x is not self._x or index not in self._waiting:
             self._compute(x, sampled)
         y = self._waiting.pop(index)
@@ -75,7 +144,7 @@ class PackedGroup:
 class PackedLinear(nn.Module):
     """y = x W^T + bias, plus LoRA where the group has it. One layer of a group."""
 
-    def __init__(self, linear: nn.Linear, group: PackedGroup, index: int, *, sampled: bool) -> None:
+    def __init__(self, linear: nn.Linear | QuantLinear, group: PackedGroup, index: int, *, sampled: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._group = group
@@ -92,21 +161,20 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(
-    model: nn.Module, sites: Sequence[LinearSite], library: NativeLibrary, lora: NativeLora | None
+    model: nn.Module, sites: Sequence[LinearSite], library: NativeLibrary, lora: NativeLora | None, dtype: torch.dtype
 ) -> set[int]:
-    """Put packed layers in the place of the nn.Linear sites. Returns: the indices of those sites.
+    """Put packed layers in the place of the linear sites that the kernels can compute. Returns: the indices of those.
 
-    Their own weights go, unless something else (a tied embedding) has them too.
+    `dtype`: of the activations. Layers' own weights go, unless something else (a tied embedding) has them too.
     """
     head = model.get_output_embeddings()
     groups: dict[str, list[LinearSite]] = {}
     for site in sites:
-        module = model.get_submodule(site.name)
-        if type(module) is nn.Linear and module.weight.dtype in SUPPORTED_DTYPES:
+        if can_pack(model.get_submodule(site.name), dtype):
             groups.setdefault(site.fusion_group or site.name, []).append(site)
     for members in groups.values():
-        linears = [model.get_submodule(site.name) for site in members]
-        group = PackedGroup(library, linears, lora, members)
+        linears: list[Any] = [model.get_submodule(site.name) for site in members]
+        group = PackedGroup(library, linears, lora, members, dtype)
         for index, (site, linear) in enumerate(zip(members, linears, strict=True)):
             parent_name, _, child = site.name.rpartition(".")
             packed = PackedLinear(linear, group, index, sampled=linear is head)

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.native.structs import AttentionLayer, AttentionRows, Decoder, KVCache, Member
+from engine.native.structs import AttentionLayer, AttentionRows, Decoder, KVCache, Member, Quantization
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "chorus_set_threads": (None, [c_int32]),
     "chorus_use_bf16_instructions": (None, [c_int32]),
+    "chorus_use_byte_instructions": (None, [c_int32]),
     "chorus_pack": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
+    "chorus_quantized_panel_bytes": (c_int64, [POINTER(Quantization), c_int64]),
+    "chorus_pack_quantized": (None, [*[c_void_p] * 3, c_int64, c_int64, POINTER(Quantization), c_void_p]),
     "chorus_linear": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64, c_int32]),
     "chorus_add_lora": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64]),
     "chorus_attention": (
@@ -40,6 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 PANEL = 32  # outputs of a packed panel
 MAX_CHUNK_ROWS = 16  # rows of a LoRA chunk: enough to share what is read of an adapter, few enough to share out
+MAX_ZERO = 255  # of quantized weights, in units of codes: sums stay below 2^31
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -68,7 +72,10 @@ class NativeLibrary:
         self.silu_mul = functions.chorus_silu_mul
         self.set_threads = functions.chorus_set_threads
         self._pack = functions.chorus_pack
+        self._pack_quantized = functions.chorus_pack_quantized
+        self._quantized_panel_bytes = functions.chorus_quantized_panel_bytes
         self._use_bf16_instructions = functions.chorus_use_bf16_instructions
+        self.use_byte_instructions = functions.chorus_use_byte_instructions
 
     def pack(self, weight: Tensor) -> Tensor:
         """A weight [out, in] as `linear` and `decoder` read it, of the same element type."""
@@ -79,16 +86,45 @@ class NativeLibrary:
         self._pack(weight.data_ptr(), out_features, in_features, packed.data_ptr(), is_bf16)
         return packed
 
+    def pack_quantized(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, how: Quantization) -> Tensor:
+        """Codes as `linear` and `decoder` read them.
+
+        Shapes: codes [out, in] of one byte each, or [out, in / 2] of two to a byte; scales float32 [out, groups]; zeros
+        int16 [out, groups], between -MAX_ZERO and MAX_ZERO.
+        """
+        out_features, in_features = codes.shape[0], scales.shape[1] * how.group_size
+        codes, scales = codes.contiguous(), scales.contiguous()
+        zeros = None if zeros is None else zeros.contiguous()
+        panel_bytes = self._quantized_panel_bytes(byref(how), in_features)
+        packed = torch.empty((-(-out_features // PANEL), panel_bytes), dtype=torch.uint8)
+        self._pack_quantized(
+            codes.data_ptr(),
+            scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(),
+            out_features,
+            in_features,
+            byref(how),
+            packed.data_ptr(),
+        )
+        return packed
+
     def choose_instructions(self) -> None:
-        """Multiply bfloat16 in hardware where the processor does, and does it right. Raises: NativeUnavailable."""
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch's own name for it may change
-        if has_bf16 is not None and has_bf16():
-            self._use_bf16_instructions(1)
-            if _linear_is_right(self):
-                return
-            self._use_bf16_instructions(0)
-        if not _linear_is_right(self):
-            raise NativeUnavailable("the compiled linear layer does not agree with torch on this processor")
+        """Multiply bfloat16 and bytes in hardware where the processor does, and does it right.
+
+        Raises: NativeUnavailable.
+        """
+        for use, is_right, supported, what in (
+            (self._use_bf16_instructions, _linear_is_right, "_is_avx512_bf16_supported", "linear layer"),
+            (self.use_byte_instructions, _quantized_is_right, "_is_vnni_supported", "quantized linear layer"),
+        ):
+            asked = getattr(torch.cpu, supported, None)  # torch's own names for it may change
+            if asked is not None and asked():
+                use(1)
+                if is_right(self):
+                    continue
+                use(0)
+            if not is_right(self):
+                raise NativeUnavailable(f"the compiled {what} does not agree with torch on this processor")
 
 
 def check(status: int, what: str) -> None:
@@ -123,3 +159,15 @@ def _linear_is_right(library: NativeLibrary) -> bool:
     status = library.linear(x.data_ptr(), 3, 37, byref(member), 1, None, 0, 1)
     expected = functional.linear(x.float(), weight.float())
     return status == 0 and torch.allclose(y.float(), expected, rtol=2**-7, atol=1e-3)
+
+
+def _quantized_is_right(library: NativeLibrary) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((3, 37), generator=generator)
+    codes = torch.randint(-128, 128, (70, 37), generator=generator, dtype=torch.int8)
+    scales, y = torch.full((70, 1), 1 / 64), torch.empty((3, 70))
+    how = Quantization(group_size=37, kind=1)
+    packed = library.pack_quantized(codes, scales, None, how)
+    member = Member(weight=packed.data_ptr(), out_features=70, y=y.data_ptr(), quantization=ctypes.addressof(how))
+    status = library.linear(x.data_ptr(), 3, 37, byref(member), 1, None, 0, 0)
+    return status == 0 and torch.allclose(y, functional.linear(x, codes / 64), rtol=0, atol=1e-2)

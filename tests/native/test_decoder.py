@@ -10,9 +10,14 @@ import torch
 from torch import nn
 
 from engine import LLM, SamplingParams
+from engine.config import EngineConfig
+from engine.model.loader import LoadedModel, load_model
+from engine.quant.linear import QuantLinear
+from engine.quant.weight import QuantizedWeight
 from tests.equality.oracle import block_bytes
 from tests.support.native import native_or_skip
 from tests.support.plan_driver import PlanDriver
+from tests.support.quantized_weights import quantize_layers, random_weight
 from tests.support.tiny_model import make_adapter, make_base
 
 PROMPT = list(range(40, 75))
@@ -106,3 +111,77 @@ def test_bfloat16_text_is_the_same_in_any_batch_and_any_cut(bases: Path) -> None
         llm = LLM(base, adapters, **settings, **more)
         texts.append([output.token_ids for output in llm.generate(prompts, GREEDY, names)])
     assert texts[1:] == texts[:1] * 3
+
+
+# ---- quantized weights
+
+# Inputs are fixed-point numbers (2^-16 of the largest, in each of 21 products one after the other), or, where sums
+# before differ in their last bit, may be rounded to the next step: 1 / 127 of the largest, in FP8 an eighth of the input.
+QUANTIZED = {"int4": 1e-3, "int8": 1e-3, "nf4": 2e-5, "fp8": 2e-5, "int8-dynamic": 2e-2, "fp8-dynamic": 0.1}
+
+
+def load_quantized(base: Path, name: str, dtype: str, skip: str = "-") -> LoadedModel:
+    """The base with random codes in every linear layer but those whose names contain `skip`."""
+    kind, _, dynamic = name.partition("-")
+
+    def make(layer: str, linear: nn.Linear) -> QuantizedWeight | None:
+        if skip in layer:
+            return None
+        activations = {"int8": "int8", "fp8": "fp8"}[kind] if dynamic else None
+        order, zeros = kind == "int4", kind in ("int4", "int8")
+        return random_weight(
+            kind, linear.out_features, linear.in_features, 16, zeros=zeros, order=order, activations=activations
+        )
+
+    loaded = load_model(EngineConfig(model=str(base), dtype=dtype, num_threads=1))
+    torch.manual_seed(0)
+    assert quantize_layers(loaded.model, make)
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_layers_are_compiled_and_their_logits_are_those_of_plain_torch(
+    name: str, dtype: str, bases: Path
+) -> None:
+    base = make_base("qwen2", bases / "untied", tie_word_embeddings=False)  # has biases
+    logits = []
+    for kernels in ("torch", "native"):
+        driver = PlanDriver(load_quantized(base, name, dtype), kernels=kernels, dtype=dtype)
+        names = set(map(type, driver.loaded.model.modules()))
+        assert (layers_of(driver)[0] == "NativeDecoder") == (kernels == "native")
+        assert (QuantLinear in names) == (kernels == "torch")  # the head is on a kernel too
+        driver.add(PROMPT)
+        driver.add(PROMPT[::-1])
+        driver.run(1, (9, 4))
+        logits.append(torch.stack([row for rows in driver.logits.values() for row in rows]).float())
+    limit = {"float32": 0.0, "bfloat16": 0.15}[dtype] + QUANTIZED[name]
+    assert (logits[0] - logits[1]).abs().max() <= limit * logits[0].std()
+
+
+def test_a_layer_may_leave_some_of_its_weights_in_16_bits(bases: Path) -> None:
+    base = make_base("llama", bases / "llama")
+    logits = []
+    for kernels in ("torch", "native"):
+        driver = PlanDriver(load_quantized(base, "int4", "float32", skip="k_proj"), kernels=kernels)
+        assert (layers_of(driver)[0] == "NativeDecoder") == (kernels == "native")
+        driver.add(PROMPT)
+        driver.run(4, (9,))
+        logits.append(torch.stack(driver.logits[0]))
+    assert (logits[0] - logits[1]).abs().max() <= QUANTIZED["int4"] * logits[0].std()
+
+
+@pytest.mark.parametrize("arch", ["phi3", "gemma2"])
+def test_quantized_layers_of_other_kinds_are_packed_one_by_one(arch: str, bases: Path) -> None:
+    base = make_base(arch, bases / f"{arch}-quantized")
+    logits = []
+    for kernels in ("torch", "native"):
+        driver = PlanDriver(load_quantized(base, "int8-dynamic", "float32", skip="lm_head"), kernels=kernels)
+        if kernels == "native":
+            left = [type(m).__name__ for m in driver.loaded.model.modules()]
+            assert "QuantLinear" not in left
+            assert "PackedLinear" in left
+        driver.add(PROMPT)
+        driver.run(1, (9,))
+        logits.append(torch.stack(driver.logits[0]))
+    assert (logits[0] - logits[1]).abs().max() <= QUANTIZED["int8-dynamic"] * logits[0].std()

@@ -47,7 +47,7 @@ def test_a_norm_is_that_of_transformers(dtype: torch.dtype, norm_class: type[nn.
     original.weight.normal_()
     original = original.to(dtype)
     model = nn.Sequential(original)
-    assert fuse(model, native_or_skip()) == 1
+    assert fuse(model, native_or_skip(), dtype) == 1
     assert isinstance(model[0], NativeRMSNorm)
     for shape in ((1, width), (1, 9, width), (2, 3, 5, width), (100, width)):
         x = 5 * torch.randn(shape).to(dtype)
@@ -58,7 +58,7 @@ def test_a_norm_is_that_of_transformers(dtype: torch.dtype, norm_class: type[nn.
 def test_a_norm_given_another_dtype_does_what_it_did() -> None:
     original = LlamaRMSNorm(32).bfloat16()
     model = nn.Sequential(original)
-    fuse(model, native_or_skip())
+    fuse(model, native_or_skip(), torch.bfloat16)
     x = torch.randn(3, 32)
     assert torch.equal(model(x), original(x))
 
@@ -67,7 +67,7 @@ def test_a_norm_given_another_dtype_does_what_it_did() -> None:
 def test_a_gated_mlp_is_that_of_transformers(dtype: torch.dtype) -> None:
     original = MLP(40, nn.SiLU()).to(dtype)
     model = nn.Sequential(original)
-    assert fuse(model, native_or_skip()) == 1
+    assert fuse(model, native_or_skip(), dtype) == 1
     assert isinstance(model[0], NativeGatedMLP)
     assert dict(model.named_modules())["0.up_proj"] is original.up_proj  # as LoRA sites are named
     for rows in (1, 30, 200):
@@ -80,5 +80,5 @@ def test_a_gated_mlp_is_that_of_transformers(dtype: torch.dtype) -> None:
 )
 def test_what_computes_something_else_is_left_alone(module: nn.Module) -> None:
     model = nn.Sequential(module)
-    assert fuse(model, native_or_skip()) == 0
+    assert fuse(model, native_or_skip(), torch.float32) == 0
     assert model[0] is module

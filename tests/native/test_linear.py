@@ -34,7 +34,7 @@ def _as_in_a_step() -> Iterator[None]:
 
 def make_group(linears: list[nn.Linear], lora: NativeLora | None = None) -> list[PackedLinear]:
     sites = linear_sites(*((linear.in_features, linear.out_features) for linear in linears))
-    group = PackedGroup(native_or_skip(), linears, lora, sites)
+    group = PackedGroup(native_or_skip(), linears, lora, sites, linears[0].weight.dtype)
     return [PackedLinear(linear, group, i, sampled=False) for i, linear in enumerate(linears)]
 
 
@@ -173,6 +173,6 @@ def test_other_layers_than_nn_linear_are_left_alone() -> None:
         LinearSite(index=i, name=name, in_features=4, out_features=4, layer=0)
         for i, name in enumerate(("narrow", "plain"))
     ]
-    assert pack_linears(model, sites, native_or_skip(), None) == {1}
+    assert pack_linears(model, sites, native_or_skip(), None, torch.float32) == {1}
     assert type(model["narrow"]) is nn.Linear
     assert type(model["plain"]) is PackedLinear

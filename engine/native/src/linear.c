@@ -9,15 +9,15 @@
  */
 #include "linear.h"
 
-#define PANEL 32
-#define TILE_ROWS 12
+#include "quantized.h"
+
 #define BLOCK_BYTES (384 << 10) /* of x that stays in a core's cache while panels pass by */
-#define AHEAD_BYTES 2048        /* of weights fetched before they are needed */
 
 typedef struct {
     const linear_call *call;
     const bf16 *pairs; /* x in bfloat16 where the processor multiplies it, else NULL */
     const member *members;
+    const quantized_inputs **inputs; /* of each member; NULL: no weight is quantized */
     int64_t block_rows, panels_per_task, num_panels;
 } product;
 
@@ -109,12 +109,14 @@ static int64_t panel_bytes(const linear_call *c) { return c->stride * PANEL * it
 
 static int64_t panels_of(const member *m) { return (m->out_features + PANEL - 1) / PANEL; }
 
-/* Rows row .. row + rows - 1 of one panel of outputs. */
-static void do_tile(const product *p, const member *m, int64_t panel, int64_t row, int64_t rows) {
+static void sum_tile(const product *p, const member *m, int64_t panel, int64_t row, int64_t rows, __m512 (*sum)[2]) {
     const linear_call *c = p->call;
-    __m512 sum[TILE_ROWS][2];
-    const char *w = (const char *)m->weight + panel * panel_bytes(c);
-    strip s = {c->x + row * c->stride, c->stride, w, c->stride};
+    if (m->quantization) {
+        const int64_t bytes = quantized_panel_bytes(m->quantization, c->in_features);
+        const char *w = (const char *)m->weight + panel * bytes;
+        return quantized_sum(m->quantization, p->inputs[m - p->members], row, rows, w, sum);
+    }
+    strip s = {c->x + row * c->stride, c->stride, (const char *)m->weight + panel * panel_bytes(c), c->stride};
     if (c->weight_type == FLOAT32) {
         sum_float(rows, &s, sum);
     } else if (p->pairs) {
@@ -123,6 +125,13 @@ static void do_tile(const product *p, const member *m, int64_t panel, int64_t ro
     } else {
         sum_widening(rows, &s, sum);
     }
+}
+
+/* Rows row .. row + rows - 1 of one panel of outputs. */
+static void do_tile(const product *p, const member *m, int64_t panel, int64_t row, int64_t rows) {
+    const linear_call *c = p->call;
+    __m512 sum[TILE_ROWS][2];
+    sum_tile(p, m, panel, row, rows, sum);
     for (int64_t half = 0; half < 2; half++) {
         const int64_t column = panel * PANEL + half * LANES, left = m->out_features - column;
         if (left <= 0) return;
@@ -141,13 +150,14 @@ static void do_panels(void *args, int64_t index) {
     const product *p = args;
     const int64_t chunks = (p->num_panels + p->panels_per_task - 1) / p->panels_per_task;
     const int64_t begin = index / chunks * p->block_rows, end = min64(begin + p->block_rows, p->call->rows);
-    const int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS; /* of about equal size: 26 rows are 9 + 9 + 8 */
     int64_t panel = index % chunks * p->panels_per_task;
     int64_t left = min64(p->panels_per_task, p->num_panels - panel);
     const member *m = p->members;
     while (panel >= panels_of(m)) panel -= panels_of(m++);
     for (; left > 0; left--, panel++) {
         if (panel == panels_of(m)) panel = 0, m++;
+        const int64_t most = m->quantization ? quantized_rows_of_tile(p->inputs[m - p->members]) : TILE_ROWS;
+        const int64_t tiles = (end - begin + most - 1) / most; /* of about equal size: 26 rows are 9 + 9 + 8 */
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
             do_tile(p, m, panel, from, to - from);
@@ -177,7 +187,10 @@ void chorus_use_bf16_instructions(int32_t yes) { multiplies_bf16 = yes; }
 
 int32_t linear_forward(const linear_call *call, const member *members, int64_t num_members) {
     product p = {.call = call, .members = members};
-    if (multiplies_bf16 && call->weight_type == BFLOAT16) {
+    int64_t num_quantized = 0;
+    for (int64_t i = 0; i < num_members; i++) num_quantized += members[i].quantization != NULL;
+    if (num_quantized && prepare_inputs(call, members, num_members, &p.inputs)) return -1;
+    if (multiplies_bf16 && call->weight_type == BFLOAT16 && num_quantized < num_members) {
         narrowing n = {call, scratch_memory(PAIRS, (size_t)(call->rows * call->stride) * sizeof(bf16))};
         if (!n.pairs) return -1;
         run_rows(narrow_row, &n, call->rows, call->stride);
@@ -209,7 +222,7 @@ static void widen_row(void *args, int64_t row) {
     }
 }
 
-/* x [rows, in_features], y of each member [rows, out_features]; both contiguous and of the weights' type, as is LoRA.
+/* x [rows, in_features], y of each member [rows, out_features]; both contiguous and of the weights' type.
  * Returns 0, or -1 without memory. */
 int32_t chorus_linear(const void *x, int64_t rows, int64_t in_features, const member *members, int64_t num_members,
                       const lora_chunk *chunks, int64_t num_chunks, int32_t is_bf16) {

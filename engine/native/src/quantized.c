@@ -1,0 +1,364 @@
+/* Linear layers whose weights are codes: inputs are prepared once for a call, then panels of outputs are computed.
+ *
+ * Integer codes meet integer inputs. An input that is kept becomes a fixed-point number of 16 bits, in units of its
+ * block's largest / MAX_FIXED: finer than bfloat16, and `vpdpbusd` multiplies its two bytes apart. Nothing is rounded
+ * between there and the end of a block. NF4 and FP8 codes are no multiples of anything: they become float32.
+ *
+ * A row's sums are made in the same order whatever rows are beside it: results do not depend on the batch.
+ */
+#include "quantized.h"
+
+#define MAX_BLOCK 1024       /* inputs rounded to bytes */
+#define MAX_FIXED_BLOCK 128  /* inputs of two bytes, or of float32 */
+#define MAX_FIXED 32639.0f   /* 127 * 256 + 127 */
+#define FP8_MAX 448.0f       /* of float8_e4m3fn */
+#define FLOAT_TILE_ROWS 6    /* a row has two sums for each half of a panel */
+#define SMALLEST 1e-12f      /* largest value of a row of zeros, so that nothing is divided by zero */
+#define TINY 1e-24f          /* blocks of smaller inputs count as zeros */
+#define NOT_FINITE 0x7f800000u /* bits of float32 from here on are infinite or NaN */
+
+static int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static int is_integer(const quantization *q) { return q->kind == CODE_INT4 || q->kind == CODE_INT8; }
+
+static int64_t bytes_of_codes(const quantization *q, int64_t codes) {
+    return q->kind == CODE_INT4 || q->kind == CODE_NF4 ? codes / 2 : codes;
+}
+
+static quantized_inputs shape_of(const quantization *q, int64_t in_features) {
+    quantized_inputs in = {.quantization = q, .num_groups = in_features / q->group_size};
+    const int64_t most = is_integer(q) && q->inputs == TO_INT8 ? MAX_BLOCK : MAX_FIXED_BLOCK;
+    in.blocks_of_group = (q->group_size + most - 1) / most;
+    in.block = up_to((q->group_size + in.blocks_of_group - 1) / in.blocks_of_group, 8);
+    in.num_blocks = in.num_groups * in.blocks_of_group;
+    in.columns = in.num_blocks * in.block;
+    in.planes = !is_integer(q) ? 0 : q->inputs == TO_INT8 ? 1 : 2;
+    return in;
+}
+
+/* First input of a block, and how many it has: none are in excess. */
+static int64_t first_of_block(const quantized_inputs *in, int64_t block, int64_t *count) {
+    const int64_t begin = block % in->blocks_of_group * in->block;
+    *count = min64(in->block, in->quantization->group_size - begin);
+    return block / in->blocks_of_group * in->quantization->group_size + begin;
+}
+
+/* ---- inputs */
+
+typedef struct {
+    const linear_call *call;
+    const quantized_inputs *in;
+} preparation;
+
+/* The largest magnitude as bits, which order as the numbers do: a NaN is above infinity. */
+static uint32_t largest_bits(const float *x, int64_t count) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t k = 0; k < count; k += LANES) {
+        const __m512i bits = _mm512_castps_si512(_mm512_maskz_loadu_ps(first(count - k), x + k));
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    return _mm512_reduce_max_epu32(most);
+}
+
+static float as_float(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Nearest number with four significant bits and an exponent of -6 at least, ties to even. */
+INLINE __m512 round_e4m3(__m512 x) {
+    const __m512 exponent = _mm512_max_ps(_mm512_getexp_ps(x), _mm512_set1_ps(-6));
+    const __m512 unit = _mm512_sub_ps(exponent, _mm512_set1_ps(3));
+    const __m512 steps = _mm512_scalef_ps(x, _mm512_sub_ps(_mm512_setzero_ps(), unit));
+    return _mm512_scalef_ps(_mm512_roundscale_ps(steps, _MM_FROUND_TO_NEAREST_INT), unit);
+}
+
+INLINE __m512 fetch(const float *x, const int32_t *order, int64_t k, __mmask16 mask) {
+    if (!order) return _mm512_maskz_loadu_ps(mask, x + k);
+    const __m512i index = _mm512_maskz_loadu_epi32(mask, order + k);
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, x, sizeof(float));
+}
+
+/* values[0 .. in->block) = the inputs of a block, rounded as asked: in units of `scale` to int8, to FP8 and back. */
+static void fetch_block(const quantized_inputs *in, const float *x, int64_t block, float scale, float *values) {
+    const quantization *q = in->quantization;
+    const __m512 s = _mm512_set1_ps(scale);
+    int64_t count;
+    const int64_t begin = first_of_block(in, block, &count);
+    for (int64_t k = 0; k < in->block; k += LANES) {
+        __m512 v = fetch(x, q->order, begin + k, first(count - k));
+        if (q->inputs == TO_INT8) v = _mm512_roundscale_ps(_mm512_div_ps(v, s), _MM_FROUND_TO_NEAREST_INT);
+        if (q->inputs == TO_FP8) v = _mm512_mul_ps(round_e4m3(_mm512_div_ps(v, s)), s);
+        _mm512_mask_storeu_ps(values + k, first(in->block - k), v);
+    }
+}
+
+/* Splits values / unit into bytes. Returns their sum. */
+static int32_t split_block(const quantized_inputs *in, const float *values, float per_unit, int8_t *planes) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < in->block; k += LANES) {
+        const __mmask16 mask = first(in->block - k);
+        const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + k), _mm512_set1_ps(per_unit));
+        const __m512i fixed = _mm512_cvtps_epi32(v);
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(fixed, _mm512_set1_epi32(128)), 8);
+        if (in->planes == 2) _mm_mask_storeu_epi8(planes + k, mask, _mm512_cvtepi32_epi8(high));
+        _mm_mask_storeu_epi8(planes + (in->planes - 1) * in->columns + k, mask, _mm512_cvtepi32_epi8(fixed));
+        sum = _mm512_add_epi32(sum, fixed);
+    }
+    return _mm512_reduce_add_epi32(sum);
+}
+
+/* A row that holds an infinity or a NaN is NaN where it was to be fixed-point. */
+static void prepare_row(void *args, int64_t row) {
+    const preparation *p = args;
+    const quantized_inputs *in = p->in;
+    const float *x = p->call->x + row * p->call->stride;
+    const input_rounding rounding = in->quantization->inputs;
+    float scale = 0;
+    if (rounding != KEPT) {
+        const uint32_t bits = largest_bits(x, p->call->in_features);
+        const float largest = bits < NOT_FINITE ? as_float(bits) : __builtin_nanf("");
+        scale = (largest < SMALLEST ? SMALLEST : largest) / (rounding == TO_INT8 ? 127.0f : FP8_MAX);
+    }
+    for (int64_t b = 0; b < in->num_blocks; b++) {
+        float block[MAX_BLOCK], *values = in->planes ? block : (float *)in->x + row * in->columns + b * in->block;
+        fetch_block(in, x, b, scale, values);
+        if (in->planes == 0) {
+            for (int64_t k = 0; rounding == TO_INT8 && k < in->block; k++) values[k] *= scale;
+            continue;
+        }
+        float unit = scale, per_unit = 1;
+        if (in->planes == 2) {
+            const uint32_t bits = largest_bits(values, in->block);
+            const float largest = bits < NOT_FINITE ? as_float(bits) : __builtin_nanf("");
+            unit = largest / MAX_FIXED;
+            per_unit = largest < TINY ? 0 : MAX_FIXED / largest;
+        }
+        int8_t *planes = (int8_t *)in->x + row * in->planes * in->columns + b * in->block;
+        in->scales[row * in->num_blocks + b] = unit;
+        in->sums[row * in->num_blocks + b] = split_block(in, values, per_unit, planes);
+    }
+}
+
+static size_t plane_bytes(const quantized_inputs *in, int64_t rows) {
+    const int64_t bytes = in->planes ? in->planes : (int64_t)sizeof(float);
+    return (size_t)up_to(rows * in->columns * bytes, 64);
+}
+
+static size_t form_bytes(const quantized_inputs *in, int64_t rows) {
+    return plane_bytes(in, rows) + (size_t)up_to(rows * in->num_blocks * 8, 64);
+}
+
+static int read_alike(const quantization *a, const quantization *b) {
+    return a->order == b->order && a->group_size == b->group_size && a->inputs == b->inputs && is_integer(a) == is_integer(b);
+}
+
+static const quantized_inputs *find_alike(const quantized_inputs *forms, int64_t count, const quantization *q) {
+    for (int64_t i = 0; i < count; i++)
+        if (read_alike(forms[i].quantization, q)) return forms + i;
+    return NULL;
+}
+
+int32_t prepare_inputs(const linear_call *call, const member *members, int64_t num_members, const quantized_inputs ***inputs) {
+    size_t bytes = (size_t)up_to(num_members * (int64_t)(sizeof(quantized_inputs) + sizeof(void *)), 64);
+    const size_t head = bytes;
+    for (int64_t i = 0; i < num_members; i++)
+        if (members[i].quantization) {
+            const quantized_inputs shape = shape_of(members[i].quantization, call->in_features);
+            bytes += form_bytes(&shape, call->rows);
+        }
+    char *memory = scratch_memory(FORMS, bytes);
+    if (!memory) return -1;
+    quantized_inputs *forms = (quantized_inputs *)memory;
+    const quantized_inputs **found = (const quantized_inputs **)(forms + num_members);
+    int64_t num_forms = 0;
+    memory += head;
+    for (int64_t i = 0; i < num_members; i++) {
+        const quantization *q = members[i].quantization;
+        found[i] = q ? find_alike(forms, num_forms, q) : NULL;
+        if (!q || found[i]) continue;
+        quantized_inputs *form = forms + num_forms++;
+        *form = shape_of(q, call->in_features);
+        form->x = memory;
+        form->scales = (float *)(memory + plane_bytes(form, call->rows));
+        form->sums = (int32_t *)(form->scales + call->rows * form->num_blocks);
+        memory += form_bytes(form, call->rows);
+        const preparation p = {call, form};
+        run_rows(prepare_row, (void *)&p, call->rows, form->columns);
+        found[i] = form;
+    }
+    *inputs = found;
+    return 0;
+}
+
+/* ---- products */
+
+#define TILE tile_of_bytes
+#define INTEGER_SUM sum_of_bytes
+#define TARGET
+#define DOT dot_widening
+INLINE __m512i dot_widening(__m512i sums, __m512i w, __m512i x) {
+    const __m512i even_w = _mm512_and_si512(w, _mm512_set1_epi16(255)), odd_w = _mm512_srli_epi16(w, 8);
+    const __m512i even_x = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), odd_x = _mm512_srai_epi16(x, 8);
+    return _mm512_add_epi32(_mm512_add_epi32(sums, _mm512_madd_epi16(even_w, even_x)), _mm512_madd_epi16(odd_w, odd_x));
+}
+#include "integer_tile.h"
+
+#define TILE tile_vnni
+#define INTEGER_SUM sum_vnni
+#define TARGET __attribute__((target("avx512vnni")))
+#define DOT _mm512_dpbusd_epi32
+#include "integer_tile.h"
+
+static int32_t multiplies_bytes;
+
+/* Use `vpdpbusd`. Only where the processor has it. */
+void chorus_use_byte_instructions(int32_t yes) { multiplies_bytes = yes; }
+
+/* 16 values of each of the inputs k + j and k + 4 + j, from what holds inputs k .. k + 7 of 16 outputs. */
+typedef struct {
+    __m512i low, high;
+} eight;
+
+INLINE __m512 value_of(const int nibbles, eight codes, int part, int j, __m512 values) {
+    if (nibbles) return _mm512_permutexvar_ps(_mm512_srli_epi32(codes.low, (unsigned)(8 * j + 4 * part)), values);
+    /* e4m3 in the place of a float32: its sign, and the lowest bits of its exponent, which is 120 less. */
+    const __m512i top = _mm512_slli_epi32(part ? codes.high : codes.low, (unsigned)(24 - 8 * j));
+    const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32((int)0x87f00000));
+    return _mm512_mul_ps(_mm512_castsi512_ps(bits), values);
+}
+
+INLINE void tile_of_floats(const int rows, const int nibbles, const quantized_inputs *in, int64_t row, const char *w,
+                           __m512 (*sum)[2]) {
+    static const float nf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                                  -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                                  0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                                  0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+    const __m512 values = nibbles ? _mm512_loadu_ps(nf4) : _mm512_set1_ps(0x1p120f);
+    const float *x = (const float *)in->x + row * in->columns;
+#pragma GCC unroll 6
+    for (int m = 0; m < rows; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < in->num_groups; group++) {
+        const float *scales = (const float *)w;
+        w += PANEL * sizeof(float);
+        __m512 s[FLOAT_TILE_ROWS][2][2]; /* by row, half, part: the parts do not wait for each other */
+#pragma GCC unroll 6
+        for (int m = 0; m < rows; m++) s[m][0][0] = s[m][0][1] = s[m][1][0] = s[m][1][1] = _mm512_setzero_ps();
+        for (const float *end = x + in->blocks_of_group * in->block; x < end; x += 8) {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                const char *from = w + half * 64;
+                const eight codes = {_mm512_loadu_si512(from), nibbles ? _mm512_setzero_si512() : _mm512_loadu_si512(from + 128)};
+                _mm_prefetch(from + AHEAD_BYTES, _MM_HINT_T1);
+                if (!nibbles) _mm_prefetch(from + 128 + AHEAD_BYTES, _MM_HINT_T1);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+#pragma GCC unroll 2
+                    for (int part = 0; part < 2; part++) {
+                        const __m512 v = value_of(nibbles, codes, part, j, values);
+#pragma GCC unroll 6
+                        for (int m = 0; m < rows; m++)
+                            s[m][half][part] = _mm512_fmadd_ps(_mm512_set1_ps(x[m * in->columns + part * 4 + j]), v, s[m][half][part]);
+                    }
+            }
+            w += nibbles ? 128 : 256;
+        }
+#pragma GCC unroll 6
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++)
+                sum[m][half] = _mm512_fmadd_ps(_mm512_add_ps(s[m][half][0], s[m][half][1]),
+                                               _mm512_loadu_ps(scales + half * LANES), sum[m][half]);
+    }
+}
+
+#define ROWS_OF_FLOATS(n)                              \
+    case n:                                            \
+        if (q->kind == CODE_NF4)                            \
+            tile_of_floats(n, 1, in, row, panel, sum); \
+        else                                           \
+            tile_of_floats(n, 0, in, row, panel, sum); \
+        return;
+
+static void sum_of_floats(const quantization *q, const quantized_inputs *in, int64_t row, int64_t rows, const char *panel,
+                          __m512 (*sum)[2]) {
+    switch (rows) {
+        ROWS_OF_FLOATS(1) ROWS_OF_FLOATS(2) ROWS_OF_FLOATS(3) ROWS_OF_FLOATS(4) ROWS_OF_FLOATS(5) ROWS_OF_FLOATS(6)
+    }
+}
+
+int64_t quantized_rows_of_tile(const quantized_inputs *in) { return in->planes == 1 ? TILE_ROWS : FLOAT_TILE_ROWS; }
+
+void quantized_sum(const quantization *q, const quantized_inputs *in, int64_t row, int64_t rows, const char *panel,
+                   __m512 (*sum)[2]) {
+    if (in->planes == 0) return sum_of_floats(q, in, row, rows, panel, sum);
+    if (multiplies_bytes) return sum_vnni(q, in, row, rows, panel, sum);
+    sum_of_bytes(q, in, row, rows, panel, sum);
+}
+
+/* ---- packing */
+
+int64_t quantized_panel_bytes(const quantization *q, int64_t in_features) {
+    const quantized_inputs in = shape_of(q, in_features);
+    const int64_t of_group = PANEL * (int64_t)(sizeof(float) + (q->has_zeros ? sizeof(int16_t) : 0));
+    return in.num_groups * of_group + bytes_of_codes(q, PANEL * in.columns);
+}
+
+typedef struct {
+    const quantization *q;
+    const uint8_t *codes;
+    const float *scales;
+    const int16_t *zeros;
+    int64_t out_features, in_features;
+    char *packed;
+} packing;
+
+static void pack_codes(const packing *p, int64_t panel, int64_t begin, int64_t count, uint8_t *to) {
+    const int nibbles = bytes_of_codes(p->q, 2) == 1;
+    const int64_t width = min64(PANEL, p->out_features - panel * PANEL), row_bytes = bytes_of_codes(p->q, p->in_features);
+    for (int64_t n = 0; n < width; n++) {
+        const uint8_t *row = p->codes + (panel * PANEL + n) * row_bytes;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t k = begin + i;
+            if (nibbles)
+                to[(i / 8 * PANEL + n) * 4 + i % 4] |= (uint8_t)((row[k / 2] >> k % 2 * 4 & 15) << i / 4 % 2 * 4);
+            else
+                to[(i / 4 * PANEL + n) * 4 + i % 4] = p->q->kind == CODE_INT8 ? row[k] ^ 0x80 : row[k];
+        }
+    }
+}
+
+static void pack_panel(void *args, int64_t panel) {
+    const packing *p = args;
+    const quantized_inputs in = shape_of(p->q, p->in_features);
+    const int64_t bytes = quantized_panel_bytes(p->q, p->in_features);
+    char *to = p->packed + panel * bytes;
+    __builtin_memset(to, 0, (size_t)bytes);
+    for (int64_t block = 0; block < in.num_blocks; block++) {
+        const int64_t group = block / in.blocks_of_group;
+        if (block % in.blocks_of_group == 0) {
+            for (int64_t n = 0; n < min64(PANEL, p->out_features - panel * PANEL); n++) {
+                const int64_t from = (panel * PANEL + n) * in.num_groups + group;
+                ((float *)to)[n] = p->scales[from];
+                if (p->zeros) ((int16_t *)(to + PANEL * sizeof(float)))[n] = p->zeros[from];
+            }
+            to += PANEL * (sizeof(float) + (p->zeros ? sizeof(int16_t) : 0));
+        }
+        int64_t count;
+        const int64_t begin = first_of_block(&in, block, &count);
+        pack_codes(p, panel, begin, count, (uint8_t *)to);
+        to += bytes_of_codes(p->q, PANEL * in.block);
+    }
+}
+
+int64_t chorus_quantized_panel_bytes(const quantization *q, int64_t in_features) {
+    return quantized_panel_bytes(q, in_features);
+}
+
+/* codes [out, in] (two to a byte, or one), scales and zeros (or NULL) [out, groups] -> packed, as quantized.h says. */
+void chorus_pack_quantized(const uint8_t *codes, const float *scales, const int16_t *zeros, int64_t out_features,
+                           int64_t in_features, const quantization *q, char *packed) {
+    packing p = {q, codes, scales, zeros, out_features, in_features, packed};
+    run_tasks(pack_panel, &p, (out_features + PANEL - 1) / PANEL);
+}
