@@ -22,7 +22,8 @@ from torch.nn import functional
 Kind = Literal["int4", "int8", "nf4", "fp8"]
 _FOUR_BITS = ("int4", "nf4")
 _QUARTERS = 4
-_MOST_ZERO = 100  # beyond, code and zero together are no whole number that bfloat16 holds
+MOST_ZERO = {"int4": 100, "nf4": 100, "int8": 128, "fp8": 128}
+"""Beyond, a code less its zero (of int4: and what its bits stand for besides) is no whole number of bfloat16."""
 _ROW_BYTES = 64 << 20  # of codes that are repacked at once
 
 
@@ -78,8 +79,8 @@ def pack_weight(
     per_byte = 2 if kind in _FOUR_BITS else 1
     in_features, groups = codes.shape[1] * per_byte, scales.shape[1]
     group_size = in_features // groups
-    if zeros is not None and int(zeros.abs().max()) > (_MOST_ZERO if per_byte == 2 else 128):
-        raise ValueError(f"{kind} codes with a zero of {int(zeros.abs().max())} are not supported")
+    if zeros is not None and int(zeros.abs().max()) > MOST_ZERO[kind]:
+        raise ValueError(f"a zero of {int(zeros.abs().max())} is more than {MOST_ZERO[kind]}, the most for {kind}")
     columns, least = order, 32
     if groups > 1 and group_size % least:
         inputs = torch.arange(in_features, device=codes.device) if order is None else order

@@ -33,22 +33,22 @@ _MOST_SPLITS = 8
 @triton.jit
 def _numbers(
     raw, part, offset, table,
-    KIND: tl.constexpr, MAGIC: tl.constexpr, HAS_ZEROS: tl.constexpr, SHAPE: tl.constexpr, DTYPE: tl.constexpr,
+    KIND: tl.constexpr, MAGIC: tl.constexpr, HAS_ZEROS: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one part as numbers of DTYPE, less their zeros (`offset`), unless MAGIC leaves that to the caller.
+    """Codes of one part as numbers of `dtype`, less their zeros (`offset`), unless MAGIC leaves that to the caller.
 
     MAGIC: a code in the lowest bits of the mantissa of 128 (bfloat16) or 1024 (float16) is that number and the code.
     int8: the codes themselves, for rows that are int8 too.
     """
-    if DTYPE == tl.int8:
+    if dtype == tl.int8:
         return raw
     if KIND == "int4" or KIND == "nf4":
         pairs = (raw >> (4 * part)) & 0x000F000F
         if MAGIC:
-            pairs = pairs | (0x43004300 if DTYPE == tl.bfloat16 else 0x64006400)
-            low = (pairs & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-            high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+            pairs = pairs | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
+            low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+            high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
         elif KIND == "int4":
             low, high = (pairs & 0xF).to(tl.float32) - 8.0, (pairs >> 16).to(tl.float32) - 8.0
         else:
@@ -63,7 +63,7 @@ def _numbers(
         numbers = numbers.to(tl.float32)
     if HAS_ZEROS and not MAGIC:
         numbers = numbers.to(tl.float32) - offset
-    return numbers if UPCAST else numbers.to(DTYPE)
+    return numbers if UPCAST else numbers.to(dtype)
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def _few_rows(
     x_row, y_row, num_rows, num_columns, out_features, num_blocks, group_size,
     KIND: tl.constexpr, MAGIC: tl.constexpr, MAGIC_OFFSET: tl.constexpr, HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_SCALES: tl.constexpr, ONE_GROUP: tl.constexpr, UPCAST: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr, PART_K: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
+    PART_K: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -132,8 +132,8 @@ def _many_rows(
     x_row, target_row, target_split, num_rows, num_columns, out_features, num_blocks, group_size, split_blocks,
     KIND: tl.constexpr, MAGIC: tl.constexpr, MAGIC_OFFSET: tl.constexpr, HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_SCALES: tl.constexpr, ONE_GROUP: tl.constexpr, UPCAST: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_K: tl.constexpr, FOLD: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_K: tl.constexpr,
+    FOLD: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """FOLD parts of one group are summed before they are scaled. `target` is y, or the sums of splits."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -45,6 +45,8 @@ def round_rows(x: Tensor, kind: Literal["int8", "fp8"], dtype: torch.dtype) -> t
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=dtype, device=x.device)
     row_scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows == 0:
+        return codes, row_scales
     block = power_of_2(columns)
     _round_rows[(rows,)](
         x, codes, row_scales, x.stride(0), columns, _STEPS[kind],
