@@ -121,7 +121,9 @@ def open_work(
 
 
 def check_out(out: Path) -> None:
-    """Raises: ConfigError unless `out` is free: absent or an empty folder."""
+    """Raises: ConfigError unless `out` is free, absent or an empty folder, and can be given a folder's name."""
+    if os.path.ismount(out):
+        raise ConfigError(f"OUT={str(out)!r} is where a disk is mounted; give a folder below it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT={str(out)!r} is not empty; give a folder that does not exist, or empty it")
 

@@ -68,6 +68,13 @@ def test_a_folder_that_holds_something_is_not_written_to(base: Callable[..., Pat
     assert run(base("llama"), out, "--method", "int8")[0] == 0
 
 
+def test_a_mount_point_is_refused_before_work_begins(base: Callable[..., Path], run: Run) -> None:
+    """The finished folder takes its name by a rename, which a mount point does not allow."""
+    status, error = run(base("llama"), "/proc", "--method", "int8")
+    assert status == 2
+    assert "give a folder below it" in error
+
+
 def test_layers_that_no_group_size_divides_are_named(base: Callable[..., Path], run: Run, tmp_path: Path) -> None:
     model = base("llama", intermediate_size=72)
     told = "does not divide the 72 inputs of model.layers.0.mlp.down_proj"
