@@ -1,7 +1,7 @@
 """Compile every Triton kernel for a GPU that is not there: launches become compilations. Prints a line for each.
 
     python tests/support/compile_kernels.py bfloat16
-    python tests/support/compile_kernels.py float16 products    # with every kind of quantized weight, and no other kernel
+    python tests/support/compile_kernels.py float16 products     # with every kind of quantized weight, nothing else
 
 Run in a process of its own, without TRITON_INTERPRET. The calls are those that an 8B model of the Llama kind makes.
 """
