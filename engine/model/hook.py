@@ -7,6 +7,8 @@ reading ahead in threads, which would hold more of the checkpoint in memory than
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -58,7 +60,8 @@ class SwapQuantizer(HfQuantizer):
     quantization_config: SwapConfig
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        self.quantization_config.swap.before(model)
+        with _usual_defaults():
+            self.quantization_config.swap.before(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -82,6 +85,18 @@ class SwapQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return False
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """While transformers builds a model, tensors are made on the meta device and in the model's dtype."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class _Take(ConversionOps):

@@ -150,9 +150,9 @@ def _check_plain(name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme)
     """The weight of a layer that is not quantized."""
     wrong = [tensor for suffix, tensor in tensors.items() if suffix != "weight"]
     if "weight" not in tensors or wrong:
-        tensor = wrong[0]
+        where = f"{wrong[0].name} ({wrong[0].path})" if wrong else f"{name}.weight is missing"
         raise ModelNotSupported(
-            f"{tensor.name} ({tensor.path}): quantization_config ({scheme.name}) does not quantize {name}, so that it "
+            f"{where}: quantization_config ({scheme.name}) does not quantize {name}, so that it "
             "must have a weight and perhaps a bias; the file is of another method"
         )
     return tensors["weight"]
