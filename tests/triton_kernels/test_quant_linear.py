@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import EngineConfig
+from engine.model import triton_quant
 from engine.model.loader import LoadedModel, load_model
 from engine.model.triton_quant import QuantProduct, can_run, has_scaled_mm, join
+from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight
-from engine.triton_kernels.quant_layout import pack_weight
+from engine.triton_kernels.quant_layout import PackedWeight, pack_weight
 from engine.triton_kernels.quant_rows import round_rows
 from tests.runner.test_runner import image_of
 from tests.support.plan_driver import PlanDriver
@@ -164,6 +167,22 @@ def test_zeros_and_codes_that_16_bits_cannot_hold_are_left_to_plain_torch() -> N
     assert can_run(fp8)
     fp8.codes.view(torch.uint8)[1, 1] = 0xFF
     assert not can_run(fp8)
+
+
+def test_codes_go_layer_by_layer_when_the_kernels_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one layer is repacked, those before it are gone: a model never lies in memory twice."""
+    model = nn.Sequential(*(QuantLinear(weight_of("int8", 8, 32, seed=i)) for i in range(3)))
+    codes = [weakref.ref(layer.quantized.codes) for layer in model]
+    alive: list[int] = []
+
+    def counting(*args: Any) -> PackedWeight:
+        alive.append(sum(code() is not None for code in codes))
+        return pack_weight(*args)
+
+    monkeypatch.setattr(triton_quant, "pack_weight", counting)
+    assert triton_quant.swap_quant_linears(model, torch.float32) == 3
+    assert alive == [3, 2, 1]
+    assert not any(code() for code in codes)
 
 
 def load_quantized(base: Path, kind: str, skip: str) -> LoadedModel:
