@@ -76,12 +76,13 @@ def test_the_sampler_and_the_start_are_measured() -> None:
 
 
 @pytest.mark.slow
-def test_steps_of_one_device_are_set_against_their_floors() -> None:
+@pytest.mark.parametrize("options", [(), ("--quantization", "int8", "--quantize-lm-head")])
+def test_steps_of_one_device_are_set_against_their_floors(options: tuple[str, ...]) -> None:
     """On the CPU with a tiny shape: the program for GPUs, as far as it goes without one."""
     sizes = {"batches": "1,4", "contexts": "40", "adapters": "3", "steps": "4", "rounds": "1", "prefill-sequences": "2",
              "prefill-tokens": "32", "product-size": "256", "copy-mib": "4"}  # fmt: skip
     arguments = [part for name, value in sizes.items() for part in (f"--{name}", value)]
-    rows = run("device_step", "--shape", "tiny", "--device", "cpu", *arguments)
+    rows = run("device_step", "--shape", "tiny", "--device", "cpu", *arguments, *options)
     assert [row["case"].split(",")[0] for row in rows] == [
         "rates", *["decode 1 x 40"] * 4, *["decode 4 x 40"] * 4, "prefill of 2 x 32"
     ]  # fmt: skip
