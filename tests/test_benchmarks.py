@@ -70,6 +70,17 @@ def test_models_of_real_shapes_are_made_on_the_spot(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_in_eight_bits_are_set_against_those_in_sixteen() -> None:
+    rows = run("adapter_dtypes", "--parts", "images,answers", "--count", "3", "--dtypes", "float32")
+    *images, answers = rows
+    assert len(images) == 9
+    for row in images:
+        assert row["int8"]["bytes"] < 0.53 * row["bfloat16"]["bytes"]
+        assert row["int8"]["max_error"] < 0.02
+    assert set(answers["all"]) == {"auto", "int8"}
+
+
+@pytest.mark.slow
 def test_the_sampler_and_the_start_are_measured() -> None:
     rows = run("sampler", "--rows", "2", "--vocab", "300", "--steps", "3") + run("start", "--rounds", "1")
     assert [row["case"] for row in rows][-2:] == ["5 logprobs", "start"]
