@@ -3,6 +3,9 @@
 Each tensor starts at a multiple of 64 bytes, little endian, in the spec's element type, at its true rank. Of a linear
 site: a [rank, in] as PEFT stores it, b [rank, out] transposed. Of an embedding: a [vocabulary, rank] transposed,
 b [rank, out] transposed. `y = W x + scaling * (x a^T) b`; the scaling is in the manifest, not folded into b.
+
+In int8 a tensor is codes of -127 .. 127, and `scales` float32 [2, rank] say what a code counts in: in a, then in b, one
+for each of the ranks. Codes are rounded once, from the file's own values.
 """
 
 from __future__ import annotations
@@ -19,17 +22,20 @@ from numpy.typing import NDArray
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge
 from adapter_store.inspect import KNOWN_FILES, Buffer, Inspected, Limits, SitePair, inspect
+from adapter_store.rounding import convert, quantize_rows
 from adapter_store.safetensors_header import TensorInfo
 from adapter_store.spec import DTYPE_BYTES, Spec, read_spec
 
 ALIGNMENT_BYTES = 64
-_CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # bfloat16 is no numpy type: it is carried as its bits.
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }
+_SCALE_BYTES = 4
+_FORMATS = {"float32": 1, "float16": 1, "bfloat16": 1, "int8": 2}  # 2: entries have scales
 # (bits without the sign, the least bits that mean infinity or NaN)
 _EXPONENT = {"float32": (0x7FFFFFFF, 0x7F800000), "float16": (0x7FFF, 0x7C00), "bfloat16": (0x7FFF, 0x7F80)}
 
@@ -71,10 +77,13 @@ def pack_checked(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None 
     data = _aligned_zeros(num_bytes)
     weights = memoryview(files["adapter_model.safetensors"])
     for pair, entry in zip(inspected.pairs, entries, strict=True):
+        if spec.dtype == "int8":
+            _quantize_pair(data, entry, weights, pair)
+            continue
         _write(data, entry["a_offset"], weights, pair.a, spec.dtype, transpose=pair.site.kind == "embedding")
         _write(data, entry["b_offset"], weights, pair.b, spec.dtype, transpose=True)
     manifest = {
-        "format": 1,
+        "format": _FORMATS[spec.dtype],
         "spec": spec.digest,
         "dtype": spec.dtype,
         "num_bytes": num_bytes,
@@ -95,29 +104,27 @@ def plan_image(
     """
     limits = limits or Limits()
     inspected = inspect(files, spec, limits, weights_bytes)
-    entries, num_bytes = _layout(inspected, DTYPE_BYTES[spec.dtype])
+    entries, num_bytes = _layout(inspected, spec.dtype)
     if limits.max_bytes is not None and num_bytes > limits.max_bytes:
         raise AdapterTooLarge("its image", num_bytes, limits.max_bytes)
     return inspected, entries, num_bytes
 
 
-def _layout(inspected: Inspected, item_bytes: int) -> tuple[list[dict[str, Any]], int]:
-    entries, offset = [], 0
+def _layout(inspected: Inspected, dtype: str) -> tuple[list[dict[str, Any]], int]:
+    entries, offset, item_bytes = [], 0, DTYPE_BYTES[dtype]
     for pair in inspected.pairs:
-        a_offset, offset = offset, offset + _room(pair.rank * pair.site.in_features * item_bytes)
-        b_offset, offset = offset, offset + _room(pair.rank * pair.site.out_features * item_bytes)
-        entries.append(_entry(pair, a_offset, b_offset))
+        entry = {"site": pair.site.index, "rank": pair.rank, "scaling": pair.scaling}
+        sizes = {
+            "a_offset": pair.rank * pair.site.in_features * item_bytes,
+            "b_offset": pair.rank * pair.site.out_features * item_bytes,
+        }
+        if dtype == "int8":
+            sizes["scales_offset"] = 2 * pair.rank * _SCALE_BYTES
+        for name, num_bytes in sizes.items():
+            entry[name] = offset
+            offset += _room(num_bytes)
+        entries.append(entry)
     return entries, offset
-
-
-def _entry(pair: SitePair, a_offset: int, b_offset: int) -> dict[str, Any]:
-    return {
-        "site": pair.site.index,
-        "rank": pair.rank,
-        "scaling": pair.scaling,
-        "a_offset": a_offset,
-        "b_offset": b_offset,
-    }
 
 
 def _room(num_bytes: int) -> int:
@@ -143,8 +150,7 @@ def _write(
     """Converts one tensor into its place and proves that every value that was written is finite."""
     stored = _STORED[dtype]
     count = math.prod(tensor.shape)
-    source = np.frombuffer(weights[tensor.start : tensor.end], dtype=_STORED[_CODES[tensor.dtype]])
-    values = convert(source, _CODES[tensor.dtype], dtype).reshape(tensor.shape)
+    values = _read(weights, tensor, dtype)
     shape = tensor.shape[::-1] if transpose else tensor.shape
     target = data[offset : offset + count * stored.itemsize].view(stored).reshape(shape)
     np.copyto(target, values.T if transpose else values)
@@ -157,24 +163,25 @@ def _write(
         )
 
 
-def convert(values: NDArray[Any], source: str, target: str) -> NDArray[Any]:
-    """Converts between the element types, rounding to the nearest, ties to even; bfloat16 is carried as uint16 bits."""
-    if source == target:
-        return values
-    if source == "bfloat16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    if target == "float32":
-        return values.astype(np.float32, copy=False)
-    if target == "float16":
-        with np.errstate(over="ignore"):  # an overflow becomes infinity, which the caller refuses
-            return values.astype(np.float16)
-    return _bfloat16_bits(values.astype(np.float32, copy=False))
+def _read(weights: memoryview, tensor: TensorInfo, dtype: str) -> NDArray[Any]:
+    """A tensor of the file, converted to `dtype`, in its own shape."""
+    name = _NAMES[tensor.dtype]
+    source = np.frombuffer(weights[tensor.start : tensor.end], dtype=_STORED[name])
+    return convert(source, name, dtype).reshape(tensor.shape)
 
 
-def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded: NDArray[np.uint32] = bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))
-    upper = (rounded >> np.uint32(16)).astype(np.uint16)
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    # The carry could turn a NaN into a finite number or an infinity; keep it a NaN.
-    return np.where(is_nan, np.uint16(0x7FC0), upper)
+def _quantize_pair(data: NDArray[np.uint8], entry: Mapping[str, Any], weights: memoryview, pair: SitePair) -> None:
+    """Writes both tensors of a site as codes, and their scales."""
+    room = data[entry["scales_offset"] :][: 2 * pair.rank * _SCALE_BYTES]
+    scales = room.view(_STORED["float32"]).reshape(2, pair.rank)
+    a, b = _read(weights, pair.a, "float32"), _read(weights, pair.b, "float32").T  # [rank, in], [rank, out]
+    for i, (rows, offset, tensor) in enumerate(((a, entry["a_offset"], pair.a), (b, entry["b_offset"], pair.b))):
+        try:
+            codes, scales[i] = quantize_rows(rows)
+        except ValueError as error:
+            raise AdapterRejected(f"tensor {tensor.name!r} holds {error}; the training run went wrong") from error
+        target = data[offset : offset + codes.size].view(np.int8)
+        if tensor is pair.a and pair.site.kind == "embedding":
+            np.copyto(target.reshape(codes.shape[::-1]), codes.T)
+        else:
+            np.copyto(target.reshape(codes.shape), codes)

@@ -21,7 +21,7 @@ from engine.kv.backend import AttentionInputs, LayerCall
 from engine.kv.native_cpu import NativeAttention
 from engine.kv.storage import KVShape, KVStorage
 from engine.native.library import NativeLibrary, load_library
-from engine.native.structs import LoraChunk, LoraWeights, Member
+from engine.native.structs import ELEMENTS, LoraChunk, LoraWeights, Member
 
 COPIES_BYTES = 192 << 20  # of weights that are cycled through
 SHAPES = {"q/k/v": (576, (576, 192, 192)), "o": (576, (576,)), "gate/up": (576, (1536, 1536)), "down": (1536, (576,))}
@@ -70,7 +70,7 @@ class Linear:
         for slot in range(1, self._rows + 1):
             a, b = torch.randn(rank, self._in).bfloat16(), torch.randn(rank, width).bfloat16()
             self._keep += [a, b]
-            table[slot] = LoraWeights(a.data_ptr(), b.data_ptr(), rank, 1.0)
+            table[slot] = LoraWeights(a.data_ptr(), b.data_ptr(), rank, 1.0, ELEMENTS[a.dtype])
         self._keep.append(table)  # type: ignore[arg-type]
         return table
 

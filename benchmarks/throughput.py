@@ -8,6 +8,7 @@ Prints one JSON line per case: output tokens per second, end to end and of decod
 from __future__ import annotations
 
 import argparse
+import json
 import time
 
 from benchmarks import workload
@@ -20,6 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more of EngineConfig's settings, as JSON")
     return parser.parse_args()
 
 
@@ -35,6 +37,7 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=max(1024, args.max_num_seqs),
         enable_prefix_caching=False,
+        **args.engine,
     )
 
     def measure(name: str, new_tokens: int = args.new_tokens) -> workload.Figures:

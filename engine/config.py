@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from types import UnionType
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from engine.errors import ConfigError
 
@@ -14,7 +14,10 @@ MIB = 1 << 20
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 AdapterMemory = Literal["auto", "borrowed", "pages"]
+AdapterDType = Literal["auto", "int8"]
 Kernels = Literal["auto", "native", "triton", "torch"]
+Quantization = Literal["int8", "int8-dynamic", "int4", "nf4", "fp8"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +27,20 @@ class EngineConfig:
     model: str  # folder with a transformers checkpoint
     tokenizer: str | None = None  # folder; None: the model's
     device: Device = "cpu"
-    dtype: DType = "auto"  # auto: what the checkpoint says
+    dtype: DType = "auto"  # auto: what the checkpoint says; bfloat16 for a quantized one in float16 on the CPU
+    quantization: Quantization | None = None  # linear layers of a 16-bit checkpoint are rounded to it at load
+    quantize_lm_head: bool = False  # the output layer too
+    quantize_embeddings: bool = False  # the input embeddings too, to int8
     max_model_len: int | None = None  # tokens of prompt and output; None: what the model was made for
     block_size: int = 16  # P, tokens of KV cache in one block
     kv_cache_bytes: int | None = None  # with adapters in its pages; None: 256 MiB on the CPU, what a GPU has left
+    kv_cache_dtype: KVCacheDType = "auto"  # auto: the model's; a scale per token and head with int8, fp8 (Hopper on)
     max_num_seqs: int = 64  # running sequences
     max_num_batched_tokens: int = 1024  # rows of one step
     max_queued_requests: int = 1024  # waiting requests; one more is refused with QueueFull
     adapter_bytes: int = 512 * MIB  # resident adapters at most, true rank, as packed
     min_adapter_bytes: int = 0  # of the KV cache's pages: so much of them no sequence gets
+    adapter_dtype: AdapterDType = "auto"  # of packed adapters: the model's, or codes of half its bytes and less exact
     adapter_memory: AdapterMemory = "auto"  # borrowed from shared memory, or KV pages; auto: on the CPU, on a GPU
     adapter_copy_bytes_per_s: int | None = None  # into pages, beside the steps; None: as fast as the bus
     max_resident_adapters: int = 256  # LoRA slots, without the base
@@ -62,9 +70,31 @@ class EngineConfig:
             raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
         if self.kernels not in ("auto", "native", "triton", "torch"):
             raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
+        if self.adapter_dtype not in ("auto", "int8"):
+            raise ConfigError(f"adapter_dtype={self.adapter_dtype!r} is not one of 'auto' (the model's), 'int8'")
         if self.adapter_memory not in ("auto", "borrowed", "pages"):
             raise ConfigError(f"adapter_memory={self.adapter_memory!r} is not one of 'auto', 'borrowed', 'pages'")
+        self._check_quantization()
+        self._check_kv_cache_dtype()
         self._check_adapter_memory()
+
+    def _check_quantization(self) -> None:
+        kinds = get_args(Quantization)
+        if self.quantization is not None and self.quantization not in kinds:
+            raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(map(repr, kinds))}")
+        for name in ("quantize_lm_head", "quantize_embeddings"):
+            if getattr(self, name) and self.quantization is None:
+                raise ConfigError(f"{name}=True means nothing without `quantization`: set both, or leave it at False")
+
+    def _check_kv_cache_dtype(self) -> None:
+        if self.kv_cache_dtype not in ("auto", "int8", "fp8"):
+            raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r} is not one of 'auto', 'int8', 'fp8'")
+        # Where somebody asks for them by name, torch and Triton's interpreter do on a CPU what a GPU would.
+        if self.kv_cache_dtype == "fp8" and self.device == "cpu" and self.kernels not in ("torch", "triton"):
+            raise ConfigError(
+                "kv_cache_dtype='fp8' needs a GPU, and this is device='cpu': use 'int8' (or, to try what a GPU would "
+                "do, slowly, kernels='torch')"
+            )
 
     def _check_adapter_memory(self) -> None:
         if self.adapter_memory == "borrowed" and self.device != "cpu":
@@ -123,8 +153,13 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "tokenizer": (str, "the path of a folder"),
     "device": (str, "'cpu' or 'cuda'"),
     "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
+    "adapter_dtype": (str, "'auto' or 'int8'"),
     "adapter_memory": (str, "'auto', 'borrowed' or 'pages'"),
+    "kv_cache_dtype": (str, "'auto', 'int8' or 'fp8'"),
     "kernels": (str, "'auto', 'native', 'triton' or 'torch'"),
+    "quantization": (str, "'int8', 'int8-dynamic', 'int4', 'nf4' or 'fp8'"),
+    "quantize_lm_head": (bool, "True or False"),
+    "quantize_embeddings": (bool, "True or False"),
     "cuda_graphs": (bool, "True or False"),
     "enable_prefix_caching": (bool, "True or False"),
     "enable_chunked_prefill": (bool, "True or False"),

@@ -38,24 +38,25 @@ def load_parts(config: EngineConfig) -> EngineParts:
 
 
 def _load_parts(config: EngineConfig) -> EngineParts:
-    from engine.model.loader import check_folder, load_model
-    from engine.runner.memory import num_kv_blocks
+    from engine.model.checkpoint import check_folder
+    from engine.model.loader import load_model
+    from engine.runner.memory import kv_shape, num_kv_blocks
     from engine.runner.runner import TorchRunner
 
     check_folder(Path(config.model))
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     loaded = load_model(config)
-    num_blocks = num_kv_blocks(loaded, config)
+    num_blocks, shape = num_kv_blocks(loaded, config), kv_shape(loaded, config)
     return EngineParts(
         runner=TorchRunner(loaded, config, num_blocks),
         tokenizer=tokenizer,
-        image_spec=loaded.image_spec(),
+        image_spec=loaded.image_spec(config.adapter_dtype),
         num_blocks=num_blocks,
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
-        cache_namespace=loaded.fingerprint,
-        block_bytes=loaded.capabilities.kv_shape(config.block_size, loaded.dtype).block_bytes,
+        cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}",
+        block_bytes=shape.block_bytes,
     )
 
 

@@ -31,10 +31,13 @@ class LinearSite:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """How an adapter image must look for one base model: its sites, element type and tensor-parallel degree."""
+    """How an adapter image must look for one base model: its sites, element type and tensor-parallel degree.
+
+    The element type is that of the image, not of what the base computes in: "int8" serves a base of any.
+    """
 
     base_fingerprint: str  # digest of the base's architecture and sites; changes when the base does
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8"]
     sites: tuple[LinearSite, ...]
     tp_degree: int = 1
 

@@ -16,19 +16,23 @@ MAX_TILE_QUERIES = 32  # rows x query heads that go through the keys together
 
 
 class NativeAttention:
-    """AttentionBackend over a float32 or bfloat16 cache on the CPU."""
+    """AttentionBackend over the cache of a float32 or bfloat16 model on the CPU, as it is or in int8."""
 
     def __init__(self, library: NativeLibrary, storage: KVStorage) -> None:
+        assert storage.shape.quantization != "fp8", "the compiled kernels read no fp8"
         self.storage = storage
         self._library = library
         shape = storage.shape
         self.cache = KVCache(
-            data=storage.data.data_ptr(),
+            data=storage.pages.data_ptr(),
             num_layers=shape.num_layers,
             block_size=shape.block_size,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
+            section_bytes=shape.section_bytes,
+            scales_offset=shape.scales_offset,
             is_bf16=shape.dtype is torch.bfloat16,
+            is_int8=shape.quantization == "int8",
         )
         self._inputs: AttentionInputs | None = None
         self._tiles: dict[int, np.ndarray] = {}  # by rows of a tile, made when a layer first needs it
@@ -80,7 +84,7 @@ class NativeAttention:
         return self._rows
 
     def _readable(self, x: torch.Tensor) -> torch.Tensor:
-        """In the cache's dtype, the dimensions of a head side by side."""
+        """In the model's dtype, the dimensions of a head side by side."""
         x = x.to(self.storage.shape.dtype)
         return x if x.stride(-1) == 1 else x.contiguous()
 

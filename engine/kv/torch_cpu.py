@@ -38,7 +38,7 @@ class _Prefill:
 
     start: int  # first row
     end: int
-    block_table: torch.Tensor  # [m]: only the blocks a window reaches; empty if the rows are all there is
+    block_table: torch.Tensor  # [m]: only the blocks a window reaches
     length: int  # positions read: first .. first + length - 1
     positions: torch.Tensor  # [end - start], relative to the first position read
     visible: torch.Tensor | None  # [end - start, length] bool; None: plain causal over the rows alone
@@ -60,10 +60,8 @@ class TorchAttention:
         self._inputs: AttentionInputs | None = None
         self._plans: dict[int | None, _Plan] = {}
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        shape = storage.shape
-        self._page_elements = shape.block_size * shape.num_kv_heads * shape.head_dim
         part_bytes = _PART_BYTES.get(storage.data.device.type, _PART_BYTES_ELSEWHERE)
-        self._max_part_blocks = max(1, part_bytes // (4 * self._page_elements))
+        self._max_part_blocks = max(1, part_bytes // (4 * storage.shape.row_elements))
 
     def plan(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
@@ -81,9 +79,9 @@ class TorchAttention:
             out[bucket.rows] = self._decode(q[bucket.rows], bucket, layer).to(q.dtype)
         for prefill in plan.prefills:
             rows = slice(prefill.start, prefill.end)
-            if prefill.visible is None:
+            if prefill.visible is None and self.storage.shape.quantization is None:
                 keys, values = k[rows], v[rows]
-            else:
+            else:  # of a quantized cache always: what is said must not depend on how a prompt is cut
                 keys, values = self.storage.gather(layer.index, prefill.block_table)
                 keys, values = keys[: prefill.length], values[: prefill.length]
             out[rows] = _prefill(q[rows], keys, values, prefill, layer).to(q.dtype)
@@ -142,7 +140,7 @@ class TorchAttention:
         table = inputs.block_tables[s, first_block : -(-context // block_size)]
         positions = torch.arange(length - (end - start), length, device=device)
         if alone:
-            return _Prefill(start, end, table[:0], length, positions, None)
+            return _Prefill(start, end, table, length, positions, None)
         columns = torch.arange(length, device=device)
         visible = columns[None, :] <= positions[:, None]
         if window is not None:
@@ -169,20 +167,23 @@ class TorchAttention:
 
     def _gather_float(self, layer: int, block_tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in float32, in memory that the next call overwrites. Shapes: [n, m] -> [n, m * P, Hk, D]."""
-        num_blocks = block_tables.numel()
-        dtype = self.storage.shape.dtype
-        out = self._buffer("k", dtype, num_blocks), self._buffer("v", dtype, num_blocks)
-        keys, values = self.storage.gather(layer, block_tables, out)
+        storage, num_blocks = self.storage, block_tables.numel()
+        shape = (*block_tables.shape[:-1], -1, storage.shape.num_kv_heads, storage.shape.head_dim)
+        items, dtype = storage.section_items, storage.section_dtype
+        out = self._buffer("k", dtype, num_blocks, items), self._buffer("v", dtype, num_blocks, items)
+        keys, values = storage.gather_sections(layer, block_tables, out)
         if dtype == torch.float32:
-            return keys, values
-        wide = self._buffer("k", torch.float32, num_blocks), self._buffer("v", torch.float32, num_blocks)
-        return wide[0].view(keys.shape).copy_(keys), wide[1].view(values.shape).copy_(values)
+            return keys.view(shape), values.view(shape)
+        elements = storage.shape.row_elements
+        wide = (self._buffer(name, torch.float32, num_blocks, elements) for name in ("k", "v"))
+        keys, values = (storage.widen(part, out) for part, out in zip((keys, values), wide, strict=True))
+        return keys.view(shape), values.view(shape)
 
-    def _buffer(self, name: str, dtype: torch.dtype, num_blocks: int) -> torch.Tensor:
-        """Scratch memory [num_blocks, P * Hk * D] that grows to the largest part and stays."""
+    def _buffer(self, name: str, dtype: torch.dtype, num_blocks: int, items: int) -> torch.Tensor:
+        """Scratch memory [num_blocks, items] that grows to the largest part and stays."""
         buffer = self._scratch.get((name, dtype))
         if buffer is None or buffer.shape[0] < num_blocks:
-            shape = (max(num_blocks, self._max_part_blocks), self._page_elements)
+            shape = (max(num_blocks, self._max_part_blocks), items)
             buffer = self._scratch[name, dtype] = torch.empty(shape, dtype=dtype, device=self.storage.data.device)
         return buffer[:num_blocks]
 

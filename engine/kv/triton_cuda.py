@@ -13,7 +13,7 @@ from engine.upload import upload
 
 
 class TritonAttention:
-    """AttentionBackend over a cache in float32, float16 or bfloat16 that a kernel can reach."""
+    """AttentionBackend over a cache in float32, float16, bfloat16, int8 or fp8 that a kernel can reach."""
 
     def __init__(self, storage: KVStorage) -> None:
         self.storage = storage
@@ -50,7 +50,7 @@ class TritonAttention:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCall) -> Tensor:
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-        write_kv(k, v, self.storage.data, layer.index, self.slot_mapping)
+        write_kv(k, v, self.storage.data, layer.index, self.slot_mapping, self.storage.scales)
         return self.attend(q, layer)
 
     def attend(self, q: Tensor, layer: LayerCall) -> Tensor:
@@ -76,6 +76,7 @@ class TritonAttention:
                 tile_rows=tile_rows,
                 max_context=self._max_context,
                 scaling=layer.scaling,
+                scales=self.storage.scales,
                 window=layer.sliding_window,
                 softcap=layer.softcap,
                 sinks=layer.sinks,

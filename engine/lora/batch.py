@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.core.plan import NO_LORA, LoraSegment
@@ -36,13 +37,16 @@ class LoraKernels(Protocol):
 class BoundWeights:
     """The LoRA weights of one site in one slot, as the layers multiply with them."""
 
-    __slots__ = ("a", "a_t", "b", "scaling")
+    __slots__ = ("a", "a_t", "b", "dtype", "scales", "scaling")
 
     def __init__(self, weights: SiteWeights) -> None:
         self.a = weights.a
         self.a_t = weights.a.t()
         self.b = weights.b
         self.scaling = weights.scaling
+        # Of int8 codes: [R] of a and of b, which both scale the low-rank vector.
+        self.scales = None if weights.scales is None else weights.scales.unbind(0)
+        self.dtype = weights.b.dtype if weights.scales is None else torch.float32  # products are made in
 
 
 class SegmentedRows:
@@ -152,14 +156,19 @@ class LoraBatch:
 def add_lora(out: Tensor, x: Tensor, weights: BoundWeights) -> None:
     """out += scaling * (x a^T) b, in place. Shapes: out [n, out_features], x [n, in_features].
 
-    In PEFT's order, result + B(A(x)) * scaling, and in the adapter's dtype; products are summed in float32 or better
-    by the matrix kernels, and the scaled sum is rounded once when it is added.
+    In PEFT's order, result + B(A(x)) * scaling, and in the adapter's dtype (codes: in float32); products are summed in
+    float32 or better by the matrix kernels, and the scaled sum is rounded once when it is added.
     """
-    add_expanded(out, x.to(weights.b.dtype).mm(weights.a_t), weights.b, weights.scaling)
+    low = x.to(weights.dtype).mm(weights.a_t.to(weights.dtype))
+    add_expanded(out, low, weights, weights.scaling)
 
 
-def add_expanded(out: Tensor, low: Tensor, b: Tensor, scaling: float) -> None:
-    """out += scaling * low b, in place. Shapes: out [n, out_features], low [n, R], b [R, out_features]."""
+def add_expanded(out: Tensor, low: Tensor, weights: BoundWeights, scaling: float) -> None:
+    """out += scaling * low b, in place. Shapes: out [n, out_features], low [n, R]; of codes, not scaled yet."""
+    b = weights.b
+    if weights.scales is not None:
+        of_a, of_b = weights.scales
+        low, b = low * of_a * of_b, b.to(weights.dtype)
     if out.dtype == b.dtype:
         out.addmm_(low, b, alpha=scaling)
     else:

@@ -6,6 +6,9 @@ changes a byte. Layout of the buffer (little endian, every tensor at a multiple 
     linear site:     a [R, in_features]      b [R, out_features]        y = W x + scaling * (x a^T) b
     embedding site:  a [vocabulary, R]       b [R, out_features]        y = W[id] + scaling * a[id] b
 
+In int8 both are codes, and each site has scales float32 [2, R] besides: what a code of a given rank counts in, in a and
+in b. Both belong to the low-rank vector: (x a^T) b = ((x codes_a^T) * scales[0] * scales[1]) codes_b.
+
 No torch here: the store's client and the scheduler's side of the engine handle images too.
 """
 
@@ -23,18 +26,21 @@ import numpy.typing as npt
 from engine.errors import AdapterImageInvalid
 from engine.site import ImageSpec, LinearSite
 
-FORMAT = 1
+FORMATS = {"float32": 1, "float16": 1, "bfloat16": 1, "int8": 2}  # 2: entries have scales
 ALIGNMENT_BYTES = 64
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
+_SCALE_BYTES = 4
+_ADDRESS_BYTES = {**ITEM_BYTES, "int8": _SCALE_BYTES}  # what the buffer's address must be a multiple of
 _MANIFEST_FIELDS = frozenset(("format", "spec", "dtype", "num_bytes", "rank", "entries"))
 _ENTRY_FIELDS = frozenset(("site", "rank", "scaling", "a_offset", "b_offset"))
+_SCALED_FIELDS = _ENTRY_FIELDS | {"scales_offset"}
 _PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """The LoRA weights of one site: where its two tensors start in the buffer (bytes) and their shapes."""
+    """The LoRA weights of one site: where its tensors start in the buffer (bytes) and their shapes."""
 
     site: int
     rank: int
@@ -43,6 +49,13 @@ class ImageEntry:
     b_offset: int
     a_shape: tuple[int, int]
     b_shape: tuple[int, int]
+    scales_offset: int | None = None  # int8 only: of float32 [2, rank]
+
+    def extents(self, item_bytes: int) -> tuple[tuple[int, int], ...]:
+        """Where each tensor starts, and its bytes: a, b and, if there are any, scales."""
+        a = self.a_offset, self.a_shape[0] * self.a_shape[1] * item_bytes
+        b = self.b_offset, self.b_shape[0] * self.b_shape[1] * item_bytes
+        return (a, b) if self.scales_offset is None else (a, b, (self.scales_offset, 2 * self.rank * _SCALE_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +77,9 @@ class AdapterManifest:
         if spec.tp_degree != 1:
             raise AdapterImageInvalid(f"tp_degree={spec.tp_degree} is not supported: images are read whole; use 1")
         _check_fields(manifest, _MANIFEST_FIELDS, "manifest")
-        _check_equal("format", manifest["format"], FORMAT, "pack the adapter again")
+        _check_equal("format", manifest["format"], FORMATS[spec.dtype], "pack the adapter again")
         _check_equal("spec", manifest["spec"], spec.digest, "it was packed for another base model; pack it for this")
-        _check_equal("dtype", manifest["dtype"], spec.dtype, "pack the adapter with the base model's dtype")
+        _check_equal("dtype", manifest["dtype"], spec.dtype, "pack the adapter with the dtype of the engine's adapters")
         num_bytes = _whole(manifest["num_bytes"], "num_bytes", 0)
         if num_bytes % ALIGNMENT_BYTES:
             raise AdapterImageInvalid(f"num_bytes={num_bytes} is not a multiple of {ALIGNMENT_BYTES}")
@@ -99,10 +112,10 @@ class AdapterImage:
             raise AdapterImageInvalid(
                 f"adapter {key!r}: the buffer has {view.size} bytes, its manifest says {manifest.num_bytes}"
             )
-        if view.size and view.ctypes.data % ITEM_BYTES[manifest.dtype]:
+        if view.size and view.ctypes.data % _ADDRESS_BYTES[manifest.dtype]:
             raise AdapterImageInvalid(
-                f"adapter {key!r}: the buffer's address is not a multiple of {ITEM_BYTES[manifest.dtype]} bytes, "
-                f"the size of {manifest.dtype}; hand over a buffer of its own instead of an odd slice"
+                f"adapter {key!r}: the buffer's address is not a multiple of {_ADDRESS_BYTES[manifest.dtype]} bytes, "
+                f"as {manifest.dtype} needs it; hand over a buffer of its own instead of an odd slice"
             )
         self.key = key
         self.manifest = manifest
@@ -126,7 +139,7 @@ def _entry(raw: Mapping[str, Any], position: int, spec: ImageSpec) -> ImageEntry
     """Says where an error is only when there is one: a request waits for hundreds of these."""
     site: LinearSite | None = None
     try:
-        _check_fields(raw, _ENTRY_FIELDS, "")
+        _check_fields(raw, _ENTRY_FIELDS if spec.dtype != "int8" else _SCALED_FIELDS, "")
         index = _whole(raw["site"], ".site", 0)
         if index >= len(spec.sites):
             raise AdapterImageInvalid(f".site={index} is not one of the base model's {len(spec.sites)} sites")
@@ -136,11 +149,12 @@ def _entry(raw: Mapping[str, Any], position: int, spec: ImageSpec) -> ImageEntry
         if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
             raise AdapterImageInvalid(f".scaling={scaling!r} is not a finite number")
         a_offset, b_offset = _offset(raw["a_offset"], ".a_offset"), _offset(raw["b_offset"], ".b_offset")
+        scales_offset = _offset(raw["scales_offset"], ".scales_offset") if "scales_offset" in raw else None
     except AdapterImageInvalid as error:
         where = f"entries[{position}]" if site is None else f"entries[{position}] ({site.name})"
         raise AdapterImageInvalid(f"{where}{error}") from None
     a_shape, b_shape = _shapes(site, rank)
-    return ImageEntry(index, rank, float(scaling), a_offset, b_offset, a_shape, b_shape)
+    return ImageEntry(index, rank, float(scaling), a_offset, b_offset, a_shape, b_shape, scales_offset)
 
 
 def _shapes(site: LinearSite, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -187,12 +201,11 @@ def _check_ascending(entries: tuple[ImageEntry, ...]) -> None:
 def _check_extents(entries: tuple[ImageEntry, ...], num_bytes: int, item_bytes: int) -> None:
     extents = []
     for position, e in enumerate(entries):
-        for name, offset, shape in (("a", e.a_offset, e.a_shape), ("b", e.b_offset, e.b_shape)):
-            end = offset + shape[0] * shape[1] * item_bytes
-            if end > num_bytes:
+        for name, (offset, size) in zip(("a", "b", "scales"), e.extents(item_bytes), strict=False):
+            if offset + size > num_bytes:
                 where = f"entries[{position}].{name}_offset={offset}"
-                raise AdapterImageInvalid(f"{where}: {shape} would end at byte {end} of {num_bytes}")
-            extents.append((offset, end, position, name))
+                raise AdapterImageInvalid(f"{where}: its {size} bytes would end at {offset + size} of {num_bytes}")
+            extents.append((offset, offset + size, position, name))
     extents.sort()
     for before, after in itertools.pairwise(extents):
         if after[0] < before[1]:

@@ -95,12 +95,12 @@ class LoraEmbedding(_LoraLayer):
         for slot, out, ids_in in zip(slots, outs, ids.split_with_sizes(sizes), strict=True):
             bound = weights.get(slot)
             if bound is not None:
-                low = functional.embedding(ids_in, bound.a)
-                add_expanded(out, low, bound.b, bound.scaling * self._scale(bound.b.dtype))
+                low = functional.embedding(ids_in, bound.a).to(bound.dtype)
+                add_expanded(out, low, bound, bound.scaling * self._scale(y.dtype))
         return y
 
     def _scale(self, dtype: torch.dtype) -> float:
-        """The base's embed_scale, rounded to the adapter's dtype as PEFT rounds it; read from the device once."""
+        """The base's embed_scale, rounded to `dtype`, in which PEFT has the adapter; read from the device once."""
         if self._embed_scale is None:
             self._embed_scale = float(torch.as_tensor(getattr(self.base, "embed_scale", 1.0)).to(dtype))
         return self._embed_scale

@@ -12,7 +12,7 @@ from engine.core.plan import LoraSegment
 from engine.lora.chunks import check_rows, cut_chunks
 from engine.lora.storage import SiteWeights
 from engine.native.library import MAX_CHUNK_ROWS, NativeLibrary, check
-from engine.native.structs import LoraChunk, LoraWeights, Member
+from engine.native.structs import ELEMENTS, LoraChunk, LoraWeights, Member
 from engine.site import LinearSite
 
 
@@ -52,7 +52,14 @@ class NativeLora:
         for w in weights:
             assert w.a.is_contiguous()
             assert w.b.is_contiguous()
-            self._site(w.site)[slot] = LoraWeights(w.a.data_ptr(), w.b.data_ptr(), w.b.shape[0], w.scaling)
+            self._site(w.site)[slot] = LoraWeights(
+                a=w.a.data_ptr(),
+                b=w.b.data_ptr(),
+                rank=w.b.shape[0],
+                scaling=w.scaling,
+                type=ELEMENTS[w.b.dtype],
+                scales=None if w.scales is None else w.scales.data_ptr(),
+            )
 
     def unbind(self, slot: int, sites: Iterable[int]) -> None:
         for site in sites:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.lora.image import ALIGNMENT_BYTES, ITEM_BYTES, AdapterManifest, ImageEntry
+from engine.lora.image import ALIGNMENT_BYTES, ITEM_BYTES, AdapterManifest
 
 MAX_GAP_BYTES = 64 << 10  # a guess: a copy of its own would cost about as much
 
@@ -25,12 +25,13 @@ class Piece(NamedTuple):
 class PageLayout:
     """Each tensor whole inside one run of neighbouring pages.
 
-    `runs`: their lengths, descending. `tensors`: for each entry of the manifest, (run, offset in it) of a and of b.
+    `runs`: their lengths, descending. `tensors`: for each entry of the manifest, (run, offset in it) of each of its
+    tensors.
     """
 
     page_bytes: int
     runs: tuple[int, ...]
-    tensors: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    tensors: tuple[tuple[tuple[int, int], ...], ...]
     pieces: tuple[tuple[Piece, ...], ...]  # of each run, ascending by dst
 
     def first_pages(self, pages: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,13 +51,13 @@ def lay_out(manifest: AdapterManifest, page_bytes: int) -> PageLayout:
     """
     item_bytes = ITEM_BYTES[manifest.dtype]
     sizes = [
-        (shape[0] * shape[1] * item_bytes, index, which, offset)
+        (num_bytes, index, which, offset)
         for index, entry in enumerate(manifest.entries)
-        for which, (offset, shape) in enumerate(_tensors(entry))
+        for which, (offset, num_bytes) in enumerate(entry.extents(item_bytes))
     ]
     room: list[int] = []  # bytes left at the end of each run
     runs: list[int] = []
-    tensors = [[(0, 0), (0, 0)] for _ in manifest.entries]
+    tensors: list[dict[int, tuple[int, int]]] = [{} for _ in manifest.entries]
     pieces: list[list[Piece]] = []
     for num_bytes, index, which, src in sorted(sizes, key=lambda tensor: (-tensor[0], tensor[1:])):
         padded = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -70,12 +71,11 @@ def lay_out(manifest: AdapterManifest, page_bytes: int) -> PageLayout:
         pieces[run].append(Piece(src, dst, num_bytes))
         room[run] -= padded
     return PageLayout(
-        page_bytes, tuple(runs), tuple((a, b) for a, b in tensors), tuple(tuple(of_run) for of_run in pieces)
+        page_bytes,
+        tuple(runs),
+        tuple(tuple(places[which] for which in sorted(places)) for places in tensors),
+        tuple(tuple(of_run) for of_run in pieces),
     )
-
-
-def _tensors(entry: ImageEntry) -> tuple[tuple[int, tuple[int, int]], tuple[int, tuple[int, int]]]:
-    return (entry.a_offset, entry.a_shape), (entry.b_offset, entry.b_shape)
 
 
 class Chunk(NamedTuple):

@@ -18,16 +18,20 @@ from engine.lora.copier import Copier, Load
 from engine.lora.image import ITEM_BYTES, AdapterImage, touch_pages
 from engine.lora.pages import lay_out
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class SiteWeights(NamedTuple):
-    """The LoRA weights of one site. Shapes: linear a [R, in], embedding a [vocabulary, R]; b [R, out]."""
+    """The LoRA weights of one site. Shapes: linear a [R, in], embedding a [vocabulary, R]; b [R, out].
+
+    Of int8 codes `scales` [2, R], float32, say what one counts in: scales[0] in a, scales[1] in b.
+    """
 
     site: int
     a: Tensor
     b: Tensor
     scaling: float
+    scales: Tensor | None = None
 
 
 class AdapterStorage(Protocol):
@@ -126,8 +130,8 @@ class PagedStorage:
         self._copying[image.key] = self._copier.start(image, layout, pages)
         self._resident[image.key] = image
         starts = [page * self._page_bytes for page in layout.first_pages(pages)]
-        offsets = [tuple(starts[run] + offset for run, offset in pair) for pair in layout.tensors]
-        return _views(_typed(self._buffer, image), image, [(a, b) for a, b in offsets])
+        offsets = [tuple(starts[run] + offset for run, offset in places) for places in layout.tensors]
+        return _views(self._buffer, image, offsets)
 
     def copied(self) -> tuple[str, ...]:
         """Raises: whatever a copy raised (a device error is fatal to the engine)."""
@@ -160,26 +164,31 @@ def _check_new(key: str, resident: dict[str, AdapterImage]) -> None:
         raise ValueError(f"adapter {key!r} is resident already: evict it before it is loaded again")
 
 
-def _typed(flat: Tensor, image: AdapterImage) -> Tensor:
-    return flat.view(_DTYPES[image.manifest.dtype])
-
-
 def _borrowed_views(image: AdapterImage) -> tuple[SiteWeights, ...]:
     """As in the image, every tensor starts at its manifest's offset."""
-    flat = _typed(_borrow(image.data), image)
-    return _views(flat, image, [(e.a_offset, e.b_offset) for e in image.manifest.entries])
-
-
-def _views(typed: Tensor, image: AdapterImage, offsets: list[tuple[int, int]]) -> tuple[SiteWeights, ...]:
-    """`offsets`: of a and b of each entry, in bytes."""
     item_bytes = ITEM_BYTES[image.manifest.dtype]
+    offsets = [tuple(offset for offset, _ in e.extents(item_bytes)) for e in image.manifest.entries]
+    return _views(_borrow(image.data), image, offsets)
+
+
+def _views(flat: Tensor, image: AdapterImage, offsets: list[tuple[int, ...]]) -> tuple[SiteWeights, ...]:
+    """`flat`: uint8, of all bytes. `offsets`: of each entry's tensors, in its bytes."""
+    item_bytes = ITEM_BYTES[image.manifest.dtype]
+    typed = flat.view(_DTYPES[image.manifest.dtype])
+    floats = flat.view(torch.float32) if image.manifest.dtype == "int8" else typed
 
     def view(offset: int, shape: tuple[int, int]) -> Tensor:
         return typed.as_strided(shape, (shape[1], 1), offset // item_bytes)
 
     return tuple(
-        SiteWeights(e.site, view(a, e.a_shape), view(b, e.b_shape), e.scaling)
-        for e, (a, b) in zip(image.manifest.entries, offsets, strict=True)
+        SiteWeights(
+            e.site,
+            view(a, e.a_shape),
+            view(b, e.b_shape),
+            e.scaling,
+            *(floats.as_strided((2, e.rank), (e.rank, 1), offset // 4) for offset in scales),
+        )
+        for e, (a, b, *scales) in zip(image.manifest.entries, offsets, strict=True)
     )
 
 

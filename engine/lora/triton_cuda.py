@@ -36,26 +36,32 @@ class DeviceChunks:
 class TritonLora:
     """LoraKernels of one model. `num_slots` counts from 1; slot 0, the base model, stays empty."""
 
-    def __init__(self, num_sites: int, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, num_sites: int, num_slots: int, dtype: torch.dtype, device: torch.device, *, are_codes: bool = False
+    ) -> None:
+        """`dtype`: of the activations, and of the adapters if these are not int8 codes."""
         self.device = device
-        self.dtype = dtype  # of the adapters
+        self.dtype = dtype
         self.is_fixed = False
         self.rows = DeviceChunks(None)
         self.sampled_rows = DeviceChunks(None)
         self.max_rank = _FIRST_MAX_RANK  # of all adapters seen so far
         self._num_sites = num_sites
-        self._tables = LoraTables.empty(num_sites, num_slots + 1, device)
+        self._tables = LoraTables.empty(num_sites, num_slots + 1, device, are_codes=are_codes)
 
     def bind(self, slot: int, weights: Iterable[SiteWeights]) -> None:
         """The caller keeps the tensors until `unbind`."""
-        pointers, ranks, scalings = [0] * (2 * self._num_sites), [0] * self._num_sites, [0.0] * self._num_sites
+        pointers, ranks, scalings = [0] * (3 * self._num_sites), [0] * self._num_sites, [0.0] * self._num_sites
         for w in weights:
             assert w.a.is_contiguous()
             assert w.b.is_contiguous()
-            pointers[2 * w.site : 2 * w.site + 2] = w.a.data_ptr(), w.b.data_ptr()
+            assert (w.scales is not None) == self._tables.are_codes
+            pointers[3 * w.site : 3 * w.site + 2] = w.a.data_ptr(), w.b.data_ptr()
+            if w.scales is not None:
+                pointers[3 * w.site + 2] = w.scales.data_ptr()
             ranks[w.site], scalings[w.site] = w.b.shape[0], w.scaling
         self.max_rank = max(self.max_rank, *ranks)
-        self._tables.pointers[:, slot] = upload(pointers, self.device).view(-1, 2)
+        self._tables.pointers[:, slot] = upload(pointers, self.device).view(-1, 3)
         self._tables.ranks[:, slot] = upload(ranks, self.device, torch.int32)
         self._tables.scalings[:, slot] = to_device(torch.tensor(scalings), self.device)
 
@@ -88,7 +94,7 @@ class TritonLora:
 
 
 class TritonAddition:
-    """LoraAddition in the dtype of the adapters."""
+    """LoraAddition in the dtype of the activations."""
 
     def __init__(self, lora: TritonLora, site: LinearSite, *, sampled: bool) -> None:
         self._lora = lora

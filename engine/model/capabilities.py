@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from engine.errors import ModelNotSupported
+from engine.kv.rows import KVQuantization
 from engine.kv.storage import KVShape
 from engine.model.probe import NUM_ROWS, SAMPLED_ROWS, AttentionCall, Trace
 
@@ -43,8 +44,8 @@ class Capabilities:
     head_dim: int
     vocab_size: int  # columns of the logits
 
-    def kv_shape(self, block_size: int, dtype: torch.dtype) -> KVShape:
-        return KVShape(len(self.layers), block_size, self.num_kv_heads, self.head_dim, dtype)
+    def kv_shape(self, block_size: int, dtype: torch.dtype, quantization: KVQuantization | None = None) -> KVShape:
+        return KVShape(len(self.layers), block_size, self.num_kv_heads, self.head_dim, dtype, quantization)
 
 
 def judge(model: nn.Module, trace: Trace, max_model_len: int) -> Capabilities:

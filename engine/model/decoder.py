@@ -142,13 +142,17 @@ def _runs(seen: list[_Observed], accepted: list[Compiled | None]) -> Iterator[tu
             run = []
 
 
+def num_trial_blocks(block_size: int) -> int:
+    """Blocks of the cache that a trial run needs, the null block included."""
+    return 1 + -(-_TRIAL_TOKENS // block_size)
+
+
 def _trial_inputs(backend: AttentionBackend) -> AttentionInputs:
     """One sequence of _TRIAL_TOKENS rows, in blocks 1, 2, ..."""
     size, device = backend.storage.shape.block_size, backend.storage.data.device
-    num_blocks = -(-_TRIAL_TOKENS // size)
     return AttentionInputs(
         slot_mapping=torch.arange(size, size + _TRIAL_TOKENS, device=device),
-        block_tables=torch.arange(1, 1 + num_blocks, device=device)[None],
+        block_tables=torch.arange(1, num_trial_blocks(size), device=device)[None],
         query_starts=(0, _TRIAL_TOKENS),
         context_lengths=(_TRIAL_TOKENS,),
     )
@@ -227,8 +231,9 @@ def _get(module: nn.Module, name: str) -> nn.Module | None:
 def _tolerance(parts: LayerParts) -> float:
     """Of what a compiled layer adds, relative to the largest of it."""
     weights = [linear.quantized for linear in parts.linears.values() if isinstance(linear, QuantLinear)]
-    limits = [_NEXT_STEP if weight.activations else _FIXED_POINT for weight in weights]
-    return max([_TOLERANCE[parts.dtype], *limits])
+    fixed = any(weight.kind in ("int4", "int8") for weight in weights)
+    rounded = any(weight.activations for weight in weights)
+    return max(_TOLERANCE[parts.dtype], _NEXT_STEP if rounded else _FIXED_POINT if fixed else 0.0)
 
 
 def _agrees(

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from engine.config import EngineConfig
 from engine.site import LinearSite
 
 _SAMPLE_BYTES = 1 << 16
@@ -35,6 +36,14 @@ def base_fingerprint(folder: Path, sites: tuple[LinearSite, ...]) -> str:
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def rounding_name(config: EngineConfig) -> str:
+    """What the settings do to the weights of a checkpoint at load; empty if nothing."""
+    if config.quantization is None:
+        return ""
+    extras = (("lm_head", config.quantize_lm_head), ("embeddings", config.quantize_embeddings))
+    return "+".join([config.quantization, *(name for name, is_set in extras if is_set)])
 
 
 def _canonical(value: object) -> bytes:

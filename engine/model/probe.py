@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
+from engine.quant.linear import QuantLinear
+
 PROBE_NAME = "chorus_probe"
 NUM_ROWS = 13  # unlikely to be the number of rows that an expert gets
 SAMPLED_ROWS = (2, 5, NUM_ROWS - 1)
@@ -176,7 +178,7 @@ def _input_hooks(model: nn.Module, trace: Trace) -> list[Any]:
     return [
         module.register_forward_pre_hook(record(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        if isinstance(module, nn.Linear | Conv1D | QuantLinear | nn.Embedding)
     ]
 
 

@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from engine.lora.batch import LoraBatch
 from engine.lora.linear import LoraEmbedding, LoraLinear
 from engine.model.probe import NUM_ROWS, SAMPLED_ROWS, Trace
+from engine.quant.embedding import QuantEmbedding
+from engine.quant.linear import QuantLinear
 from engine.site import LinearSite
 
 # How tensor parallelism would cut a layer, by the last part of its name (Megatron-LM, arXiv 1909.08053): layers that
@@ -19,13 +21,16 @@ _CUT_ALONG_INPUT = frozenset(
     {"o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo"}
 )
 _FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj"})
+_LINEAR = nn.Linear | Conv1D | QuantLinear
+_EMBEDDING = nn.Embedding | QuantEmbedding
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def find_sites(model: nn.Module, trace: Trace) -> tuple[LinearSite, ...]:
-    """Every nn.Linear, Conv1D and input embedding that saw exactly the step's rows (or its sampled rows) once.
+    """Every linear layer and input embedding, quantized or not, that saw exactly the step's rows once.
 
-    What fails that is no site: a layer inside an expert sees only the rows routed to it, a vision tower none.
+    The output layer: the step's sampled rows. What fails that is no site: a layer inside an expert sees only the rows
+    routed to it, a vision tower none.
     Order is that of `named_modules`, so it is the same on every machine. Sites that were given the same tensor form
     a fusion group: q/k/v, gate/up, or all five where attention and MLP are parallel.
     """
@@ -34,11 +39,11 @@ def find_sites(model: nn.Module, trace: Trace) -> tuple[LinearSite, ...]:
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if module is embeddings:
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, _EMBEDDING):
                 found.append((name, module))
-        elif isinstance(module, nn.Linear | Conv1D) and _sees_all_rows(name, module is head, trace):
+        elif isinstance(module, _LINEAR) and _sees_all_rows(name, module is head, trace):
             found.append((name, module))
-    groups = _fusion_groups([name for name, module in found if not isinstance(module, nn.Embedding)], trace)
+    groups = _fusion_groups([name for name, module in found if not isinstance(module, _EMBEDDING)], trace)
     return tuple(_site(index, name, module, groups.get(name)) for index, (name, module) in enumerate(found))
 
 
@@ -81,7 +86,7 @@ def _fusion_groups(names: list[str], trace: Trace) -> dict[str, str]:
 def _site(index: int, name: str, module: nn.Module, group: str | None) -> LinearSite:
     layer = _LAYER.search(name)
     leaf = name.rpartition(".")[2]
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, _EMBEDDING):
         return LinearSite(
             index=index,
             name=name,
@@ -92,7 +97,7 @@ def _site(index: int, name: str, module: nn.Module, group: str | None) -> Linear
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape  # stored transposed
     else:
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, nn.Linear | QuantLinear)
         in_features, out_features = module.in_features, module.out_features
     return LinearSite(
         index=index,

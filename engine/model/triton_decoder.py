@@ -86,9 +86,9 @@ class TritonDecoder(nn.Module):
 
     def _attention(self, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor, backend: TritonAttention) -> Tensor:
         qkv = layer.qkv(normed, self._lora)
-        cache = backend.storage.data
+        storage, slots = backend.storage, backend.slot_mapping
         q = rope_and_cache(
-            qkv, layer.num_heads, cos, sin, cache, layer.call.index, backend.slot_mapping, layer.head_norms
+            qkv, layer.num_heads, cos, sin, storage.data, layer.call.index, slots, layer.head_norms, storage.scales
         )
         return layer.o(backend.attend(q, layer.call).flatten(1), self._lora)
 

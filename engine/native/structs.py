@@ -5,9 +5,20 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
+import torch
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # as common.h numbers them
+
 
 class LoraWeights(ctypes.Structure):
-    _fields_ = (("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("scaling", c_float))
+    _fields_ = (
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("rank", c_int64),
+        ("scaling", c_float),
+        ("type", c_int32),
+        ("scales", c_void_p),
+    )
 
 
 class Quantization(ctypes.Structure):
@@ -42,7 +53,10 @@ class KVCache(ctypes.Structure):
         ("block_size", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
+        ("section_bytes", c_int64),
+        ("scales_offset", c_int64),
         ("is_bf16", c_int32),
+        ("is_int8", c_int32),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from engine.kv.torch_cpu import TorchAttention
 from engine.lora.batch import LoraBatch
 from engine.lora.native_cpu import NativeLora
 from engine.model.attention import forward_hidden
+from engine.model.decoder import num_trial_blocks
 from engine.model.fused import fuse
 from engine.model.loader import LoadedModel
 from engine.model.native_decoder import compile_decoder
@@ -71,9 +72,9 @@ def _native(
     """Swap what has a compiled twin: whole runs of decoder layers, then what is left, part by part."""
     model, sites = loaded.model, loaded.sites
     lora = NativeLora(library, config.max_resident_adapters) if _has_lora(config) else None
-    backend = NativeAttention(library, storage)
+    backend, trial = NativeAttention(library, storage), NativeAttention(library, _trial_storage(storage))
     with torch.inference_mode():
-        done = compile_decoder(model, sites, library, lora, backend, _trial(loaded, backend))
+        done = compile_decoder(model, sites, library, lora, trial, _trial(loaded, trial))
         fuse(model, library, loaded.dtype)
         left = [site for site in sites if site.index not in done]
         done |= pack_linears(model, left, library, lora, loaded.dtype)
@@ -85,12 +86,26 @@ def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tu
     from engine.lora.triton_cuda import TritonLora
     from engine.model.triton_decoder import fuse_decoder
 
-    lora, backend = None, TritonAttention(storage)
+    lora, backend, trial = None, TritonAttention(storage), TritonAttention(_trial_storage(storage))
     if _has_lora(config):
-        lora = TritonLora(len(loaded.sites), config.max_resident_adapters, loaded.dtype, loaded.device)
+        lora = TritonLora(
+            len(loaded.sites),
+            config.max_resident_adapters,
+            loaded.dtype,
+            loaded.device,
+            are_codes=config.adapter_dtype == "int8",
+        )
     with torch.inference_mode():
-        done = fuse_decoder(loaded.model, loaded.sites, lora, backend, _trial(loaded, backend))
+        done = fuse_decoder(loaded.model, loaded.sites, lora, trial, _trial(loaded, trial))
     return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done
+
+
+def _trial_storage(storage: KVStorage) -> KVStorage:
+    """Where layers are tried: not in a quantized cache, whose rounding would blur what a layer has wrong."""
+    shape = storage.shape
+    if shape.quantization is None:
+        return storage
+    return KVStorage(replace(shape, quantization=None), num_trial_blocks(shape.block_size), storage.data.device)
 
 
 def _trial(loaded: LoadedModel, backend: AttentionBackend) -> Callable[[AttentionInputs], Any]:

@@ -9,7 +9,7 @@ import torch
 from engine.config import MIB, EngineConfig
 from engine.core.plan import RowOutput, SequenceSlice, StepPlan
 from engine.errors import ConfigError
-from engine.kv.storage import KVStorage
+from engine.kv.storage import KVShape, KVStorage
 from engine.kv.torch_cpu import TorchAttention
 from engine.model.attention import forward_logits
 from engine.model.loader import LoadedModel
@@ -19,6 +19,24 @@ DEFAULT_CPU_BYTES = 256 * MIB
 CUDA_SHARE = 0.92  # of the whole memory: the rest is for fragments, other libraries' workspaces and the sampler
 _NULL_BLOCKS = 1  # block 0 is never handed out
 _COPY_BLOCKS = 1  # one more than the sequences need, for a copy-on-write
+_FP8_CAPABILITY = (9, 0)  # Hopper
+
+
+def kv_shape(loaded: LoadedModel, config: EngineConfig) -> KVShape:
+    """The shape of a block of `config`'s cache. Raises: ConfigError if the device has no such numbers."""
+    quantization = None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    if quantization == "fp8" and loaded.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(loaded.device)
+        if capability < _FP8_CAPABILITY:
+            raise ConfigError(
+                f"kv_cache_dtype='fp8' needs a GPU of compute capability {_as_version(_FP8_CAPABILITY)} (Hopper) or "
+                f"later, and this one has {_as_version(capability)}: use 'int8'"
+            )
+    return loaded.capabilities.kv_shape(config.block_size, loaded.dtype, quantization)
+
+
+def _as_version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def num_kv_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
@@ -26,7 +44,7 @@ def num_kv_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
 
     Raises: ConfigError if that is not enough for one sequence of max_model_len tokens beside what adapters keep.
     """
-    shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
+    shape = kv_shape(loaded, config)
     budget = config.kv_cache_bytes
     if budget is None:
         budget = DEFAULT_CPU_BYTES if loaded.device.type == "cpu" else _free_cuda_bytes(loaded, config)
@@ -61,7 +79,7 @@ def profile_step_bytes(loaded: LoadedModel, config: EngineConfig) -> int:
     device = loaded.device
     plan = _largest_step(loaded, config)
     num_blocks = 1 + max(block for s in plan.slices for block in s.block_table)
-    storage = KVStorage(loaded.capabilities.kv_shape(config.block_size, loaded.dtype), num_blocks, device)
+    storage = KVStorage(kv_shape(loaded, config), num_blocks, device)
     backend = TorchAttention(storage)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

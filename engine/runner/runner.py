@@ -19,6 +19,7 @@ from engine.model.loader import LoadedModel
 from engine.runner.guesses import check_guesses
 from engine.runner.inputs import InputBuilder, StepInputs
 from engine.runner.layers import PreparedLayers, prepare_layers
+from engine.runner.memory import kv_shape
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.sampler import SampledStep, Sampler
 
@@ -58,8 +59,7 @@ class TorchRunner:
             torch.set_num_threads(config.num_threads)
         self.loaded = loaded
         self.num_blocks = num_blocks
-        shape = loaded.capabilities.kv_shape(config.block_size, loaded.dtype)
-        self._storage = KVStorage(shape, num_blocks, loaded.device)
+        self._storage = KVStorage(kv_shape(loaded, config), num_blocks, loaded.device)
         layers = prepare_layers(loaded, config, self._storage)
         self._backend, self._batch = layers.backend, layers.batch
         self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve)

@@ -4,6 +4,10 @@
 The rows of a step are cut into tiles: [sequence, first row, rows, position of the first row], int32; a tile without
 rows is skipped. How the keys of a tile are split depends on its own context alone, so a row's result does not depend
 on what else is in the batch.
+
+A quantized cache is multiplied by its codes alone, which every element type of a model holds exactly. The scale of a
+key goes into its score, that of a value into its weight: as a share of the largest scale beside it, because float16
+would lose small ones.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.triton_kernels.launch import MIN_DOT, power_of_2, upcast
+from engine.triton_kernels.launch import MIN_DOT, power_of_2, strides_of_scales, upcast
 
 TILE_QUERIES = 64  # rows x query heads of a KV head, of a prefill tile
 _MOST_SPLITS = 16
@@ -42,13 +46,15 @@ def _bounds(
 
 @triton.jit
 def _attend(
-    q, cache, tables, tiles, sinks, out, partial, partial_stats,
+    q, cache, scales, tables, tiles, sinks, out, partial, partial_stats,
     q_row, q_head, out_row, out_head, table_row, page, layer_offset, value_offset, token,
+    scale_page, scale_layer_offset, scale_value_offset,
     window, scaling, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr, MOST_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tiles + tile * 4)
@@ -83,9 +89,12 @@ def _attend(
         values = tl.load(
             cache + lies[:, None] + value_offset + d[None, :], mask=is_key[:, None] & is_dim[None, :], other=0.0
         )
-        if UPCAST:
-            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        keys, values = keys.to(queries.dtype), values.to(queries.dtype)
         scores = tl.dot(queries, keys, input_precision="ieee") * scaling
+        if HAS_SCALES:
+            scale_lies = block.to(tl.int64) * scale_page + scale_layer_offset + kv_head * PAGE_TOKENS + n % PAGE_TOKENS
+            scores *= tl.load(scales + scale_lies, mask=is_key, other=0.0)[None, :]
+            value_scales = tl.load(scales + scale_lies + scale_value_offset, mask=is_key, other=0.0)
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # softcap * tanh(scores / softcap)
         visible = is_row[:, None] & is_key[None, :] & (n[None, :] <= at[:, None])
@@ -98,7 +107,13 @@ def _attend(
         weights = tl.exp(scores - pivot[:, None])
         kept = tl.exp(top - pivot)
         total = total * kept + tl.sum(weights, axis=1)
-        acc = acc * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        acc = acc * kept[:, None]
+        if HAS_SCALES:
+            largest = tl.max(value_scales, axis=0)
+            shares = weights * (value_scales / largest)[None, :]
+            acc += tl.dot(shares.to(values.dtype), values, input_precision="ieee") * largest
+        else:
+            acc += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
 
     if NUM_SPLITS == 1:
@@ -166,6 +181,7 @@ def paged_attention(
     tile_rows: int,
     max_context: int,
     scaling: float,
+    scales: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -174,14 +190,14 @@ def paged_attention(
 
     Tiles of one row have their keys split over several programs. `tile_rows` is the most rows a tile has, and
     `max_context` the most keys (more may be said than is true).
-    Shapes: q, out [T, Hq, D] (any stride but that of D); cache [B, L, 2, P, Hk, D]; block_tables [S, n]; tiles [N, 4];
-    sinks [Hq].
+    Shapes: q, out [T, Hq, D] (any stride but that of D); cache [B, L, 2, P, Hk, D], codes if there are `scales`
+    [B, L, 2, Hk, P]; block_tables [S, n]; tiles [N, 4]; sinks [Hq].
     """
     num_heads, head_dim = q.shape[1], q.shape[2]
     _, _, _, page_tokens, num_kv_heads, _ = cache.shape
     group, num_tiles = num_heads // num_kv_heads, tiles.shape[0]
     assert q.stride(2) == out.stride(2) == block_tables.stride(1) == 1
-    assert cache.is_contiguous()
+    assert cache.stride()[4:] == (head_dim, 1)
     num_splits = min(_MOST_SPLITS, triton.cdiv(max_context, _MIN_SPLIT_TOKENS)) if tile_rows == 1 else 1
     partial = partial_stats = out
     if num_splits > 1:
@@ -199,13 +215,15 @@ def paged_attention(
         "HAS_SINKS": sinks is not None,
     }
     some_sinks = out if sinks is None else sinks
+    some_scales = out if scales is None else scales
     _attend[(num_tiles, num_kv_heads, num_splits)](
-        q, cache, block_tables, tiles, some_sinks, out, partial, partial_stats,
+        q, cache, some_scales, block_tables, tiles, some_sinks, out, partial, partial_stats,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), block_tables.stride(0),
         cache.stride(0), layer * cache.stride(1), cache.stride(2), cache.stride(3),
+        *strides_of_scales(scales, layer),
         window or 0, scaling, softcap or 0.0,
         GROUP=group, PAGE_TOKENS=page_tokens, BLOCK_M=power_of_2(tile_rows * group, MIN_DOT),
-        HAS_SOFTCAP=softcap is not None, UPCAST=upcast(cache.dtype),
+        HAS_SOFTCAP=softcap is not None, HAS_SCALES=scales is not None, UPCAST=upcast(q.dtype),
         num_warps=4 if block_d <= 128 else 8, **shared,
     )  # fmt: skip
     if num_splits > 1:

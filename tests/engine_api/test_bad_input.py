@@ -143,6 +143,7 @@ def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any) 
         *(("max_num_seqs", value) for value in (None, True, -1, 2000)),
         *(("max_num_batched_tokens", value) for value in (None, "64")),
         *(("min_adapter_bytes", value) for value in (None, -1, 0.5, 1)),  # 1: adapters take no pages here
+        *(("adapter_dtype", value) for value in (None, 8, "bfloat16")),
         *(("adapter_memory", value) for value in (None, 1, "vram")),
         *(("adapter_copy_bytes_per_s", value) for value in (0, -1, 0.5)),
         *(("adapter_bytes", value) for value in (None, -1, 0.5)),

@@ -11,12 +11,22 @@ import pytest
 from engine.errors import AdapterImageInvalid
 from engine.lora.image import AdapterImage, AdapterManifest, touch_pages
 from engine.site import ImageSpec, LinearSite
-from tests.support.golden_image import FLOAT32, GOLDEN, GoldenImage
+from tests.support.golden_image import FLOAT32, GOLDEN, INT8, GoldenImage
 
 
 def spec_of(golden: GoldenImage) -> ImageSpec:
     sites = tuple(LinearSite(**site) for site in golden.spec["sites"])
     return ImageSpec(**{**golden.spec, "sites": sites})
+
+
+def changed(manifest: dict[str, Any], path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value at `path`."""
+    manifest = copy.deepcopy(manifest)
+    place: Any = manifest
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return manifest
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -65,7 +75,7 @@ _BROKEN: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "scaling that is no number": (("entries", 2, "scaling"), "2", "scaling='2' is not a finite number"),
     "unaligned offset": (("entries", 0, "b_offset"), 68, "(model.embed_tokens).b_offset=68 is not a multiple of 64"),
     "negative offset": (("entries", 0, "b_offset"), -64, "b_offset=-64"),
-    "tensor beyond the end": (("entries", 3, "b_offset"), 512, "entries[3].b_offset=512: (2, 5) would end at byte 552"),
+    "tensor beyond the end": (("entries", 3, "b_offset"), 512, "b_offset=512: its 40 bytes would end at 552 of 512"),
     "overlapping tensors": (("entries", 1, "a_offset"), 64, "overlaps entries[0].b_offset=64, which ends at byte 96"),
     "rank that makes tensors overlap": (("entries", 1, "rank"), 5, "overlaps"),
 }
@@ -74,14 +84,42 @@ _BROKEN: dict[str, tuple[tuple[Any, ...], Any, str]] = {
 @pytest.mark.parametrize("what", _BROKEN)
 def test_broken_manifest_is_refused_by_name(what: str) -> None:
     path, value, message = _BROKEN[what]
-    manifest: Any = copy.deepcopy(FLOAT32.manifest)
-    place = manifest
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
     with pytest.raises(AdapterImageInvalid) as refused:
-        AdapterManifest.from_dict(manifest, spec_of(FLOAT32))
+        AdapterManifest.from_dict(changed(FLOAT32.manifest, path, value), spec_of(FLOAT32))
     assert message in str(refused.value)
+
+
+_BROKEN_CODES: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "format of images without scales": (("format",), 1, "format=1 should be 2"),
+    "another dtype": (("dtype",), "bfloat16", "dtype='bfloat16' should be 'int8'"),
+    "unaligned scales": (("entries", 0, "scales_offset"), 132, "(model.embed_tokens).scales_offset=132 is not a"),
+    "no scales": (("entries", 0, "scales_offset"), None, "(model.embed_tokens).scales_offset=None is not a whole"),
+    "scales beyond the end": (("entries", 1, "scales_offset"), 384, "entries[1].scales_offset=384: its 16 bytes"),
+    "scales upon codes": (("entries", 1, "scales_offset"), 64, "overlaps entries[0].b_offset=64"),
+}
+
+
+@pytest.mark.parametrize("what", _BROKEN_CODES)
+def test_broken_manifest_of_codes_is_refused_by_name(what: str) -> None:
+    path, value, message = _BROKEN_CODES[what]
+    with pytest.raises(AdapterImageInvalid) as refused:
+        AdapterManifest.from_dict(changed(INT8.manifest, path, value), spec_of(INT8))
+    assert message in str(refused.value)
+
+
+def test_scales_belong_to_codes_and_codes_to_scales() -> None:
+    manifest: Any = copy.deepcopy(INT8.manifest)
+    del manifest["entries"][0]["scales_offset"]
+    with pytest.raises(AdapterImageInvalid, match=r"entries\[0\].*missing fields \['scales_offset'\]"):
+        AdapterManifest.from_dict(manifest, spec_of(INT8))
+    with pytest.raises(AdapterImageInvalid, match=r"unknown fields \['scales_offset'\]"):
+        AdapterManifest.from_dict(changed(FLOAT32.manifest, ("entries", 0, "scales_offset"), 0), spec_of(FLOAT32))
+
+
+def test_buffer_of_codes_lies_where_its_scales_can_be_read() -> None:
+    manifest = AdapterManifest.from_dict(INT8.manifest, spec_of(INT8))
+    with pytest.raises(AdapterImageInvalid, match="address is not a multiple of 4 bytes, as int8 needs it"):
+        AdapterImage("k", manifest, np.zeros(385, dtype=np.uint8)[1:])
 
 
 @pytest.mark.parametrize("field", ["format", "spec", "dtype", "num_bytes", "rank", "entries"])

@@ -15,7 +15,7 @@ from engine.lora.image import AdapterImage, AdapterManifest
 from engine.lora.pages import lay_out
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage, SiteWeights
 from engine.site import ImageSpec, LinearSite
-from tests.support.golden_image import BFLOAT16, FLOAT32, GOLDEN, GoldenImage
+from tests.support.golden_image import BFLOAT16, FLOAT32, GOLDEN, INT8, GoldenImage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
 
 PAGE_BYTES = 256
@@ -50,6 +50,14 @@ def image_of(golden: GoldenImage, key: str = "golden") -> AdapterImage:
     return AdapterImage(key, AdapterManifest.from_dict(golden.manifest, spec), golden.data)
 
 
+def peft_tensors(golden: GoldenImage) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Site, "lora_A" or the like, and the tensor as PEFT has it."""
+    for peft_name, (shape, values) in golden.tensors.items():
+        module, _, which = peft_name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        index = next(s["index"] for s in golden.spec["sites"] if s["name"] == module)
+        yield index, which, torch.tensor(values, dtype=torch.float32).reshape(shape)
+
+
 def wait_copied(storage: AdapterStorage, number: int = 1) -> tuple[str, ...]:
     """Poll as the runner does, once per step."""
     seen: tuple[str, ...] = ()
@@ -58,21 +66,34 @@ def wait_copied(storage: AdapterStorage, number: int = 1) -> tuple[str, ...]:
     return seen
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_golden_tensors_are_those_of_the_peft_files(storage: AdapterStorage, name: str) -> None:
     golden = GOLDEN[name]
     weights = {w.site: w for w in load(storage, image_of(golden))}
     wait_copied(storage)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    for peft_name, (shape, values) in golden.tensors.items():
-        expected = torch.tensor(values, dtype=torch.float32).reshape(shape).to(dtype)
-        module, _, which = peft_name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        index = next(s["index"] for s in golden.spec["sites"] if s["name"] == module)
-        found = weights[index].a if which.endswith("A") else weights[index].b
-        torch.testing.assert_close(found, expected if which == "lora_A" else expected.t(), rtol=0, atol=0)
+    for site, which, expected in peft_tensors(golden):
+        found = weights[site].a if which.endswith("A") else weights[site].b
+        torch.testing.assert_close(
+            found, expected.to(dtype) if which == "lora_A" else expected.to(dtype).t(), rtol=0, atol=0
+        )
     assert {w.site: w.scaling for w in weights.values()} == {
         e["site"]: e["scaling"] for e in golden.manifest["entries"]
     }
+
+
+def test_golden_codes_are_half_a_step_from_the_peft_files_at_most(storage: AdapterStorage) -> None:
+    weights = {w.site: w for w in load(storage, image_of(INT8))}
+    wait_copied(storage)
+    for site, which, expected in peft_tensors(INT8):
+        w, is_a = weights[site], which.endswith("A")
+        assert w.scales is not None
+        codes, steps = (w.a, w.scales[0]) if is_a else (w.b, w.scales[1])
+        by_rank = codes.t() if which == "lora_embedding_A" else codes  # [R, ...]
+        wanted = expected if is_a else expected.t()
+        assert by_rank.dtype == torch.int8
+        nearest = by_rank.double() * steps.double()[:, None]
+        assert ((nearest - wanted.double()).abs() <= 0.5 * steps.double()[:, None] + 1e-36).all()
 
 
 def test_borrowed_weights_are_the_images_own_memory() -> None:

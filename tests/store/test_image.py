@@ -12,21 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SpecInvalid
-from adapter_store.image import convert, pack, pack_folder
+from adapter_store.image import pack, pack_folder
 from adapter_store.inspect import Limits
+from adapter_store.rounding import convert, quantize_rows
 from adapter_store.spec import spec_digest
 from engine.site import ImageSpec, LinearSite
 from tests.support.fake_sources import adapter_files, site, small_adapter, small_config, small_spec, small_tensors
 from tests.support.golden_image import GOLDEN
 
-TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def read(packed, row, entry):
-    """a and b of one entry as float32, in the shapes of the contract."""
+    """a and b of one entry as float32, in the shapes of the contract; codes are left to `steps`."""
     dtype = TORCH[packed.manifest["dtype"]]
     embedding = row["kind"] == "embedding"
     shapes = {
@@ -41,6 +43,14 @@ def read(packed, row, entry):
         flat = torch.frombuffer(bytearray(packed.data[offset:].tobytes()), dtype=dtype, count=count)
         tensors[which] = flat.reshape(shape).float()
     return tensors["a"], tensors["b"]
+
+
+def steps(packed, row, entry):
+    """What a code of a and of b counts in, [1, rank] or [rank, 1] as the ranks lie."""
+    assert entry["scales_offset"] % 64 == 0
+    raw = bytearray(packed.data[entry["scales_offset"] :].tobytes())
+    of_a, of_b = torch.frombuffer(raw, dtype=torch.float32, count=2 * entry["rank"]).reshape(2, -1, 1)
+    return (of_a.T if row["kind"] == "embedding" else of_a), of_b
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
@@ -129,7 +139,7 @@ PEFT_CASES = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("case", sorted(PEFT_CASES))
 def test_an_adapter_saved_by_peft_packs_to_what_peft_computes(case, dtype, tmp_path):
     make, options = PEFT_CASES[case]
@@ -163,8 +173,13 @@ def test_an_adapter_saved_by_peft_packs_to_what_peft_computes(case, dtype, tmp_p
             want_b = layer.lora_B["default"].weight.T
         assert entry["rank"] == layer.r["default"]
         assert entry["scaling"] == layer.scaling["default"]
-        assert torch.equal(a, want_a.detach().to(TORCH[dtype]).float())
-        assert torch.equal(b, want_b.detach().to(TORCH[dtype]).float())
+        if dtype == "int8":
+            for codes, step, want in zip((a, b), steps(packed, row, entry), (want_a, want_b), strict=True):
+                assert ((codes * step - want.detach()).abs() <= 0.501 * step).all()
+                assert codes.abs().amax(dim=1 if step.shape[1] == 1 else 0).eq(127).all()  # no range is wasted
+        else:
+            assert torch.equal(a, want_a.detach().to(TORCH[dtype]).float())
+            assert torch.equal(b, want_b.detach().to(TORCH[dtype]).float())
     assert packed.rank == max(layer.r["default"] for layer in layers.values())
 
 
@@ -212,8 +227,50 @@ def test_half_types_convert_as_torch_converts_them(bits, source):
         assert bool(((typed == want) | (typed.isnan() & want.isnan())).all())
 
 
+finite_rows = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(finite_rows, finite_rows)
+def test_codes_are_the_nearest_of_127_steps_on_either_side(first, second):
+    rows = np.array([first[: len(second)], second[: len(first)]], dtype=np.float32)
+    codes, found = quantize_rows(rows)
+    exact, largest = rows.astype(np.float64), np.abs(rows).max(axis=1)
+    tiny = float(np.finfo(np.float32).tiny)
+    for row, code, step, most in zip(exact, codes, found, largest, strict=True):
+        if step == 0:
+            assert most <= 127 * tiny * (1 + 1e-6)  # zeros, or next to them
+            assert not code.any()
+        else:
+            assert step == np.float32(float(most) / 127)
+            assert np.abs(code).max() == 127
+            assert (np.abs(code * float(step) - row) <= 0.501 * float(step)).all()
+
+
+@pytest.mark.parametrize("source", ["float16", "bfloat16"])
+def test_codes_are_those_of_the_files_own_values_whatever_their_type(source):
+    """Nothing is rounded before it is rounded to codes."""
+    narrow = {name: torch.from_numpy(values).to(TORCH[source]) for name, values in small_tensors().items()}
+    wide = {name: values.float() for name, values in narrow.items()}
+    config = json.dumps(small_config()).encode()
+    images = [
+        pack({"adapter_config.json": config, "adapter_model.safetensors": save(tensors)}, small_spec("int8"))
+        for tensors in (narrow, wide)
+    ]
+    assert images[0].manifest == images[1].manifest
+    assert images[0].data.tobytes() == images[1].data.tobytes()
+
+
+def test_an_image_of_codes_takes_a_byte_a_value_and_eight_a_rank():
+    rank = 48
+    wide = {row["name"]: row["in_features"] + row["out_features"] for row in small_spec()["sites"]}
+    found = pack(small_adapter(rank), small_spec("int8"))
+    least = sum(rank * width + 8 * rank for width in wide.values())
+    assert least <= found.num_bytes == len(found.data) <= least + 3 * 63 * len(wide)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_a_value_that_is_not_finite_is_refused_with_its_tensor(bad, dtype):
     tensors = small_tensors()
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
@@ -244,7 +301,7 @@ def test_limits_of_rank_and_bytes_are_inclusive():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "int4"}, "dtype"),
         ({"tp_degree": 2}, "tp_degree"),
         ({"sites": []}, "sites"),
         ({"sites": [site(0, "a", 4, 4), site(0, "b", 4, 4)]}, "twice"),

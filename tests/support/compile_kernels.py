@@ -7,6 +7,7 @@ Run in a process of its own, without TRITON_INTERPRET. The calls are those that 
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -74,27 +77,36 @@ def call_all(dtype: torch.dtype, rows: int) -> None:
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    cache, tables = new(2, 2, 2, 16, 8, 128), new(rows, 128, dtype=torch.int64)
-    slots, tiles = new(rows, dtype=torch.int64), new(rows, 4, dtype=torch.int32)
+    slots, tables = new(rows, dtype=torch.int64), new(rows, 128, dtype=torch.int64)
+    tiles = new(rows, 4, dtype=torch.int32)
     q, out = new(rows, 32, 128), new(rows, 32, 128)
-    for options in ({}, {"window": 512, "softcap": 50.0, "sinks": new(32)}):
-        for tile_rows, max_context in ((1, 2048), (1, 200), (attention.rows_of_tile(4), 2048)):
-            attention.paged_attention(
-                q, cache, 1, tables, tiles, out, tile_rows=tile_rows, max_context=max_context, scaling=0.1, **options
-            )
+    qkv, angles = new(rows, 48 * 128), new(rows, 128)
+    everything = {"window": 512, "softcap": 50.0, "sinks": new(32)}
+    few, many, prefill = ((1, 200), (1, 2048), (attention.rows_of_tile(4), 2048))
+    for cache_dtype, all_sizes, all_options in (
+        (dtype, (few, many, prefill), ({}, everything)),
+        (torch.int8, (many, prefill), (everything,)),
+        (torch.float8_e4m3fn, (few, prefill), ({},)),
+    ):
+        cache = new(2, 2, 2, 16, 8, 128, dtype=cache_dtype)
+        scales = None if cache_dtype is dtype else new(2, 2, 2, 8, 16, dtype=torch.float32)
+        for (tile_rows, max_context), options in itertools.product(all_sizes, all_options):
+            sizes = {"tile_rows": tile_rows, "max_context": max_context, "scales": scales}
+            attention.paged_attention(q, cache, 1, tables, tiles, out, scaling=0.1, **sizes, **options)
+        elementwise.write_kv(new(rows, 8, 128), new(rows, 8, 128), cache, 1, slots, scales)
+        elementwise.rope_and_cache(qkv, 32, angles, angles, cache, 1, slots, (new(2, 128), 1e-5), scales)
+    elementwise.rope_and_cache(qkv, 32, angles, angles, new(2, 2, 2, 16, 8, 128), 1, slots)
     hidden, weight = new(rows, 4096), new(4096)
     elementwise.rms_norm(hidden, weight, 1e-5)
     elementwise.rms_norm(hidden, weight, 1e-5, residual=new(rows, 4096))
     elementwise.silu_mul(new(rows, 2 * 14336))
-    elementwise.write_kv(new(rows, 8, 128), new(rows, 8, 128), cache, 1, slots)
-    qkv, angles = new(rows, 48 * 128), new(rows, 128)
-    for norms in (None, (new(2, 128), 1e-5)):
-        elementwise.rope_and_cache(qkv, 32, angles, angles, cache, 1, slots, norms)
     group = lora.LoraGroup.of([0, 1, 2], [4096, 1024, 1024], 4096, "cpu")
-    lora.add_lora(qkv, hidden, new(rows, 3, dtype=torch.int32), group, lora.LoraTables.empty(3, 9, "cpu"), 64)
     uneven = lora.LoraGroup.of([0], [4090], 4090, "cpu")
-    narrow = new(rows, 4090)
-    lora.add_lora(narrow, narrow, new(rows, 3, dtype=torch.int32), uneven, lora.LoraTables.empty(3, 9, "cpu"), 64)
+    narrow, chunks = new(rows, 4090), new(rows, 3, dtype=torch.int32)
+    tables, codes = (lora.LoraTables.empty(3, 9, "cpu", are_codes=are_codes) for are_codes in (False, True))
+    lora.add_lora(qkv, hidden, chunks, group, tables, 64)
+    lora.add_lora(narrow, narrow, chunks, uneven, tables, 64)
+    lora.add_lora(qkv, hidden, chunks, group, codes, 64)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ def _floats(offset: int, *values: float) -> tuple[int, bytes]:
     return offset, struct.pack(f"<{len(values)}f", *values)
 
 
+def _codes(offset: int, *values: int) -> tuple[int, bytes]:
+    return offset, struct.pack(f"<{len(values)}b", *values)
+
+
 def _buffer(num_bytes: int, *parts: tuple[int, bytes]) -> bytes:
     data = bytearray(num_bytes)
     for offset, raw in parts:
@@ -182,4 +186,57 @@ BFLOAT16 = GoldenImage(
     ),
 )
 
-GOLDEN = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+# Codes of -127 .. 127: ties to even, a rank of zeros, one too small for a scale, and steps that are no powers of two.
+INT8 = GoldenImage(
+    spec={"base_fingerprint": "golden-base", "dtype": "int8", "sites": _SITES, "tp_degree": 1},
+    spec_digest="ec8e8e650926a1241149fda5065b3399e3ab5dbdcc5b999e7edb55a48abe99b4",
+    config={
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "golden-base",
+        "r": 2,
+        "lora_alpha": 3,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": ["embed_tokens", "down_proj"],
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    },
+    tensors={
+        "base_model.model.model.embed_tokens.lora_embedding_A": (
+            (2, 5),
+            (127.0, -127.0, 63.5, 0.5, -1.5, 0.0, 0.0, 0.0, 0.0, 0.0),
+        ),
+        "base_model.model.model.embed_tokens.lora_embedding_B": ((4, 2), (254.0, 1.0, -2.0, 0.3, 1.0, 0.25, 3.0, -1.0)),
+        "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight": ((2, 3), (12.7, -6.0, 0.1, -254.0, 2.0, 4.0)),
+        "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight": (
+            (4, 2),
+            (127.0, 1e-37, 0.0, 0.0, 0.0, 0.0, -127.0, -1e-37),
+        ),
+    },
+    manifest={
+        "format": 2,
+        "spec": "ec8e8e650926a1241149fda5065b3399e3ab5dbdcc5b999e7edb55a48abe99b4",
+        "dtype": "int8",
+        "num_bytes": 384,
+        "rank": 2,
+        "entries": [
+            {"site": 0, "rank": 2, "scaling": 1.5, "a_offset": 0, "b_offset": 64, "scales_offset": 128},
+            {"site": 3, "rank": 2, "scaling": 1.5, "a_offset": 192, "b_offset": 256, "scales_offset": 320},
+        ],
+    },
+    data=_buffer(
+        384,
+        _codes(0, 127, 0, -127, 0, 64, 0, 0, 0, -2, 0),  # embed_tokens a [5, 2]: transposed; its second rank is zeros
+        _codes(64, 127, -1, 0, 2, 127, 38, 32, -127),  # b [2, 4]: transposed
+        (128, bytes.fromhex("0000803f 00000000 00000040 0402013c")),  # of a 1 and 0, of b 2 and 1/127
+        _codes(192, 127, -60, 1, -127, 1, 2),  # down_proj a [2, 3]
+        _codes(256, 127, 0, 0, -127),  # b [2, 4]; its second rank would have a subnormal scale
+        (320, bytes.fromhex("cdcccc3d 00000040 0000803f 00000000")),  # of a 0.1 and 2, of b 1 and 0
+    ),
+)
+
+GOLDEN = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}

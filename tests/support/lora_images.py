@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from engine.core.plan import LoraSegment
 from engine.lora.image import AdapterImage, AdapterManifest
+from engine.lora.storage import SiteWeights
 from engine.site import ImageSpec, LinearSite
 
 _ALIGNMENT = 64
@@ -37,7 +39,7 @@ def spec_of(sites: tuple[LinearSite, ...], dtype: str = "float32") -> ImageSpec:
 
 
 def pack(key: str, spec: ImageSpec, weights: Mapping[int, tuple[np.ndarray, np.ndarray, float]]) -> AdapterImage:
-    """An image out of {site: (a, b, scaling)}, float32 arrays in the image's own orientation."""
+    """An image out of {site: (a, b, scaling)}, float32 arrays in the image's own orientation. Codes are rounded."""
     manifest, data = pack_parts(spec, weights)
     return AdapterImage(key, AdapterManifest.from_dict(manifest, spec), data)
 
@@ -50,14 +52,19 @@ def pack_parts(
     for site in sorted(weights):
         a, b, scaling = weights[site]
         entry = {"site": site, "rank": int(b.shape[0]), "scaling": scaling}
-        for name, array in (("a_offset", a), ("b_offset", b)):
+        if spec.dtype == "int8":
+            codes_a, of_a = _codes(a, _rank_axis(spec.sites[site]))
+            codes_b, of_b = _codes(b, 0)
+            tensors = {"a_offset": codes_a, "b_offset": codes_b, "scales_offset": of_a + of_b}
+        else:
+            tensors = {"a_offset": _bytes(a, spec.dtype), "b_offset": _bytes(b, spec.dtype)}
+        for name, raw in tensors.items():
             entry[name] = len(data)
-            data += _bytes(array, spec.dtype)
-            data += bytes(-len(data) % _ALIGNMENT)
+            data += raw + bytes(-len(raw) % _ALIGNMENT)
         entries.append(entry)
     rank = max((e["rank"] for e in entries), default=0)
     manifest = {
-        "format": 1,
+        "format": 2 if spec.dtype == "int8" else 1,
         "spec": spec.digest,
         "dtype": spec.dtype,
         "num_bytes": len(data),
@@ -80,6 +87,34 @@ def random_weights(
             b = rng.standard_normal((rank, site.out_features)).astype(np.float32)
             chosen[site.index] = (a, b, 0.5 + 0.25 * (seed % 5))
     return chosen
+
+
+def in_numbers(image: AdapterImage, spec: ImageSpec) -> dict[int, SiteWeights]:
+    """What an image of codes says, by site, in float64."""
+    found = {}
+    for e in image.manifest.entries:
+        a, b = (
+            np.frombuffer(image.data.tobytes(), np.int8, shape[0] * shape[1], offset).reshape(shape).astype(np.float64)
+            for offset, shape in ((e.a_offset, e.a_shape), (e.b_offset, e.b_shape))
+        )
+        scales = np.frombuffer(image.data.tobytes(), "<f4", 2 * e.rank, e.scales_offset).astype(np.float64)
+        of_a = np.expand_dims(scales[: e.rank], 1 - _rank_axis(spec.sites[e.site]))
+        of_b = scales[e.rank :, None]
+        found[e.site] = SiteWeights(e.site, torch.from_numpy(a * of_a), torch.from_numpy(b * of_b), e.scaling)
+    return found
+
+
+def _rank_axis(site: LinearSite) -> int:
+    """Of a."""
+    return 1 if site.kind == "embedding" else 0
+
+
+def _codes(array: np.ndarray, rank_axis: int) -> tuple[bytes, bytes]:
+    """Codes of -127 .. 127 in the array's own order, and each rank's step in float32."""
+    exact = np.moveaxis(array.astype(np.float64), rank_axis, 0)
+    steps = (np.abs(exact).max(axis=1) / 127).astype(np.float32)
+    codes = np.round(exact / np.maximum(steps, 1e-38)[:, None].astype(np.float64))  # to nearest, ties to even
+    return np.moveaxis(codes, 0, rank_axis).astype(np.int8).tobytes(), steps.tobytes()
 
 
 def _bytes(array: np.ndarray, dtype: str) -> bytes:

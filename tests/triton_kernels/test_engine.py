@@ -16,6 +16,7 @@ from engine.runner.graphs import DecodeGraphs, buckets
 from engine.runner.runner import TorchRunner
 from tests.equality.oracle import Text, assert_greedy
 from tests.support import tape
+from tests.support.rounded_adapter import round_adapter
 from tests.support.tiny_model import make_adapter, make_base
 from tests.support.triton_device import DEVICE
 
@@ -69,12 +70,15 @@ def test_text_is_transformers_text(arch: str, bases: Path) -> None:
     check(llm, base, adapters, 3)
 
 
-@pytest.mark.parametrize("block_size", [1, 16])
-def test_adapters_in_pages_of_the_kv_cache_say_what_peft_says(block_size: int, bases: Path) -> None:
-    """With tensors larger than a page, and with pages that hold several."""
+@pytest.mark.parametrize(("block_size", "adapter_dtype"), [(1, "auto"), (16, "int8")])
+def test_adapters_in_pages_of_the_kv_cache_say_what_peft_says(block_size: int, adapter_dtype: str, bases: Path) -> None:
+    """With tensors larger than a page, and with pages that hold several; of codes, with the same codes in PEFT."""
     base = make_base("llama", bases / "one-layer-in-pages", num_hidden_layers=1)
     adapters = adapters_of(base, (2, 8), target_modules="all-linear")
-    llm = LLM(base, adapters, **{**SETTINGS, "adapter_memory": "pages", "block_size": block_size})
+    settings = {**SETTINGS, "adapter_memory": "pages", "block_size": block_size, "adapter_dtype": adapter_dtype}
+    llm = LLM(base, adapters, **settings)
+    if adapter_dtype == "int8":
+        adapters = {name: round_adapter(folder, base.parent / f"{name}.rounded") for name, folder in adapters.items()}
     check(llm, base, adapters, 3)
     assert llm.stats().adapter_pages > 0
     assert llm.stats().total_load_waits == 0

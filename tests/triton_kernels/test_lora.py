@@ -23,8 +23,18 @@ def weights_of(site: int, in_features: int, out_features: int, rank: int, dtype:
     return SiteWeights(site, a, b, 0.5 + site)
 
 
-def lora_with(slots: dict[int, list[SiteWeights]], dtype: torch.dtype) -> TritonLora:
-    lora = TritonLora(NUM_SITES, 8, dtype, DEVICE)
+def codes_of(w: SiteWeights, small: float = 1.0) -> tuple[SiteWeights, SiteWeights]:
+    """Codes near `small` times these weights, and the same numbers in float64."""
+    tensors, steps = [], []
+    for matrix in (w.a.double(), small * w.b.double()):
+        steps.append((matrix.abs().amax(dim=1) / 127).float())
+        tensors.append((matrix / steps[-1].double()[:, None]).round().to(torch.int8))
+    exact = [codes.double() * step.double()[:, None] for codes, step in zip(tensors, steps, strict=True)]
+    return w._replace(a=tensors[0], b=tensors[1], scales=torch.stack(steps)), w._replace(a=exact[0], b=exact[1])
+
+
+def lora_with(slots: dict[int, list[SiteWeights]], dtype: torch.dtype, *, are_codes: bool = False) -> TritonLora:
+    lora = TritonLora(NUM_SITES, 8, dtype, DEVICE, are_codes=are_codes)
     for slot, weights in slots.items():
         lora.bind(slot, weights)
     return lora
@@ -41,9 +51,12 @@ SEGMENTS = {
 }
 
 
+@pytest.mark.parametrize("are_codes", [False, True], ids=["floats", "codes"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
-def test_layers_of_one_input_get_each_its_own(segments: tuple[LoraSegment, ...], dtype: torch.dtype) -> None:
+def test_layers_of_one_input_get_each_its_own(
+    segments: tuple[LoraSegment, ...], dtype: torch.dtype, are_codes: bool
+) -> None:
     """Three layers side by side; ranks 3, 16 and 40; slot 2 has nothing for the second layer."""
     in_features, widths = 48, [40, 24, 130]
     slots = {
@@ -51,7 +64,12 @@ def test_layers_of_one_input_get_each_its_own(segments: tuple[LoraSegment, ...],
         for slot, rank in ((1, 3), (2, 16), (3, 40))
     }
     del slots[2][1]
-    lora = lora_with(slots, dtype)
+    bound = slots
+    if are_codes:
+        pairs = {slot: [codes_of(w) for w in all_of] for slot, all_of in slots.items()}
+        bound = {slot: [codes for codes, _ in all_of] for slot, all_of in pairs.items()}
+        slots = {slot: [exact for _, exact in all_of] for slot, all_of in pairs.items()}
+    lora = lora_with(bound, dtype, are_codes=are_codes)
     x = torch.randn(41, in_features, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     y = torch.randn(41, sum(widths), generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     parts = [
@@ -72,6 +90,22 @@ def test_inputs_wider_than_one_program_reads_are_summed_whole() -> None:
     lora.set(segments, ())
     lora.add(y, x, lora.group([0], [17], 4500))
     assert deviation(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_codes_whose_steps_float16_cannot_hold_are_multiplied_all_the_same(num_rows: int) -> None:
+    """A step of b of 1e-7 times a small x: as float16 it would have two digits of its ten left."""
+    codes, exact = codes_of(weights_of(0, 64, 32, 8, torch.float32), small=3e-6)
+    assert codes.scales is not None
+    assert codes.scales[1].max() < 1.2e-7
+    lora, segments = lora_with({1: [codes]}, torch.float16, are_codes=True), (LoraSegment(0, num_rows, 1),)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(num_rows, 64, generator=draw).mul(40).to(DEVICE, torch.float16)
+    y = torch.zeros(num_rows, 32, dtype=torch.float16, device=DEVICE)
+    expected = lora_linear(y, x, segments, {1: exact})
+    lora.set(segments, ())
+    lora.add(y, x, lora.group([0], [32], 64))
+    assert deviation(y, expected) < TOLERANCE[torch.float16]
 
 
 def test_an_unbound_slot_adds_nothing_and_a_new_adapter_takes_it_over() -> None:

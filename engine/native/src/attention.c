@@ -3,6 +3,9 @@
  * A task is one KV head and a few rows of one sequence, with the query heads that share the KV head (GQA): each key is
  * read once for all of them. Keys are transposed sixteen at a time, so that a register holds one dimension of sixteen
  * keys and scores need no horizontal sums. Softmax is exact and in two passes, in float32.
+ *
+ * An int8 cache is multiplied by its codes alone. The scale of a key goes into its score, that of a value into its
+ * weight: a product for each token instead of one for each of its elements.
  */
 #include "attention.h"
 
@@ -18,8 +21,7 @@ typedef struct {
     const char *q;
     const char *k, *v;
     char *out;
-    element type; /* of the cache, k and v */
-    element io;   /* of q and out */
+    element io; /* of q, k, v and out */
     int32_t failed;
 } call;
 
@@ -31,6 +33,7 @@ typedef struct {
     float *queries;     /* [num_queries, D], scaled */
     float *scores;      /* [num_queries, width] */
     float *keys;        /* [D, 16] */
+    float *scales[2];   /* [width], of keys and of values; NULL where the cache is not int8 */
     int64_t width;      /* end - begin, rounded up to 16 */
 } task_state;
 
@@ -46,16 +49,25 @@ INLINE void fetch(const char *p, int64_t bytes) {
 
 static void write_row(void *args, int64_t row) {
     const call *c = args;
-    const int64_t size = c->cache->block_size, slot = c->rows->slot_mapping[row];
-    const int64_t bytes = c->cache->head_dim * item_bytes(c->type);
+    const attention_layer *layer = c->layer;
+    const int64_t slot = c->rows->slot_mapping[row];
     for (int64_t head = 0; head < c->cache->num_kv_heads; head++) {
-        const int64_t from_k = (row * c->layer->k_row + head * c->layer->k_head) * item_bytes(c->type);
-        const int64_t from_v = (row * c->layer->v_row + head * c->layer->v_head) * item_bytes(c->type);
-        char *key = cache_cell(c->cache, c->layer->index, slot / size, 0, slot % size, head);
-        char *value = cache_cell(c->cache, c->layer->index, slot / size, 1, slot % size, head);
-        __builtin_memcpy(key, c->k + from_k, (size_t)bytes);
-        __builtin_memcpy(value, c->v + from_v, (size_t)bytes);
+        cache_write(c->cache, layer->index, slot, 0, head, c->k, row * layer->k_row + head * layer->k_head, c->io);
+        cache_write(c->cache, layer->index, slot, 1, head, c->v, row * layer->v_row + head * layer->v_head, c->io);
     }
+}
+
+/* The scales of one head's keys (or values) at positions begin .. end - 1. */
+static void gather_scales(const call *c, const task_state *t, int64_t is_value) {
+    const int64_t size = c->cache->block_size;
+    float *to = t->scales[is_value];
+    for (int64_t position = t->begin; position < t->end;) {
+        const int64_t stop = min64(t->end, (position / size + 1) * size), count = stop - position;
+        const float *from = cache_scales(c->cache, c->layer->index, t->table[position / size], is_value, t->kv_head);
+        __builtin_memcpy(to, from + position % size, (size_t)count * sizeof(float));
+        to += count, position = stop;
+    }
+    for (int64_t i = t->end - t->begin; i < t->width; i++) t->scales[is_value][i] = 0;
 }
 
 INLINE void transpose(__m512 r[16]) {
@@ -90,6 +102,34 @@ INLINE void transpose(__m512 r[16]) {
     }
 }
 
+/* keys[d][j] = code d of key j, for `left` dimensions. Codes travel four to a lane, and are spread out afterwards. */
+INLINE void spread_codes(const __m512 r[LANES], float *keys, int64_t left) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        const __m512i four = _mm512_castps_si512(r[i]);
+        const __m512i codes[4] = {_mm512_slli_epi32(four, 24), _mm512_slli_epi32(four, 16), _mm512_slli_epi32(four, 8), four};
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++)
+            if (4 * i + b < left)
+                _mm512_store_ps(keys + (4 * i + b) * LANES, _mm512_cvtepi32_ps(_mm512_srai_epi32(codes[b], 24)));
+    }
+}
+
+INLINE void transpose_codes(const char *const key[LANES], float *keys, int64_t dims) {
+    for (int64_t d = 0; d < dims; d += 4 * LANES) {
+        __m512 r[LANES];
+        const int64_t left = min64(4 * LANES, dims - d);
+        const __mmask64 mask = left == 4 * LANES ? ~0ull : (1ull << left) - 1;
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++) r[j] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(mask, key[j] + d));
+        transpose(r);
+        if (left == 4 * LANES)
+            spread_codes(r, keys + d * LANES, 4 * LANES);
+        else
+            spread_codes(r, keys + d * LANES, left);
+    }
+}
+
 /* keys[d][j] = dimension d of the key at position + j; keys behind the end repeat the last one, to be masked. */
 INLINE void transpose_keys(const call *c, const task_state *t, int64_t position, element type) {
     const int64_t dims = c->cache->head_dim;
@@ -110,6 +150,7 @@ INLINE void transpose_keys(const call *c, const task_state *t, int64_t position,
         else
             key[j] = cell_at(c, t, 0, position + j), offset = 0;
     }
+    if (type == INT8) return transpose_codes(key, t->keys, dims);
     for (int64_t d = 0; d < dims; d += LANES) {
         __m512 r[LANES];
         const int64_t left = min64(LANES, dims - d);
@@ -166,7 +207,8 @@ INLINE __m512 tanh512(__m512 x) {
     return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
 }
 
-/* The scores of one query become weights that sum to one; weights outside its sight are zero. */
+/* The scores of one query become weights that sum to one, then take in the values' scales; weights outside its sight are
+ * zero. */
 static void softmax(const call *c, const task_state *t, int64_t query) {
     const int64_t position = t->first_position + query / t->heads;
     const int64_t oldest = c->layer->window ? position - c->layer->window + 1 : 0;
@@ -179,6 +221,7 @@ static void softmax(const call *c, const task_state *t, int64_t query) {
         const __m512i column = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
         const __mmask16 seen = _mm512_cmple_epi32_mask(column, last) & _mm512_cmpge_epi32_mask(column, from);
         __m512 s = _mm512_loadu_ps(scores + i);
+        if (t->scales[0]) s = _mm512_mul_ps(s, _mm512_loadu_ps(t->scales[0] + i));
         if (c->layer->softcap > 0) s = _mm512_mul_ps(cap, tanh512(_mm512_div_ps(s, cap)));
         s = _mm512_mask_mov_ps(nothing, seen, s);
         highest = _mm512_max_ps(s, highest); /* a NaN in `s` is passed over here and kept below */
@@ -196,8 +239,10 @@ static void softmax(const call *c, const task_state *t, int64_t query) {
     }
     const float sum = _mm512_reduce_add_ps(total) + (c->layer->sinks ? expf(sink - top) : 0.0f);
     const __m512 share = _mm512_set1_ps(1.0f / sum);
-    for (int64_t i = 0; i < t->width; i += LANES)
-        _mm512_storeu_ps(scores + i, _mm512_mul_ps(share, _mm512_loadu_ps(scores + i)));
+    for (int64_t i = 0; i < t->width; i += LANES) {
+        const __m512 w = _mm512_mul_ps(share, _mm512_loadu_ps(scores + i));
+        _mm512_storeu_ps(scores + i, t->scales[1] ? _mm512_mul_ps(w, _mm512_loadu_ps(t->scales[1] + i)) : w);
+    }
 }
 
 /* out[query][d .. d + 16 * vectors) = sum over positions of weight * value, for a group of queries. */
@@ -289,13 +334,19 @@ INLINE void attend(call *c, int64_t index, element type, element io) {
     const int64_t oldest = c->layer->window ? t.first_position - c->layer->window + 1 : 0;
     t.begin = oldest > 0 ? oldest / LANES * LANES : 0;
     t.width = (t.end - t.begin + LANES - 1) / LANES * LANES;
-    float *memory = scratch_memory(SCORES, (size_t)(LANES * dims + t.num_queries * (t.width + dims)) * sizeof(float));
+    const int64_t scales = type == INT8 ? 2 * t.width : 0;
+    const int64_t floats = LANES * dims + scales + t.num_queries * (t.width + dims);
+    float *memory = scratch_memory(SCORES, (size_t)floats * sizeof(float));
     if (!memory) {
         c->failed = 1;
         return;
     }
     t.keys = memory;
-    t.scores = t.keys + LANES * dims;
+    t.scores = t.keys + LANES * dims + scales;
+    if (type == INT8) {
+        t.scales[0] = t.keys + LANES * dims, t.scales[1] = t.scales[0] + t.width;
+        gather_scales(c, &t, 0), gather_scales(c, &t, 1);
+    }
     t.queries = t.scores + t.num_queries * t.width;
     load_queries(c, &t, io);
     for (int64_t column = 0; column < t.width; column += LANES) {
@@ -309,25 +360,30 @@ INLINE void attend(call *c, int64_t index, element type, element io) {
 static void attend_bf16(void *args, int64_t index) { attend(args, index, BFLOAT16, BFLOAT16); }
 static void attend_mixed(void *args, int64_t index) { attend(args, index, BFLOAT16, FLOAT32); }
 static void attend_float(void *args, int64_t index) { attend(args, index, FLOAT32, FLOAT32); }
+static void attend_int8_bf16(void *args, int64_t index) { attend(args, index, INT8, BFLOAT16); }
+static void attend_int8_float(void *args, int64_t index) { attend(args, index, INT8, FLOAT32); }
+
+static task_fn attend_of(element type, element io) {
+    if (type == INT8) return io == BFLOAT16 ? attend_int8_bf16 : attend_int8_float;
+    if (type == FLOAT32) return attend_float;
+    return io == BFLOAT16 ? attend_bf16 : attend_mixed;
+}
 
 static int32_t attend_all(call *c) {
-    const task_fn narrow = c->io == BFLOAT16 ? attend_bf16 : attend_mixed;
-    run_tasks(c->type == BFLOAT16 ? narrow : attend_float, c, c->rows->num_tiles * c->cache->num_kv_heads);
+    run_tasks(attend_of(cache_type(c->cache), c->io), c, c->rows->num_tiles * c->cache->num_kv_heads);
     return c->failed ? -1 : 0;
 }
 
 int32_t attention_forward(const kv_cache *cache, const attention_rows *rows, const attention_layer *layer,
                           const float *q, float *out) {
-    call c = {.cache = cache, .rows = rows, .layer = layer, .q = (const char *)q, .out = (char *)out,
-              .type = cache->is_bf16 ? BFLOAT16 : FLOAT32, .io = FLOAT32};
+    call c = {.cache = cache, .rows = rows, .layer = layer, .q = (const char *)q, .out = (char *)out, .io = FLOAT32};
     return attend_all(&c);
 }
 
 /* Writes k and v to their slots, then attends. Returns 0, or -1 without memory. out [T, Hq, D] contiguous. */
 int32_t chorus_attention(const kv_cache *cache, const attention_rows *rows, const attention_layer *layer, const void *q,
                          const void *k, const void *v, void *out) {
-    const element type = cache->is_bf16 ? BFLOAT16 : FLOAT32;
-    call c = {cache, rows, layer, q, k, v, out, type, type, 0};
+    call c = {cache, rows, layer, q, k, v, out, cache->is_bf16 ? BFLOAT16 : FLOAT32, 0};
     run_rows(write_row, &c, rows->num_rows, cache->num_kv_heads * cache->head_dim);
     return attend_all(&c);
 }

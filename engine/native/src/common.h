@@ -14,14 +14,16 @@
 
 typedef uint16_t bf16;
 
-typedef enum { FLOAT32 = 0, BFLOAT16 = 1 } element;
+typedef enum { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 } element;
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-INLINE int64_t item_bytes(element type) { return type == BFLOAT16 ? 2 : 4; }
+INLINE int64_t item_bytes(element type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
 /* The lowest n lanes; none below 0, all from 16 on. */
 INLINE __mmask16 first(int64_t n) { return (__mmask16)(n <= 0 ? 0 : n >= LANES ? 0xffff : (1u << n) - 1); }
+
+INLINE __m512 widen_codes(__m128i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
 
 INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
@@ -37,16 +39,19 @@ INLINE __m256i narrow(__m512 x) {
 
 /* Elements i .. i + 15 of an array; `type` is a constant wherever this is inlined. */
 INLINE __m512 load(const void *p, int64_t i, element type) {
+    if (type == INT8) return widen_codes(_mm_loadu_si128((const __m128i *)((const int8_t *)p + i)));
     if (type == BFLOAT16) return widen(_mm256_loadu_si256((const __m256i *)((const bf16 *)p + i)));
     return _mm512_loadu_ps((const float *)p + i);
 }
 
 /* As `load`, lanes outside `mask` zero and not read. */
 INLINE __m512 load_some(const void *p, int64_t i, __mmask16 mask, element type) {
+    if (type == INT8) return widen_codes(_mm_maskz_loadu_epi8(mask, (const int8_t *)p + i));
     if (type == BFLOAT16) return widen(_mm256_maskz_loadu_epi16(mask, (const bf16 *)p + i));
     return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
 }
 
+/* FLOAT32 or BFLOAT16: nothing is stored as INT8. */
 INLINE void store_some(void *p, int64_t i, __mmask16 mask, __m512 x, element type) {
     if (type == BFLOAT16)
         _mm256_mask_storeu_epi16((bf16 *)p + i, mask, narrow(x));

@@ -61,23 +61,15 @@ INLINE void finish_head(const state *s, float *head, const void *norm, int64_t r
     }
 }
 
-INLINE void write_head(const state *s, const float *head, int64_t row, int64_t kv_head, int64_t is_value, element type) {
-    const int64_t size = s->cache->block_size, slot = s->rows->slot_mapping[row], dims = s->cache->head_dim;
-    char *to = cache_cell(s->cache, s->layer->index, slot / size, is_value, slot % size, kv_head);
-    for (int64_t i = 0; i < dims; i += LANES) {
-        const __mmask16 mask = first(dims - i);
-        store_some(to, i, mask, load_some(head, i, mask, FLOAT32), type);
-    }
-}
-
 INLINE void finish_row(const state *s, int64_t row, element type) {
     const int64_t dims = s->cache->head_dim, heads = s->d->num_heads, kv_heads = s->cache->num_kv_heads;
+    const int64_t slot = s->rows->slot_mapping[row];
     for (int64_t h = 0; h < heads; h++) finish_head(s, s->q + (row * heads + h) * dims, s->layer->q_norm, row, type);
     for (int64_t h = 0; h < kv_heads; h++) {
         float *key = s->k + (row * kv_heads + h) * dims;
         finish_head(s, key, s->layer->k_norm, row, type);
-        write_head(s, key, row, h, 0, type);
-        write_head(s, s->v + (row * kv_heads + h) * dims, row, h, 1, type);
+        cache_write(s->cache, s->layer->index, slot, 0, h, key, 0, FLOAT32);
+        cache_write(s->cache, s->layer->index, slot, 1, h, s->v, (row * kv_heads + h) * dims, FLOAT32);
     }
 }
 

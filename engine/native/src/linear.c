@@ -237,7 +237,7 @@ static void widen_row(void *args, int64_t row) {
     }
 }
 
-/* x [rows, in_features], y of each member [rows, out_features]; both contiguous and of the weights' type, as is LoRA.
+/* x [rows, in_features], y of each member [rows, out_features]; both contiguous and of the weights' type.
  * Returns 0, or -1 without memory. */
 int32_t chorus_linear(const void *x, int64_t rows, int64_t in_features, const member *members, int64_t num_members,
                       const lora_chunk *chunks, int64_t num_chunks, int32_t is_bf16) {

@@ -8,15 +8,18 @@
 #define TILE_ROWS 12     /* of x, whose products with a panel stay in registers */
 #define AHEAD_BYTES 2048 /* of weights fetched before they are needed */
 
-/* One adapter at one site: y += scaling * (x a^T) b. Shapes: a [rank, in], b [rank, out]; a is NULL in an empty slot. */
+/* One adapter at one site: y += scaling * (x a^T) b. Shapes: a [rank, in], b [rank, out]; a is NULL in an empty slot.
+ * INT8 are codes, and scales [2, rank] say what one counts in: of each row of a, then of b. */
 typedef struct {
     const void *a, *b;
     int64_t rank;
     float scaling;
+    int32_t type; /* element */
+    const float *scales;
 } lora_weights;
 
 /* What the codes of a weight mean, and how its inputs are rounded. */
-typedef enum { INT4 = 0, INT8 = 1, NF4 = 2, FP8 = 3 } code_kind;
+typedef enum { CODE_INT4 = 0, CODE_INT8 = 1, CODE_NF4 = 2, CODE_FP8 = 3 } code_kind;
 typedef enum { KEPT = 0, TO_INT8 = 1, TO_FP8 = 2 } input_rounding;
 
 /* How a quantized weight was packed; see quantized.h. */
@@ -28,7 +31,7 @@ typedef struct {
     int32_t has_zeros;
 } quantization;
 
-/* One of the layers that read the same x. Weight (unless it is quantized), bias and LoRA have one element type. */
+/* One of the layers that read the same x. Weight (unless it is quantized) and bias have one element type. */
 typedef struct {
     const void *weight; /* packed */
     const void *bias;   /* [out] or NULL */

@@ -1,6 +1,7 @@
 /* LoRA for rows of many adapters at once: a task is a few rows of one adapter at one layer, shrunk and expanded.
  *
  * Each adapter's own rank is computed, straight from where its image lies (Punica's SGMV, arXiv 2310.18547, on a CPU).
+ * An adapter says itself which elements it has: of codes, a register of 16 is widened as it is loaded.
  */
 #include "linear.h"
 
@@ -48,6 +49,19 @@ INLINE void dot_tile(const int rows, const int ranks, const float *x, int64_t st
         for (int r = 0; r < ranks; r++) low[m * rank + r] = _mm512_reduce_add_ps(sum[m][r]);
 }
 
+/* Sums of codes become numbers: each rank's scales, of a and of b alike, belong to the low-rank vector. */
+INLINE void scale_low(float *low, int64_t rows, const lora_weights *w) {
+    for (int64_t r = 0; r < w->rank; r += LANES) {
+        const __mmask16 mask = first(w->rank - r);
+        const __m512 of_a = load_some(w->scales, r, mask, FLOAT32);
+        const __m512 of_b = load_some(w->scales, w->rank + r, mask, FLOAT32);
+        for (int64_t m = 0; m < rows; m++) {
+            const __m512 sums = load_some(low, m * w->rank + r, mask, FLOAT32);
+            store_some(low, m * w->rank + r, mask, _mm512_mul_ps(_mm512_mul_ps(sums, of_a), of_b), FLOAT32);
+        }
+    }
+}
+
 INLINE void shrink(const float *x, int64_t stride, int64_t rows, int64_t columns, const lora_weights *w, float *low,
                    element type) {
     const char *a = w->a;
@@ -65,6 +79,7 @@ INLINE void shrink(const float *x, int64_t stride, int64_t rows, int64_t columns
             dot_tile(1, 8, x + m * stride, stride, a + r * row_bytes, columns, low + m * rank + r, rank, type);
         for (; r < rank; r++) dot_tile(1, 1, x + m * stride, stride, a + r * row_bytes, columns, low + m * rank + r, rank, type);
     }
+    if (type == INT8) scale_low(low, rows, w);
 }
 
 /* y[row, n .. n + 16 * vectors) += scaling * low[row] b for a tile of rows; only the last vector is masked. */
@@ -105,17 +120,8 @@ INLINE void expand(const int rows, const float *low, const lora_weights *w, char
     for (; n < columns; n += LANES) expand_tile(rows, 1, first(columns - n), low, w, y, columns, n, type, y_type);
 }
 
-INLINE void add_chunk(addition *a, int64_t index, element type, element y_type) {
-    const linear_call *c = a->call;
-    const member *m = a->members + index % a->num_members;
-    const lora_chunk *chunk = c->chunks + index / a->num_members;
-    const lora_weights *w = m->lora + chunk->slot;
-    if (!m->lora || !w->a) return;
-    float *low = scratch_memory(LOW_RANK, (size_t)(chunk->num_rows * w->rank) * sizeof(float));
-    if (!low) {
-        a->failed = 1;
-        return;
-    }
+INLINE void add_weights(const linear_call *c, const member *m, const lora_chunk *chunk, const lora_weights *w, float *low,
+                        element type, element y_type) {
     shrink(c->x + chunk->row * c->stride, c->stride, chunk->num_rows, c->in_features, w, low, type);
     const int64_t row_bytes = m->out_features * item_bytes(y_type);
     char *y = (char *)m->y + chunk->row * row_bytes;
@@ -125,13 +131,28 @@ INLINE void add_chunk(addition *a, int64_t index, element type, element y_type) 
     if (row < chunk->num_rows) expand(1, low + row * w->rank, w, y + row * row_bytes, m->out_features, type, y_type);
 }
 
-static void add_chunk_bf16(void *args, int64_t index) { add_chunk(args, index, BFLOAT16, BFLOAT16); }
-static void add_chunk_mixed(void *args, int64_t index) { add_chunk(args, index, BFLOAT16, FLOAT32); }
-static void add_chunk_float(void *args, int64_t index) { add_chunk(args, index, FLOAT32, FLOAT32); }
+INLINE void add_chunk(addition *a, int64_t index, element y_type) {
+    const linear_call *c = a->call;
+    const member *m = a->members + index % a->num_members;
+    const lora_chunk *chunk = c->chunks + index / a->num_members;
+    const lora_weights *w = m->lora + chunk->slot;
+    if (!m->lora || !w->a) return;
+    float *low = scratch_memory(LOW_RANK, (size_t)(chunk->num_rows * w->rank) * sizeof(float));
+    if (!low)
+        a->failed = 1;
+    else if (w->type == INT8)
+        add_weights(c, m, chunk, w, low, INT8, y_type);
+    else if (w->type == BFLOAT16)
+        add_weights(c, m, chunk, w, low, BFLOAT16, y_type);
+    else
+        add_weights(c, m, chunk, w, low, FLOAT32, y_type);
+}
+
+static void add_chunk_bf16(void *args, int64_t index) { add_chunk(args, index, BFLOAT16); }
+static void add_chunk_float(void *args, int64_t index) { add_chunk(args, index, FLOAT32); }
 
 int32_t add_lora(const linear_call *call, const member *members, int64_t num_members) {
     addition a = {call, members, num_members, 0};
-    const task_fn narrow_weights = call->y_type == BFLOAT16 ? add_chunk_bf16 : add_chunk_mixed;
-    run_tasks(call->weight_type == BFLOAT16 ? narrow_weights : add_chunk_float, &a, call->num_chunks * num_members);
+    run_tasks(call->y_type == BFLOAT16 ? add_chunk_bf16 : add_chunk_float, &a, call->num_chunks * num_members);
     return a.failed ? -1 : 0;
 }

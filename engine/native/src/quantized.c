@@ -19,10 +19,10 @@
 
 static int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-static int is_integer(const quantization *q) { return q->kind == INT4 || q->kind == INT8; }
+static int is_integer(const quantization *q) { return q->kind == CODE_INT4 || q->kind == CODE_INT8; }
 
 static int64_t bytes_of_codes(const quantization *q, int64_t codes) {
-    return q->kind == INT4 || q->kind == NF4 ? codes / 2 : codes;
+    return q->kind == CODE_INT4 || q->kind == CODE_NF4 ? codes / 2 : codes;
 }
 
 static quantized_inputs shape_of(const quantization *q, int64_t in_features) {
@@ -308,7 +308,7 @@ const float *quantized_unpack(const quantization *q, const quantized_inputs *in,
     if (is_integer(q)) return NULL;
     float *weights = scratch_memory(WEIGHTS, (size_t)(in->columns * PANEL) * sizeof(float));
     if (!weights) return NULL;
-    if (q->kind == NF4)
+    if (q->kind == CODE_NF4)
         unpack_panel(1, in, panel, weights);
     else
         unpack_panel(0, in, panel, weights);
@@ -321,7 +321,7 @@ const float *quantized_unpack(const quantization *q, const quantized_inputs *in,
         _Pragma("GCC unroll 24") for (int i = 0; i < 4 * n; i++) s[i / 4][i / 2 % 2][i % 2] = _mm512_setzero_ps(); \
         if (weights)                                                                                    \
             tile_of_weights(n, in, x, weights, s);                                                      \
-        else if (q->kind == NF4)                                                                        \
+        else if (q->kind == CODE_NF4)                                                                        \
             tile_of_codes(n, 1, in, x, panel, s);                                                       \
         else                                                                                            \
             tile_of_codes(n, 0, in, x, panel, s);                                                       \
@@ -374,7 +374,7 @@ static void pack_codes(const packing *p, int64_t panel, int64_t begin, int64_t c
             if (nibbles)
                 to[(i / 8 * PANEL + n) * 4 + i % 4] |= (uint8_t)((row[k / 2] >> k % 2 * 4 & 15) << i / 4 % 2 * 4);
             else
-                to[(i / 4 * PANEL + n) * 4 + i % 4] = p->q->kind == INT8 ? row[k] ^ 0x80 : row[k];
+                to[(i / 4 * PANEL + n) * 4 + i % 4] = p->q->kind == CODE_INT8 ? row[k] ^ 0x80 : row[k];
         }
     }
 }
