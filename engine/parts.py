@@ -28,6 +28,8 @@ class EngineParts:
     vocab_size: int  # columns of the logits: ids beyond it are refused
     eos_token_ids: tuple[int, ...]
     cache_namespace: str  # base revision and KV scheme
+    quantized_bytes: int = 0  # of weights; see EngineStats
+    quantized_16bit_bytes: int = 0
     block_bytes: int = 0  # of the KV cache: the pages of adapters that lie in it; 0: none do
 
 
@@ -56,6 +58,8 @@ def _load_parts(config: EngineConfig) -> EngineParts:
         vocab_size=loaded.capabilities.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
         cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}",
+        quantized_bytes=loaded.footprint.num_bytes if loaded.footprint else 0,
+        quantized_16bit_bytes=loaded.footprint.num_bytes_16bit if loaded.footprint else 0,
         block_bytes=shape.block_bytes,
     )
 

@@ -37,6 +37,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", *KERNELS),
     "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", *KERNELS),
     "engine.quant": (*SEAMS, "engine.quant"),
+    "engine.quantize": ("engine.errors", "engine.quant", "engine.quantize"),  # a program beside the engine
     "engine.model": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS),
     "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
@@ -58,6 +59,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "demo": ("demo",),
 }  # fmt: skip
 
+EXTRAS = ("awq", "gptqmodel")  # of autoawq and gptqmodel, imported when they are asked for
 _TORCH = ("torch", "triton", "numpy", "transformers", "safetensors", "tqdm")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -65,6 +67,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     ),
     "engine.text": ("transformers", "tokenizers", "jinja2"),
     "engine": _TORCH,
+    "engine.quantize": ("torch", "transformers", "safetensors", "tqdm", *EXTRAS),
     "adapter_store": ("numpy", "regex", "boto3", "botocore", "urllib3", "httpx"),
     "adapter_store.actor": ("numpy", "ray"),
     "deployments": ("ray", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
@@ -131,6 +134,7 @@ def test_every_library_that_is_used_is_declared() -> None:
     # Parts of what is declared: ray[serve] brings FastAPI, boto3 botocore, each in the version it was tested with.
     names |= {"botocore", "urllib3", "pydantic_core", "fastapi", "starlette"}
     names |= {"triton"}  # comes with torch's builds for CUDA, and is used on no other
+    names |= {*EXTRAS}
     assert {lib for package in PACKAGES if package != "demo" for lib in rule(THIRD_PARTY, package)} <= names
 
 

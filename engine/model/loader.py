@@ -32,7 +32,7 @@ from engine.model.checkpoint import (
 )
 from engine.model.eos import eos_token_ids
 from engine.model.fingerprint import base_fingerprint, rounding_name
-from engine.model.footprint import measure
+from engine.model.footprint import Footprint, measure
 from engine.model.hook import Swap, SwapConfig
 from engine.model.probe import probe
 from engine.model.rounded import RoundedQuantization
@@ -58,6 +58,7 @@ class LoadedModel:
     device: torch.device
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # tokens
+    footprint: Footprint | None = None  # None: no layer is quantized
     rounding: str = ""  # what the settings did to the weights; "": they are the checkpoint's
 
     @property
@@ -112,6 +113,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=device,
         eos_token_ids=eos,
         max_model_len=max_model_len,
+        footprint=footprint,
         rounding=rounding_name(config),
     )
 

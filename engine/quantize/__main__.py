@@ -8,7 +8,6 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-import torch
 from transformers.utils import logging as hf_logging
 
 from engine.errors import EngineError, ModelNotSupported
@@ -23,7 +22,7 @@ from engine.quantize.measure import (
     weight_errors,
 )
 from engine.quantize.options import CALIBRATED, Options, parse
-from engine.quantize.report import report, table
+from engine.quantize.report import report, table, versions
 from engine.quantize.source import HEAD, Source, open_source
 from engine.quantize.stored import Stored
 from engine.quantize.texts import WINDOW_TOKENS, Texts, load_tokenizer, read_texts
@@ -109,7 +108,7 @@ def _identity(source: Source, options: Options) -> dict[str, Any]:
         for key, path in (("calibration", options.calibration), ("held_out", options.held_out))
     }
     plain = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _NOT_OF_THE_RESULT}
-    return {**plain, **digests, "model": source.digest(), "torch": torch.__version__}
+    return {**plain, **digests, "model": source.digest(), **versions(options.method)}
 
 
 def _needed_bytes(source: Source, options: Options) -> int:

@@ -37,7 +37,7 @@ def configuration(group_size: int) -> dict[str, Any]:
 
 
 def check(source: Source) -> None:
-    """Raises: ModelNotSupported naming the first layer that autoawq cannot do."""
+    """Raises: ModelNotSupported naming what autoawq cannot do; ConfigError without autoawq."""
     for layer in source.layers.values():
         if ".experts." in layer.name:
             raise ModelNotSupported(f"{layer.name}: experts are not calibrated; use int4, nf4, int8 or fp8")
@@ -46,19 +46,24 @@ def check(source: Source) -> None:
                 f"{layer.name} has {layer.out_features} outputs; autoawq wants multiples of {_CLIPPED_TOGETHER}, "
                 "gptq does not"
             )
+    _, known = _library()
+    if source.config.model_type not in known:
+        raise ModelNotSupported(f"autoawq does not know the model type {source.config.model_type!r}; use gptq or int4")
 
 
-@torch.no_grad()
-def run(source: Source, options: Options, group_size: int, windows: Tensor, work: Work) -> None:
-    """Write every unit that is not done yet. Shapes: windows [windows, tokens]."""
+def _library() -> tuple[Any, Any]:
     try:
         from awq import AutoAWQForCausalLM
         from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
     except ImportError as error:
         raise ConfigError(f"method='awq' needs autoawq ({error}); pip install 'chorus-serve[quantize]'") from error
-    if source.config.model_type not in AWQ_CAUSAL_LM_MODEL_MAP:
-        raise ModelNotSupported(f"autoawq does not know the model type {source.config.model_type!r}; use gptq or int4")
-    model = AutoAWQForCausalLM.from_pretrained(
+    return AutoAWQForCausalLM, AWQ_CAUSAL_LM_MODEL_MAP
+
+
+@torch.no_grad()
+def run(source: Source, options: Options, group_size: int, windows: Tensor, work: Work) -> None:
+    """Write every unit that is not done yet. Shapes: windows [windows, tokens]."""
+    model = _library()[0].from_pretrained(
         str(source.folder),
         torch_dtype=torch.float32 if options.device == "cpu" else torch.float16,
         device_map=options.device,

@@ -41,7 +41,7 @@ def configuration(options: Options, group_size: int) -> dict[str, Any]:
 
 
 def check(source: Source) -> None:
-    """Raises: ModelNotSupported naming the first layer that this method cannot do."""
+    """Raises: ModelNotSupported naming the first layer that this method cannot do; ConfigError without gptqmodel."""
     for layer in source.layers.values():
         if ".experts." in layer.name:
             raise ModelNotSupported(f"{layer.name}: experts are not calibrated; use int4, nf4, int8 or fp8")
@@ -49,6 +49,17 @@ def check(source: Source) -> None:
             raise ModelNotSupported(
                 f"{layer.name} is [{layer.out_features}, {layer.in_features}]; GPTQ's files hold multiples of 8"
             )
+    _library()
+
+
+def _library() -> tuple[Any, Any]:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer its pools do not start
+    try:
+        from gptqmodel.quantization import QuantizeConfig
+        from gptqmodel.quantization.gptq import GPTQ
+    except ImportError as error:
+        raise ConfigError(f"method='gptq' needs gptqmodel ({error}); pip install 'chorus-serve[quantize]'") from error
+    return QuantizeConfig, GPTQ
 
 
 @torch.no_grad()
@@ -189,16 +200,16 @@ def _listening(layer: nn.Module, solvers: dict[str, Any]) -> Iterator[None]:
 
 
 def _solver(module: nn.Module, options: Options, group_size: int) -> Any:
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer its pools do not start
-    try:
-        from gptqmodel.quantization import QuantizeConfig
-        from gptqmodel.quantization.gptq import GPTQ
-    except ImportError as error:
-        raise ConfigError(f"method='gptq' needs gptqmodel ({error}); pip install 'chorus-serve[quantize]'") from error
-    config = QuantizeConfig(
-        bits=options.bits, group_size=group_size, desc_act=options.desc_act, sym=True, offload_to_disk=False
+    config_class, solver_class = _library()
+    config = config_class(
+        bits=options.bits,
+        group_size=group_size,
+        desc_act=options.desc_act,
+        act_group_aware=not options.desc_act,
+        sym=True,
+        offload_to_disk=False,
     )
-    solver = GPTQ(module, config)
+    solver = solver_class(module, config)
     solver.quantizer.configure(perchannel=True)
     return solver
 

@@ -49,8 +49,8 @@ def pack(weight: QuantizedWeight, rounding: Rounding, dtype: torch.dtype) -> dic
     return {"weight_packed": _words(weight), "weight_scale": scales, "weight_shape": shape}
 
 
-def describe(rounding: Rounding, group_size: int | None, kept: Collection[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. `kept`: linear layers that stay as they were."""
+def describe(rounding: Rounding, group_size: int | None, kept: Collection[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The `quantization_config` of config.json. `kept`: linear layers that stay as they were; `dtype`: the model's."""
     if rounding.format is None:
         return {
             "quant_method": "bitsandbytes",
@@ -58,7 +58,7 @@ def describe(rounding: Rounding, group_size: int | None, kept: Collection[str]) 
             "load_in_8bit": False,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": False,
-            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_compute_dtype": _name(dtype),
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": sorted(kept),
         }
@@ -74,6 +74,10 @@ def describe(rounding: Rounding, group_size: int | None, kept: Collection[str]) 
         "ignore": sorted(kept),
         "kv_cache_scheme": None,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _arguments(bits: int, number: str, strategy: str, group_size: int | None, *, dynamic: bool) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _pack_nf4(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     state = {
         "quant_type": "nf4",
         "blocksize": NF4_BLOCK,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "shape": [weight.out_features, weight.in_features],
     }
     return {

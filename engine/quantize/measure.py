@@ -21,6 +21,7 @@ from engine.quant.linear import QuantLinear
 from engine.quantize.source import Source
 from engine.quantize.stored import Stored
 
+_ROWS = 64  # of logits in float64 at a time
 Errors = dict[str, dict[str, float]]
 """By layer: "weight_error" and "output_error", Frobenius norms of the difference relative to the original's."""
 
@@ -95,14 +96,13 @@ def quality(original: nn.Module, quantized: nn.Module, windows: Tensor) -> Quali
     kl, num_tokens = 0.0, 0
     for window in windows.to(device):
         ids, predicted = window[None], window[1:]
-        # No cache: a quantized cache or none at all, logits are the same.
-        logs = [
-            functional.log_softmax(model(ids, use_cache=False).logits[0, :-1].double(), dim=-1)
-            for model in (original, quantized)
-        ]
-        for index, log in enumerate(logs):
-            losses[index] -= float(log.gather(1, predicted[:, None]).sum())
-        kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        logits = [model(ids, use_cache=False).logits[0, :-1] for model in (original, quantized)]
+        for begin in range(0, len(predicted), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            logs = [functional.log_softmax(each[rows].double(), dim=-1) for each in logits]
+            for index, log in enumerate(logs):
+                losses[index] -= float(log.gather(1, predicted[rows, None]).sum())
+            kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
         num_tokens += len(predicted)
     before, after = (math.exp(loss / num_tokens) for loss in losses)
     return Quality(num_tokens, before, after, kl / num_tokens)

@@ -24,7 +24,6 @@ def report(
     held_out_from: str | None,
 ) -> dict[str, Any]:
     """Plain values. `quality`: None where no text was given to measure with."""
-    libraries = ("torch", "transformers", *_LIBRARIES.get(options.method, ()))
     return {
         "method": options.method,
         "quantization_config": quantization_config,
@@ -32,8 +31,13 @@ def report(
         "kept": list(source.kept),
         "held_out": None if quality is None else {"text": held_out_from, **asdict(quality)},
         "layers": errors,
-        "versions": {name: metadata.version(name) for name in libraries},
+        "versions": versions(options.method),
     }
+
+
+def versions(method: str) -> dict[str, str]:
+    """Of the libraries that do a method's work."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", *_LIBRARIES.get(method, ()))}
 
 
 def _sizes(source: Source, stored: Stored) -> dict[str, Any]:

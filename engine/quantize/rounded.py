@@ -48,7 +48,8 @@ def _checked(source: Source, group_size: int, remedy: str) -> int:
 
 def configuration(source: Source, options: Options, group_size: int | None) -> dict[str, Any]:
     """The `quantization_config` of what `run` writes."""
-    return describe(ROUNDINGS[options.method], group_size, source.kept)
+    dtype = next(iter(source.layers.values())).dtype
+    return describe(ROUNDINGS[options.method], group_size, source.kept, dtype)
 
 
 def run(source: Source, options: Options, group_size: int | None, work: Work) -> None:

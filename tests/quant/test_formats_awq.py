@@ -41,10 +41,11 @@ def _layer(groups: int, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]
 
 
 def _expected(layer: dict[str, Tensor], group_size: int) -> list[list[float]]:
+    words, zeros, scales = (layer[suffix].tolist() for suffix in ("qweight", "qzeros", "scales"))
+
     def value(n: int, k: int) -> float:
         g, nibble = k // group_size, NIBBLE_OF_OUTPUT[n % 8]
-        code = field(layer["qweight"][k, n // 8], nibble, 4) - field(layer["qzeros"][g, n // 8], nibble, 4)
-        return float(layer["scales"][g, n]) * code
+        return scales[g][n] * (field(words[k][n // 8], nibble, 4) - field(zeros[g][n // 8], nibble, 4))
 
     return [[value(n, k) for k in range(IN)] for n in range(OUT)]
 

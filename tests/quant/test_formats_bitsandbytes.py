@@ -58,9 +58,10 @@ def _layer(size: int) -> dict[str, Tensor]:
 
 
 def _expected(layer: dict[str, Tensor], size: int, absmax: Tensor) -> list[list[float]]:
+    codes, scales = layer["weight"].flatten().tolist(), absmax.tolist()
+
     def value(i: int) -> float:
-        byte = int(layer["weight"].flatten()[i // 2])
-        return VALUES[byte % 16 if i % 2 else byte // 16] * float(absmax[i // size])
+        return VALUES[codes[i // 2] % 16 if i % 2 else codes[i // 2] // 16] * scales[i // size]
 
     return [[value(n * IN + k) for k in range(IN)] for n in range(OUT)]
 

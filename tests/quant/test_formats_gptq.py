@@ -44,12 +44,13 @@ def _layer(bits: int, groups: int, g_idx: Tensor | None = None) -> dict[str, Ten
 
 def _expected(layer: dict[str, Tensor], bits: int, g_idx: Tensor, minus_one: bool) -> list[list[float]]:
     per_word, ones = 32 // bits, sum(1 << shift for shift in range(0, 32, bits))
+    words, zeros, scales = (layer[suffix].tolist() for suffix in ("qweight", "qzeros", "scales"))
+    group_of = g_idx.tolist()
 
     def value(n: int, k: int) -> float:
-        g = int(g_idx[k])
-        zeros = int(layer["qzeros"][g, n // per_word]) + (ones if minus_one else 0)
-        code = field(layer["qweight"][k // per_word, n], k % per_word, bits) - field(zeros, n % per_word, bits)
-        return float(layer["scales"][g, n]) * code
+        g = group_of[k]
+        zero = field(zeros[g][n // per_word] + (ones if minus_one else 0), n % per_word, bits)
+        return scales[g][n] * (field(words[k // per_word][n], k % per_word, bits) - zero)
 
     return [[value(n, k) for k in range(IN)] for n in range(OUT)]
 

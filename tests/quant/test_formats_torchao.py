@@ -62,12 +62,12 @@ def _int8(block: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def _expected(layer: dict[str, Tensor], block: tuple[int, int]) -> list[list[float]]:
-    codes, scales = layer["_weight_qdata"].double(), layer["_weight_scale"].double()
-    zeros = layer.get("_weight_zero_point", torch.zeros_like(scales)).double()
+    codes, scales = layer["_weight_qdata"].double().tolist(), layer["_weight_scale"].tolist()
+    zeros = layer.get("_weight_zero_point", torch.zeros_like(layer["_weight_scale"])).tolist()
 
     def value(n: int, k: int) -> float:
-        g = (n // block[0], k // block[1])
-        return float(scales[g] * (codes[n, k] - zeros[g]))
+        g, h = n // block[0], k // block[1]
+        return scales[g][h] * (codes[n][k] - zeros[g][h])
 
     return [[value(n, k) for k in range(IN)] for n in range(OUT)]
 

@@ -57,4 +57,4 @@ def random_scales(seed: int, *shape: int, dtype: torch.dtype = torch.float16) ->
 
 def field(word: int, index: int, bits: int) -> int:
     """The number in bits index * bits and up of a 32-bit word, in Python's integers."""
-    return ((int(word) % 2**32) >> (index * bits)) % 2**bits
+    return ((word % 2**32) >> (index * bits)) % 2**bits

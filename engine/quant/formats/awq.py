@@ -49,29 +49,26 @@ class AwqScheme:
         }
 
     def read(self, module: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        words = _word_bytes(tensors["qweight"])
-        even, odd = words[0::2], words[1::2]
+        packed = bytes_of(tensors["qweight"])
+        even, odd = packed[0::2], packed[1::2]
         codes = _outputs_first((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0))
-        words = _word_bytes(tensors["qzeros"])
-        zeros = _outputs_first(words & 15, words >> 4).to(torch.int16) - 8
+        packed = bytes_of(tensors["qzeros"])
+        zeros = _outputs_first(packed & 15, packed >> 4).to(torch.int16) - 8
         scales = tensors["scales"].t().float().contiguous()
         return QuantizedWeight(kind="int4", codes=codes, scales=scales, zeros=zeros_or_none(zeros))
-
-
-def _word_bytes(words: Tensor) -> Tensor:
-    """Shapes: int32 [rows, out / 8] -> uint8 [rows, out / 8, 4]."""
-    return bytes_of(words).view(*words.shape, 4)
 
 
 def _outputs_first(low: Tensor, high: Tensor) -> Tensor:
     """What the low and the high halves of bytes hold, put in the order of outputs.
 
     The low halves of a word's bytes are outputs 0 4 1 5, the high ones 2 6 3 7: output 4 b + 2 h + i is in half h of
-    byte 2 i + b. Shapes: uint8 [rows, out / 8, 4] twice -> uint8 [out, rows], contiguous.
+    byte 2 i + b. Shapes: uint8 [rows, out / 2] twice -> uint8 [out, rows], contiguous.
     """
-    rows, words, _ = low.shape
-    halves = torch.stack([low, high], dim=2).view(rows, words, 2, 2, 2)  # rows, words, h, i, b
-    return halves.permute(1, 4, 2, 3, 0).reshape(words * 8, rows)
+    rows, num_bytes = low.shape
+    ordered = low.new_empty((num_bytes // 4, 2, 2, 2, rows))  # words, b, h, i, rows
+    for h, half in enumerate((low, high)):
+        ordered[:, :, h] = half.t().contiguous().view(-1, 2, 2, rows).transpose(1, 2)
+    return ordered.view(2 * num_bytes, rows)
 
 
 def read_awq(config: Mapping[str, Any], metadata: Mapping[str, str]) -> AwqScheme:
