@@ -31,6 +31,14 @@ _MOST_SPLITS = 8
 
 
 @triton.jit
+def _halves(pairs, SHAPE: tl.constexpr, dtype: tl.constexpr):
+    """The 16-bit numbers in the low and the high half of words, side by side."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(low, high), SHAPE)
+
+
+@triton.jit
 def _numbers(
     raw, part, offset, table,
     KIND: tl.constexpr, MAGIC: tl.constexpr, HAS_ZEROS: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr,
@@ -46,14 +54,12 @@ def _numbers(
     if KIND == "int4" or KIND == "nf4":
         pairs = (raw >> (4 * part)) & 0x000F000F
         if MAGIC:
-            pairs = pairs | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
-            low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-            high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+            numbers = _halves(pairs | (0x43004300 if dtype == tl.bfloat16 else 0x64006400), SHAPE, dtype)
         elif KIND == "int4":
             low, high = (pairs & 0xF).to(tl.float32) - 8.0, (pairs >> 16).to(tl.float32) - 8.0
+            numbers = tl.reshape(tl.join(low, high), SHAPE)
         else:
-            low, high = tl.load(table + (pairs & 0xF)), tl.load(table + (pairs >> 16))
-        numbers = tl.reshape(tl.join(low, high), SHAPE)
+            numbers = tl.reshape(tl.join(tl.load(table + (pairs & 0xF)), tl.load(table + (pairs >> 16))), SHAPE)
     elif KIND == "int8":
         numbers = raw.to(tl.float32)
     else:  # sign, exponent and mantissa where a float32 has them; its exponent counts from 2^120 further down
@@ -66,10 +72,10 @@ def _numbers(
     return numbers if UPCAST else numbers.to(dtype)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "nothing"])
 def _few_rows(
     x, codes, scales, zeros, table, bias, row_scales, y,
-    x_row, y_row, num_rows, num_columns, out_features, num_blocks, group_size,
+    x_row, y_row, num_rows, num_columns, out_features, num_blocks, group_size, nothing,
     KIND: tl.constexpr, MAGIC: tl.constexpr, MAGIC_OFFSET: tl.constexpr, HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROW_SCALES: tl.constexpr, ONE_GROUP: tl.constexpr, UPCAST: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -87,6 +93,11 @@ def _few_rows(
         block = first + tl.arange(0, SLICES)
         lies = (block[:, None, None] * out_features + n[None, :, None]).to(tl.int64) * WIDTH + word[None, None, :]
         raw = tl.load(codes + lies, mask=is_out[None, :, None] & (EVEN | (block < num_blocks)[:, None, None]), other=0)
+        if MAGIC:
+            # Made of the codes, of which `nothing` is left: as an operand they then lie as the numbers do. Where two
+            # products want the same rows to lie differently, Triton 3.6 does not copy them ahead.
+            one: tl.constexpr = 0x3F803F80 if x.dtype.element_ty == tl.bfloat16 else 0x3C003C00
+            ones = _halves((raw & nothing) | one, shape, x.dtype.element_ty).to(dtype)
         for part in tl.static_range(BLOCK_K // PART_K):
             start = block * BLOCK_K + part * PART_K
             of_group = (start // group_size)[:, None] * out_features + n[None, :]
@@ -107,10 +118,11 @@ def _few_rows(
                 acc = tl.dot(numbers, rows, acc, input_precision="ieee", out_dtype=sum_type)
             else:
                 sums = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
-                if MAGIC:  # the tensor cores, idle with so few rows, take away what all codes have too much
-                    excess = (-MAGIC_OFFSET - offset).to(dtype)[:, :, None] + tl.zeros(shape, dtype)
-                    sums = tl.dot(excess, rows, sums, input_precision="ieee")
                 sums = tl.dot(numbers, rows, sums, input_precision="ieee")
+                if MAGIC:  # the tensor cores, idle with so few rows, tell what all codes have too much
+                    totals = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+                    totals = tl.dot(ones, rows, totals, input_precision="ieee")
+                    sums -= (MAGIC_OFFSET + offset)[:, :, None] * totals
                 scale = tl.load(scales + of_group, mask=is_live, other=0.0).to(tl.float32)
                 acc += sums * scale[:, :, None]
     result = tl.sum(acc, axis=0).to(tl.float32)
@@ -278,7 +290,7 @@ def _launch_few(x: Tensor, weight: PackedWeight, bias: Tensor | None, row_scales
     _few_rows[(triton.cdiv(out_features, block_n), 1)](
         x, weight.codes, weight.scales, _or(weight.zeros, x), _table(x, weight), _or(bias, x),
         _or(row_scales, x), y, x.stride(0), y.stride(0), num_rows, weight.num_columns, out_features,
-        weight.codes.shape[0], weight.group_size,
+        weight.codes.shape[0], weight.group_size, 0,
         EVEN=weight.num_columns % (_SLICES * weight.block_columns) == 0,
         BLOCK_M=8 if num_rows <= 8 else FEW_ROWS, BLOCK_N=block_n, SLICES=_SLICES, num_warps=4,
         STAGES=2 if x.dtype is torch.float32 else 3, **_shared(x, weight, bias, row_scales),
