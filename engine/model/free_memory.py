@@ -12,7 +12,6 @@ class FreeMemory:
 
     glibc keeps freed memory for later, and here there is none: small tensors that stay lie between the large ones that
     went. Without this, half of a 16-bit checkpoint stayed resident beside its 4-bit codes.
-    Measured by: benchmarks/load_memory.py.
     """
 
     def __init__(self) -> None:

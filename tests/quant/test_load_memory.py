@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.load_memory import measure
+from tests.support.load_memory import measure
 from tests.support.quantized_files import make_twins
 
 pytestmark = pytest.mark.slow

@@ -1,23 +1,18 @@
 """Memory that loading a model takes at its peak and keeps, in a process of its own, on Linux.
 
-python -m benchmarks.load_memory --model MODEL --quantization int4
-
 What counts is resident memory, private or mapped from files, above that of the same process before: its libraries are
 loaded, and the demo's base was once. The peak is the kernel's own (VmHWM), not sampled.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import workload
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, re, sys
 from pathlib import Path
@@ -52,23 +47,3 @@ def measure(model: Path, **settings: Any) -> dict[str, int]:
     figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     files = [path.stat().st_size for path in model.glob("*.safetensors")]
     return {**figures, "checkpoint_bytes": sum(files), "largest_shard_bytes": max(files)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("demo/base"))
-    parser.add_argument("--quantization")
-    parser.add_argument("--lm-head", action="store_true")
-    parser.add_argument("--embeddings", action="store_true")
-    args = parser.parse_args()
-    figures = measure(
-        args.model,
-        quantization=args.quantization,
-        quantize_lm_head=args.lm_head,
-        quantize_embeddings=args.embeddings,
-    )
-    workload.print_figures({"case": "load_memory", **figures}, args)
-
-
-if __name__ == "__main__":
-    main()
