@@ -174,7 +174,8 @@ def _quantize_pair(data: NDArray[np.uint8], entry: Mapping[str, Any], weights: m
     """Writes both tensors of a site as codes, and their scales."""
     room = data[entry["scales_offset"] :][: 2 * pair.rank * _SCALE_BYTES]
     scales = room.view(_STORED["float32"]).reshape(2, pair.rank)
-    a, b = _read(weights, pair.a, "float32"), _read(weights, pair.b, "float32").T  # [rank, in], [rank, out]
+    a = _read(weights, pair.a, "float32")  # [rank, in]
+    b = np.ascontiguousarray(_read(weights, pair.b, "float32").T)  # [rank, out]; its rows are read four times
     for i, (rows, offset, tensor) in enumerate(((a, entry["a_offset"], pair.a), (b, entry["b_offset"], pair.b))):
         try:
             codes, scales[i] = quantize_rows(rows)

@@ -47,6 +47,7 @@ class Engine:
         self.limits = limits_of(config, parts)
         self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
         self._vocab_size = parts.vocab_size
+        self._quantized_bytes = (parts.quantized_bytes, parts.quantized_16bit_bytes)
         self._runner = parts.runner
         self._scheduler = Scheduler(self.limits)
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
@@ -278,6 +279,8 @@ class Engine:
             running=now.running,
             free_blocks=now.free_blocks,
             num_blocks=now.num_blocks,
+            quantized_bytes=self._quantized_bytes[0],
+            quantized_16bit_bytes=self._quantized_bytes[1],
             cached_blocks=now.cached_blocks,
             max_wait_s=now.max_wait_ns / 1e9,
             resident_adapters=now.resident_adapters,

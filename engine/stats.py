@@ -15,6 +15,8 @@ class EngineStats:
     running: int
     free_blocks: int  # includes blocks that only the prefix cache holds
     num_blocks: int
+    quantized_bytes: int  # of layers that are quantized, codes and scales; 0: none are
+    quantized_16bit_bytes: int  # of the same layers, were they in 16 bits
     cached_blocks: int  # findable by their prefix, in use or free
     max_wait_s: float  # of the sequence that waits longest
     resident_adapters: tuple[str, ...]  # keys of the versions in LoRA slots, of least worth first

@@ -56,13 +56,13 @@ def _measure(settings: dict[str, Any]) -> dict[str, float]:
     with _peak() as peak:
         llm = LLM(**settings, kv_cache_bytes=64 * _MIB, max_model_len=512, max_num_seqs=4)
     llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
-    footprint = llm.stats().weights
+    stats = llm.stats()
     return {
         "before_mib": before,
         "resident_mib": _anonymous_mib(),
         "peak_mib": max(peak),
-        "quantized_mib": round(footprint.quantized_bytes / _MIB, 1),
-        "as_16_bits_mib": round(footprint.quantized_as_16_bits_bytes / _MIB, 1),
+        "quantized_mib": round(stats.quantized_bytes / _MIB, 1),
+        "as_16_bits_mib": round(stats.quantized_16bit_bytes / _MIB, 1),
     }
 
 

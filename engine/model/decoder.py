@@ -231,8 +231,9 @@ def _get(module: nn.Module, name: str) -> nn.Module | None:
 def _tolerance(parts: LayerParts) -> float:
     """Of what a compiled layer adds, relative to the largest of it."""
     weights = [linear.quantized for linear in parts.linears.values() if isinstance(linear, QuantLinear)]
-    limits = [_NEXT_STEP if weight.activations else _FIXED_POINT for weight in weights]
-    return max([_TOLERANCE[parts.dtype], *limits])
+    fixed = any(weight.kind in ("int4", "int8") for weight in weights)
+    rounded = any(weight.activations for weight in weights)
+    return max(_TOLERANCE[parts.dtype], _NEXT_STEP if rounded else _FIXED_POINT if fixed else 0.0)
 
 
 def _agrees(

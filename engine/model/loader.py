@@ -32,7 +32,8 @@ from engine.model.checkpoint import (
 )
 from engine.model.eos import eos_token_ids
 from engine.model.fingerprint import base_fingerprint, rounding_name
-from engine.model.footprint import measure
+from engine.model.footprint import Footprint, measure
+from engine.model.free_memory import FreeMemory
 from engine.model.hook import Swap, SwapConfig
 from engine.model.probe import probe
 from engine.model.rounded import RoundedQuantization
@@ -58,6 +59,7 @@ class LoadedModel:
     device: torch.device
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # tokens
+    footprint: Footprint | None = None  # None: no layer is quantized
     rounding: str = ""  # what the settings did to the weights; "": they are the checkpoint's
 
     @property
@@ -100,6 +102,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         trace = probe(model)
     except Exception as error:
         raise ModelNotSupported(f"{type(model).__name__}: a probing forward failed: {error}") from error
+    FreeMemory().give_back()  # of that forward, whose layers have no kernels yet
     capabilities = judge(model, trace, max_model_len)
     sites = find_sites(model, trace)
     return LoadedModel(
@@ -112,6 +115,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=device,
         eos_token_ids=eos,
         max_model_len=max_model_len,
+        footprint=footprint,
         rounding=rounding_name(config),
     )
 

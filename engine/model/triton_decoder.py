@@ -8,7 +8,7 @@ A layer is nine launches, and two more for the LoRA of each of its four products
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +20,34 @@ from engine.kv.backend import AttentionInputs, LayerCall
 from engine.kv.triton_cuda import TritonAttention
 from engine.lora.triton_cuda import TritonLora
 from engine.model.decoder import LayerParts, Norm, swap_decoder
+from engine.model.triton_quant import QuantProduct, can_run, join
+from engine.quant.linear import QuantLinear
 from engine.site import LinearSite
 from engine.triton_kernels.elementwise import rms_norm, rope_and_cache, silu_mul
 from engine.triton_kernels.lora import LoraGroup
 
 
 @dataclass(frozen=True, slots=True)
+class _Dense:
+    """y = x W^T + bias."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
 class _Product:
     """Linear layers of one input, side by side: y = x W^T + bias, plus LoRA."""
 
-    weight: Tensor  # [sum of out, in]
-    bias: Tensor | None
+    parts: tuple[Callable[[Tensor], Tensor], ...]  # neighbours that one product cannot hold are several
     group: LoraGroup | None
 
     def __call__(self, x: Tensor, lora: TritonLora | None) -> Tensor:
         """Shapes: [T, in] -> [T, sum of out]."""
-        y: Tensor = functional.linear(x, self.weight, self.bias)
+        y = self.parts[0](x) if len(self.parts) == 1 else torch.cat([part(x) for part in self.parts], dim=1)
         if lora is not None and self.group is not None:
             lora.add(y, x, self.group)
         return y
@@ -142,16 +154,31 @@ def _fuse(parts: LayerParts, head_dim: int, lora: TritonLora | None) -> _Layer |
 
 def _join(parts: LayerParts, keys: tuple[str, ...], lora: TritonLora | None) -> _Product:
     linears = [parts.linears[key] for key in keys]
-    widths = [linear.out_features for linear in linears]
-    bias = None
-    if any(linear.bias is not None for linear in linears):
-        bias = torch.cat([linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-                          for linear in linears])  # fmt: skip
     group = None
     if lora is not None:
+        widths = [linear.out_features for linear in linears]
         group = lora.group([parts.sites[key] for key in keys], widths, linears[0].in_features)
-    weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
-    return _Product(weight.detach(), bias, group)
+    whole = _part_of(linears, parts.dtype)
+    found = [whole] if whole is not None else [_part_of([linear], parts.dtype) or linear for linear in linears]
+    return _Product(tuple(found), group)
+
+
+def _part_of(linears: Sequence[nn.Linear | QuantLinear], dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """One product for all; None: there is none."""
+    dense = [linear for linear in linears if isinstance(linear, nn.Linear)]
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        device = next(linear.bias.device for linear in linears if linear.bias is not None)
+        bias = torch.cat([torch.zeros(linear.out_features, dtype=dtype, device=device) if linear.bias is None
+                          else linear.bias for linear in linears])  # fmt: skip
+    if len(dense) == len(linears):
+        weight = dense[0].weight if len(dense) == 1 else torch.cat([linear.weight for linear in dense])
+        return _Dense(weight.detach(), bias)
+    weights = [linear.quantized for linear in linears if isinstance(linear, QuantLinear)]
+    if dense or not all(can_run(weight) for weight in weights):
+        return None
+    joined = join(weights)
+    return None if joined is None else QuantProduct(joined, bias, dtype)
 
 
 def _norm(norm: Norm, stream: Tensor, change: Tensor | None) -> Tensor:

@@ -85,6 +85,7 @@ def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tu
     from engine.kv.triton_cuda import TritonAttention
     from engine.lora.triton_cuda import TritonLora
     from engine.model.triton_decoder import fuse_decoder
+    from engine.model.triton_quant import swap_quant_linears
 
     lora, backend, trial = None, TritonAttention(storage), TritonAttention(_trial_storage(storage))
     if _has_lora(config):
@@ -97,6 +98,7 @@ def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tu
         )
     with torch.inference_mode():
         done = fuse_decoder(loaded.model, loaded.sites, lora, trial, _trial(loaded, trial))
+        swap_quant_linears(loaded.model, loaded.dtype)
     return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done
 
 

@@ -115,8 +115,8 @@ def test_bfloat16_text_is_the_same_in_any_batch_and_any_cut(bases: Path) -> None
 
 # ---- quantized weights
 
-# Inputs are fixed-point numbers (2^-16 of the largest, in each of 21 products one after the other), or, where sums before
-# differ in their last bit, may be rounded to the next step: 1 / 127 of the largest, in FP8 an eighth of the input.
+# Inputs are fixed-point numbers (2^-16 of the largest, in each of 21 products one after the other), or, where sums
+# before differ in their last bit, may be rounded to the next step: 1 / 127 of the largest, in FP8 an eighth of itself.
 QUANTIZED = {"int4": 1e-3, "int8": 1e-3, "nf4": 2e-5, "fp8": 2e-5, "int8-dynamic": 2e-2, "fp8-dynamic": 0.1}
 
 

@@ -78,3 +78,12 @@ def test_the_dense_twin_is_not_the_base(tmp_path: Path) -> None:
     changed = rounded_model(base, "int4")
     weight, rounded = (model.model.layers[0].mlp.up_proj.weight for model in (original, changed))
     assert 0.05 < (weight - rounded).norm() / weight.norm() < 0.2
+
+
+def test_the_engine_tells_what_its_quantized_layers_weigh(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base", num_key_value_heads=4, num_attention_heads=4, **SIZES)
+    num_weights = 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    num_scales = 2 * (5 * 64 + 2 * 96)  # an output channel each
+    stats = LLM(base, quantization="int8").stats()
+    assert (stats.quantized_bytes, stats.quantized_16bit_bytes) == (num_weights + 4 * num_scales, 2 * num_weights)
+    assert LLM(base).stats().quantized_bytes == 0

@@ -60,7 +60,7 @@ INLINE void store_some(void *p, int64_t i, __mmask16 mask, __m512 x, element typ
 }
 
 /* Memory of the calling thread, one piece for each use. Its content may be gone at the next call. NULL without memory. */
-typedef enum { WIDE, PAIRS, LOW_RANK, SCORES, DECODER, FORMS, NUM_SCRATCH } scratch_use;
+typedef enum { WIDE, PAIRS, LOW_RANK, SCORES, DECODER, FORMS, WEIGHTS, NUM_SCRATCH } scratch_use;
 void *scratch_memory(scratch_use use, size_t bytes);
 
 /* Calls task(args, i) once for each i in 0 .. num_tasks - 1, begun in ascending order, on all threads. */

@@ -82,12 +82,12 @@ TARGET INLINE void TILE(const int rows, const int planes, const int nibbles, con
     }
 }
 
-#define ROWS_OF_PLANES(n, planes)                                      \
-    case n:                                                            \
-        if (q->kind == CODE_INT4)                                           \
-            TILE(n, planes, 1, q->has_zeros, in, row, panel, sum);                   \
-        else                                                           \
-            TILE(n, planes, 0, q->has_zeros, in, row, panel, sum);                   \
+#define ROWS_OF_PLANES(n, planes)                                  \
+    case n:                                                        \
+        if (q->kind == CODE_INT4)                                  \
+            TILE(n, planes, 1, q->has_zeros, in, row, panel, sum); \
+        else                                                       \
+            TILE(n, planes, 0, q->has_zeros, in, row, panel, sum); \
         return;
 
 TARGET static void INTEGER_SUM(const quantization *q, const quantized_inputs *in, int64_t row, int64_t rows,

@@ -109,15 +109,27 @@ static int64_t panel_bytes(const linear_call *c) { return c->stride * PANEL * it
 
 static int64_t panels_of(const member *m) { return (m->out_features + PANEL - 1) / PANEL; }
 
-static void sum_tile(const product *p, const member *m, int64_t panel, int64_t row, int64_t rows, __m512 (*sum)[2]) {
+/* A panel of one member, and how it is read. */
+typedef struct {
+    const member *member;
+    const quantized_inputs *inputs; /* NULL: the weight is not quantized */
+    const char *weight;
+    const float *unpacked; /* or NULL */
+    int64_t index;
+} panel;
+
+static panel open_panel(const product *p, const member *m, int64_t index) {
+    const quantized_inputs *inputs = m->quantization ? p->inputs[m - p->members] : NULL;
+    const int64_t bytes = inputs ? quantized_panel_bytes(m->quantization, p->call->in_features) : panel_bytes(p->call);
+    return (panel){m, inputs, (const char *)m->weight + index * bytes, NULL, index};
+}
+
+static void sum_tile(const product *p, const panel *w, int64_t row, int64_t rows, __m512 (*sum)[2]) {
     const linear_call *c = p->call;
-    if (m->quantization) {
-        const int64_t bytes = quantized_panel_bytes(m->quantization, c->in_features);
-        const char *w = (const char *)m->weight + panel * bytes;
-        return quantized_sum(m->quantization, p->inputs[m - p->members], row, rows, w, sum);
-    }
-    strip s = {c->x + row * c->stride, c->stride, (const char *)m->weight + panel * panel_bytes(c), c->stride};
-    if (c->weight_type == FLOAT32) {
+    strip s = {c->x + row * c->stride, c->stride, w->weight, c->stride};
+    if (w->inputs) {
+        quantized_sum(w->member->quantization, w->inputs, row, rows, w->weight, w->unpacked, sum);
+    } else if (c->weight_type == FLOAT32) {
         sum_float(rows, &s, sum);
     } else if (p->pairs) {
         s.x = p->pairs + row * c->stride;
@@ -128,12 +140,13 @@ static void sum_tile(const product *p, const member *m, int64_t panel, int64_t r
 }
 
 /* Rows row .. row + rows - 1 of one panel of outputs. */
-static void do_tile(const product *p, const member *m, int64_t panel, int64_t row, int64_t rows) {
+static void do_tile(const product *p, const panel *w, int64_t row, int64_t rows) {
     const linear_call *c = p->call;
+    const member *m = w->member;
     __m512 sum[TILE_ROWS][2];
-    sum_tile(p, m, panel, row, rows, sum);
+    sum_tile(p, w, row, rows, sum);
     for (int64_t half = 0; half < 2; half++) {
-        const int64_t column = panel * PANEL + half * LANES, left = m->out_features - column;
+        const int64_t column = w->index * PANEL + half * LANES, left = m->out_features - column;
         if (left <= 0) return;
         const __mmask16 mask = first(min64(left, LANES));
         const __m512 bias = m->bias ? load_some(m->bias, column, mask, c->weight_type) : _mm512_setzero_ps();
@@ -150,17 +163,19 @@ static void do_panels(void *args, int64_t index) {
     const product *p = args;
     const int64_t chunks = (p->num_panels + p->panels_per_task - 1) / p->panels_per_task;
     const int64_t begin = index / chunks * p->block_rows, end = min64(begin + p->block_rows, p->call->rows);
-    int64_t panel = index % chunks * p->panels_per_task;
-    int64_t left = min64(p->panels_per_task, p->num_panels - panel);
+    int64_t next = index % chunks * p->panels_per_task;
+    int64_t left = min64(p->panels_per_task, p->num_panels - next);
     const member *m = p->members;
-    while (panel >= panels_of(m)) panel -= panels_of(m++);
-    for (; left > 0; left--, panel++) {
-        if (panel == panels_of(m)) panel = 0, m++;
-        const int64_t most = m->quantization ? quantized_rows_of_tile(p->inputs[m - p->members]) : TILE_ROWS;
+    while (next >= panels_of(m)) next -= panels_of(m++);
+    for (; left > 0; left--, next++) {
+        if (next == panels_of(m)) next = 0, m++;
+        panel w = open_panel(p, m, next);
+        const int64_t most = w.inputs ? quantized_rows_of_tile(w.inputs) : TILE_ROWS;
         const int64_t tiles = (end - begin + most - 1) / most; /* of about equal size: 26 rows are 9 + 9 + 8 */
+        if (w.inputs && tiles > 1) w.unpacked = quantized_unpack(m->quantization, w.inputs, w.weight);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
-            do_tile(p, m, panel, from, to - from);
+            do_tile(p, &w, from, to - from);
         }
     }
 }

@@ -216,73 +216,123 @@ static int32_t multiplies_bytes;
 /* Use `vpdpbusd`. Only where the processor has it. */
 void chorus_use_byte_instructions(int32_t yes) { multiplies_bytes = yes; }
 
-/* 16 values of each of the inputs k + j and k + 4 + j, from what holds inputs k .. k + 7 of 16 outputs. */
+static const float NF4_VALUES[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+    -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
+};
+
+/* What eight inputs of 16 outputs are packed in: one register of nibbles, or two of bytes. */
 typedef struct {
     __m512i low, high;
 } eight;
 
-INLINE __m512 value_of(const int nibbles, eight codes, int part, int j, __m512 values) {
-    if (nibbles) return _mm512_permutexvar_ps(_mm512_srli_epi32(codes.low, (unsigned)(8 * j + 4 * part)), values);
-    /* e4m3 in the place of a float32: its sign, and the lowest bits of its exponent, which is 120 less. */
-    const __m512i top = _mm512_slli_epi32(part ? codes.high : codes.low, (unsigned)(24 - 8 * j));
-    const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32((int)0x87f00000));
-    return _mm512_mul_ps(_mm512_castsi512_ps(bits), values);
+INLINE eight load_eight(const int nibbles, const char *w) {
+    _mm_prefetch(w + AHEAD_BYTES, _MM_HINT_T1);
+    if (nibbles) return (eight){_mm512_loadu_si512(w), _mm512_setzero_si512()};
+    _mm_prefetch(w + 128 + AHEAD_BYTES, _MM_HINT_T1);
+    return (eight){_mm512_loadu_si512(w), _mm512_loadu_si512(w + 128)};
 }
 
-INLINE void tile_of_floats(const int rows, const int nibbles, const quantized_inputs *in, int64_t row, const char *w,
-                           __m512 (*sum)[2]) {
-    static const float nf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                                  -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                                  0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-                                  0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-    const __m512 values = nibbles ? _mm512_loadu_ps(nf4) : _mm512_set1_ps(0x1p120f);
-    const float *x = (const float *)in->x + row * in->columns;
+/* The weights of input 4 * part + j, of eight. */
+INLINE __m512 weights_of(const int nibbles, eight codes, int part, int j, __m512 values, __m512 scales) {
+    if (nibbles) {
+        const __m512i index = _mm512_srli_epi32(codes.low, (unsigned)(8 * j + 4 * part)); /* its low bits count */
+        return _mm512_mul_ps(_mm512_permutexvar_ps(index, values), scales);
+    }
+    /* e4m3 in the place of a float32: its sign, and the lowest bits of its exponent, which is 120 too small. */
+    const __m512i top = _mm512_slli_epi32(part ? codes.high : codes.low, (unsigned)(24 - 8 * j));
+    const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32((int)0x87f00000));
+    return _mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f)), scales);
+}
+
+/* sums[row][half][part] += x of one input, one of the first or of the last four of eight: those do not wait for each other. */
+INLINE void add_input(const int rows, const float *x, int64_t stride, int part, __m512 w0, __m512 w1, __m512 (*s)[2][2]) {
 #pragma GCC unroll 6
-    for (int m = 0; m < rows; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
-    for (int64_t group = 0; group < in->num_groups; group++) {
-        const float *scales = (const float *)w;
-        w += PANEL * sizeof(float);
-        __m512 s[FLOAT_TILE_ROWS][2][2]; /* by row, half, part: the parts do not wait for each other */
-#pragma GCC unroll 6
-        for (int m = 0; m < rows; m++) s[m][0][0] = s[m][0][1] = s[m][1][0] = s[m][1][1] = _mm512_setzero_ps();
-        for (const float *end = x + in->blocks_of_group * in->block; x < end; x += 8) {
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                const char *from = w + half * 64;
-                const eight codes = {_mm512_loadu_si512(from), nibbles ? _mm512_setzero_si512() : _mm512_loadu_si512(from + 128)};
-                _mm_prefetch(from + AHEAD_BYTES, _MM_HINT_T1);
-                if (!nibbles) _mm_prefetch(from + 128 + AHEAD_BYTES, _MM_HINT_T1);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++)
-#pragma GCC unroll 2
-                    for (int part = 0; part < 2; part++) {
-                        const __m512 v = value_of(nibbles, codes, part, j, values);
-#pragma GCC unroll 6
-                        for (int m = 0; m < rows; m++)
-                            s[m][half][part] = _mm512_fmadd_ps(_mm512_set1_ps(x[m * in->columns + part * 4 + j]), v, s[m][half][part]);
-                    }
-            }
-            w += nibbles ? 128 : 256;
-        }
-#pragma GCC unroll 6
-        for (int m = 0; m < rows; m++)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++)
-                sum[m][half] = _mm512_fmadd_ps(_mm512_add_ps(s[m][half][0], s[m][half][1]),
-                                               _mm512_loadu_ps(scales + half * LANES), sum[m][half]);
+    for (int m = 0; m < rows; m++) {
+        const __m512 v = _mm512_set1_ps(x[m * stride]);
+        s[m][0][part] = _mm512_fmadd_ps(v, w0, s[m][0][part]);
+        s[m][1][part] = _mm512_fmadd_ps(v, w1, s[m][1][part]);
     }
 }
 
-#define ROWS_OF_FLOATS(n)                              \
-    case n:                                            \
-        if (q->kind == CODE_NF4)                            \
-            tile_of_floats(n, 1, in, row, panel, sum); \
-        else                                           \
-            tile_of_floats(n, 0, in, row, panel, sum); \
-        return;
+INLINE void tile_of_codes(const int rows, const int nibbles, const quantized_inputs *in, const float *x, const char *w,
+                          __m512 (*s)[2][2]) {
+    const __m512 values = _mm512_loadu_ps(NF4_VALUES);
+    for (int64_t group = 0; group < in->num_groups; group++) {
+        const __m512 scale0 = _mm512_loadu_ps(w), scale1 = _mm512_loadu_ps(w + 64);
+        w += PANEL * sizeof(float);
+        for (const float *end = x + in->blocks_of_group * in->block; x < end; x += 8, w += nibbles ? 128 : 256) {
+            const eight a = load_eight(nibbles, w), b = load_eight(nibbles, w + 64);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+#pragma GCC unroll 2
+                for (int part = 0; part < 2; part++) {
+                    const __m512 w0 = weights_of(nibbles, a, part, j, values, scale0);
+                    const __m512 w1 = weights_of(nibbles, b, part, j, values, scale1);
+                    add_input(rows, x + part * 4 + j, in->columns, part, w0, w1, s);
+                }
+        }
+    }
+}
+
+/* The same sums from weights that were unpacked, in the order in which `tile_of_codes` takes them. */
+INLINE void tile_of_weights(const int rows, const quantized_inputs *in, const float *x, const float *w, __m512 (*s)[2][2]) {
+    for (const float *end = x + in->columns; x < end; x += 8)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+#pragma GCC unroll 2
+            for (int part = 0; part < 2; part++, w += PANEL)
+                add_input(rows, x + part * 4 + j, in->columns, part, _mm512_loadu_ps(w), _mm512_loadu_ps(w + LANES), s);
+}
+
+INLINE void unpack_panel(const int nibbles, const quantized_inputs *in, const char *w, float *to) {
+    const __m512 values = _mm512_loadu_ps(NF4_VALUES);
+    for (int64_t group = 0; group < in->num_groups; group++) {
+        const __m512 scale0 = _mm512_loadu_ps(w), scale1 = _mm512_loadu_ps(w + 64);
+        w += PANEL * sizeof(float);
+        for (int64_t k = in->blocks_of_group * in->block; k > 0; k -= 8, w += nibbles ? 128 : 256) {
+            const eight a = load_eight(nibbles, w), b = load_eight(nibbles, w + 64);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+#pragma GCC unroll 2
+                for (int part = 0; part < 2; part++, to += PANEL) {
+                    _mm512_storeu_ps(to, weights_of(nibbles, a, part, j, values, scale0));
+                    _mm512_storeu_ps(to + LANES, weights_of(nibbles, b, part, j, values, scale1));
+                }
+        }
+    }
+}
+
+const float *quantized_unpack(const quantization *q, const quantized_inputs *in, const char *panel) {
+    if (is_integer(q)) return NULL;
+    float *weights = scratch_memory(WEIGHTS, (size_t)(in->columns * PANEL) * sizeof(float));
+    if (!weights) return NULL;
+    if (q->kind == CODE_NF4)
+        unpack_panel(1, in, panel, weights);
+    else
+        unpack_panel(0, in, panel, weights);
+    return weights;
+}
+
+#define ROWS_OF_FLOATS(n)                                                                               \
+    case n: {                                                                                           \
+        __m512 s[n][2][2];                                                                              \
+        _Pragma("GCC unroll 24") for (int i = 0; i < 4 * n; i++) s[i / 4][i / 2 % 2][i % 2] = _mm512_setzero_ps(); \
+        if (weights)                                                                                    \
+            tile_of_weights(n, in, x, weights, s);                                                      \
+        else if (q->kind == CODE_NF4)                                                                        \
+            tile_of_codes(n, 1, in, x, panel, s);                                                       \
+        else                                                                                            \
+            tile_of_codes(n, 0, in, x, panel, s);                                                       \
+        _Pragma("GCC unroll 12") for (int i = 0; i < 2 * n; i++) sum[i / 2][i % 2] =                    \
+            _mm512_add_ps(s[i / 2][i % 2][0], s[i / 2][i % 2][1]);                                      \
+        return;                                                                                         \
+    }
 
 static void sum_of_floats(const quantization *q, const quantized_inputs *in, int64_t row, int64_t rows, const char *panel,
-                          __m512 (*sum)[2]) {
+                          const float *weights, __m512 (*sum)[2]) {
+    const float *x = (const float *)in->x + row * in->columns;
     switch (rows) {
         ROWS_OF_FLOATS(1) ROWS_OF_FLOATS(2) ROWS_OF_FLOATS(3) ROWS_OF_FLOATS(4) ROWS_OF_FLOATS(5) ROWS_OF_FLOATS(6)
     }
@@ -291,8 +341,8 @@ static void sum_of_floats(const quantization *q, const quantized_inputs *in, int
 int64_t quantized_rows_of_tile(const quantized_inputs *in) { return in->planes == 1 ? TILE_ROWS : FLOAT_TILE_ROWS; }
 
 void quantized_sum(const quantization *q, const quantized_inputs *in, int64_t row, int64_t rows, const char *panel,
-                   __m512 (*sum)[2]) {
-    if (in->planes == 0) return sum_of_floats(q, in, row, rows, panel, sum);
+                   const float *weights, __m512 (*sum)[2]) {
+    if (in->planes == 0) return sum_of_floats(q, in, row, rows, panel, weights, sum);
     if (multiplies_bytes) return sum_vnni(q, in, row, rows, panel, sum);
     sum_of_bytes(q, in, row, rows, panel, sum);
 }

@@ -30,8 +30,12 @@ int64_t quantized_rows_of_tile(const quantized_inputs *inputs);
 
 int64_t quantized_panel_bytes(const quantization *q, int64_t in_features);
 
-/* sum[m][half] = rows of x times one panel of a weight. */
+/* Where several tiles share it: the panel as float32, or NULL if its codes are multiplied as they are, or without memory.
+ * Valid until the thread's next call. */
+const float *quantized_unpack(const quantization *q, const quantized_inputs *inputs, const char *panel);
+
+/* sum[m][half] = rows of x times one panel of a weight; `weights`: what quantized_unpack gave, or NULL. */
 void quantized_sum(const quantization *q, const quantized_inputs *inputs, int64_t row, int64_t rows, const char *panel,
-                   __m512 (*sum)[2]);
+                   const float *weights, __m512 (*sum)[2]);
 
 #endif
