@@ -1,6 +1,7 @@
 """Steps of a large model on one device against what its memory and its arithmetic units allow.
 
     python -m benchmarks.device_step --shape llama8b --batches 1,32,256 --contexts 512,2048 --adapters 600
+    python -m benchmarks.device_step --shape llama8b --batches 1,256 --quantization int4
 
 Weights and adapters are random and made on the device. Plans go to the runner directly, so that contexts of any length
 need no prefill; two are in flight, as in an engine on a GPU. A decode step of B rows with N different adapters takes at
@@ -8,8 +9,8 @@ least
 
     max(2 p B / P, W / BW) + KV / BW + N a / BW
 
-where p are the parameters a token meets, W their bytes, KV the bytes of the keys and values read, a those of an
-adapter; the rates P (products) and BW (copies) are measured in the same run.
+where p are the parameters a token meets, W their bytes (where they are quantized, of codes and scales), KV the bytes
+of the keys and values read, a those of an adapter; the rates P (products) and BW (copies) are measured in the same run.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks import workload
 from benchmarks.make_model import SHAPES
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Quantization
 from engine.core.draft import lora_segments
 from engine.core.plan import RowOutput, SequenceSlice, SequenceStart, StepPlan, TokenRef
 from engine.lora.storage import SiteWeights
 from engine.model.attention import ATTENTION_NAME
 from engine.model.capabilities import judge
 from engine.model.loader import LoadedModel
+from engine.model.placing import finish, replace_linear
 from engine.model.probe import probe
 from engine.model.surgery import find_sites
+from engine.quant.linear import QuantLinear
+from engine.quant.rounding import round_weight
 from engine.request import SamplingParams
 from engine.runner.runner import PendingTorchStep, TorchRunner
 
@@ -78,12 +83,16 @@ def fastest(run: Callable[[], object], device: torch.device, rounds: int = 10) -
     return min(seconds)
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype, max_model_len: int) -> LoadedModel:
+def random_model(
+    shape: str, device: torch.device, dtype: torch.dtype, max_model_len: int, rounding: Rounding | None = None
+) -> LoadedModel:
     config_class, sizes = SHAPES[shape]
     config = config_class(**sizes)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
     model = model.to(device).eval().requires_grad_(False)
+    if rounding is not None:
+        rounding.apply(model)
     trace = probe(model)
     return LoadedModel(
         model=model,
@@ -98,17 +107,47 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype, max_model
     )
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """As the engine's settings of these names."""
+
+    method: Quantization
+    lm_head: bool
+
+    def apply(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and (self.lm_head or module is not head):
+                replace_linear(model, name, round_weight(module.weight, self.method))
+        finish(model)
+
+
+def count_weights(model: Any) -> tuple[int, int, int]:
+    """Parameters that a token meets, how many of them are the head's, and the bytes of all."""
+    numbers, num_bytes, of_head = 0, 0, 0
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            size, size_bytes = module.in_features * module.out_features, module.quantized.num_bytes
+        elif module is head or not isinstance(module, nn.Embedding):
+            own = list(module.parameters(recurse=False))
+            size, size_bytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+        else:
+            continue
+        numbers, num_bytes = numbers + size, num_bytes + size_bytes
+        of_head += size if module is head else 0
+    return numbers, of_head, num_bytes
+
+
 class Bench:
     """A runner, plans for it, and random adapters in its slots."""
 
     def __init__(self, args: argparse.Namespace, batches: list[int], contexts: list[int]) -> None:
         self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
         max_len = max(*contexts, args.prefill_tokens) + args.steps * 2 + 2 * WARM_UP_STEPS
-        loaded = random_model(args.shape, self.device, self.dtype, max_len)
-        head = loaded.model.get_output_embeddings().weight
-        met = {id(p): p for n, p in loaded.model.named_parameters() if "embed_tokens" not in n} | {id(head): head}
-        self.num_parameters = sum(p.numel() for p in met.values())
-        self.num_head_parameters = head.numel()
+        rounding = Rounding(args.quantization, args.quantize_lm_head) if args.quantization else None
+        loaded = random_model(args.shape, self.device, self.dtype, max_len, rounding)
+        self.num_parameters, self.num_head_parameters, self.weight_bytes = count_weights(loaded.model)
         self.blocks_per_sequence = -(-max_len // args.block_size)
         self.config = EngineConfig(
             model="random",
@@ -219,6 +258,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--quantization", choices=get_args(Quantization), help="None: weights stay in --dtype")
+    parser.add_argument("--quantize-lm-head", action="store_true")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--contexts", default="512,2048")
@@ -270,10 +311,7 @@ def decode_rows(
     bench: Bench, rates: Rates, args: argparse.Namespace, batch: int, context: int
 ) -> Iterator[dict[str, object]]:
     """The base against its floor; then each kind of adapters, a round of the base before each of its rounds."""
-    item_bytes = bench.dtype.itemsize
-    weights_s = max(
-        2 * bench.num_parameters * batch / rates.flop_per_s, bench.num_parameters * item_bytes / rates.bytes_per_s
-    )
+    weights_s = max(2 * bench.num_parameters * batch / rates.flop_per_s, bench.weight_bytes / rates.bytes_per_s)
     floor_s = weights_s + batch * context * bench.token_bytes / rates.bytes_per_s
     base_s = [bench.decode_s([0] * batch, context, args.steps) for _ in range(args.rounds)]
     where = f"decode {batch} x {context}"

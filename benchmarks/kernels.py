@@ -19,6 +19,7 @@ import torch
 from benchmarks import workload
 from engine.kv.backend import AttentionInputs, LayerCall
 from engine.kv.native_cpu import NativeAttention
+from engine.kv.rows import KVQuantization
 from engine.kv.storage import KVShape, KVStorage
 from engine.native.library import NativeLibrary, load_library
 from engine.native.structs import ELEMENTS, LoraChunk, LoraWeights, Member
@@ -81,13 +82,18 @@ class Linear:
 
 
 class Attention:
-    """Decode of some sequences over a bfloat16 cache of several layers."""
+    """Decode of some sequences over the cache of several layers of a bfloat16 model."""
 
-    def __init__(self, library: NativeLibrary, sequences: int, context: int) -> None:
+    def __init__(
+        self, library: NativeLibrary, sequences: int, context: int, quantization: KVQuantization | None = None
+    ) -> None:
         size, heads, kv_heads, dims, self.num_layers = 16, 9, 3, 64, 30
         num_blocks = -(-context // size)
-        storage = KVStorage(KVShape(self.num_layers, size, kv_heads, dims, torch.bfloat16), 1 + sequences * num_blocks)
-        storage.data.normal_()
+        shape = KVShape(self.num_layers, size, kv_heads, dims, torch.bfloat16, quantization)
+        storage = KVStorage(shape, 1 + sequences * num_blocks)
+        slots = torch.arange(storage.num_blocks * size)
+        for layer in range(self.num_layers):
+            storage.write(layer, *torch.randn(2, len(slots), kv_heads, dims), slots)
         self._backend = NativeAttention(library, storage)
         tables = torch.arange(1, 1 + sequences * num_blocks).view(sequences, num_blocks)
         self._inputs = AttentionInputs(
@@ -99,7 +105,7 @@ class Attention:
         self._backend.plan(self._inputs)
         self._q = torch.randn(sequences, heads, dims).bfloat16()
         self._kv = torch.randn(sequences, kv_heads, dims).bfloat16()
-        self.num_bytes = 2 * 2 * sequences * context * kv_heads * dims
+        self.num_bytes = sequences * num_blocks * shape.block_bytes // self.num_layers
 
     def __call__(self, i: int) -> None:
         self._backend.run(self._q, self._kv, self._kv, LayerCall(index=i % self.num_layers, scaling=0.125))
@@ -139,10 +145,14 @@ def main() -> None:
         plain, lora = (Linear(library, 576, (1536, 1536), rows, rank=rank) for rank in (0, 16))
         extra = median_s(lora, args.rounds, lora.num_copies) - median_s(plain, args.rounds, plain.num_copies)
         report(f"rank 16 of {rows} adapters, gate/up", extra, lora.lora_bytes / bandwidth)
-    for sequences, context in ((1, 2048), (16, 128), (16, 1024)):
-        attention = Attention(library, sequences, context)
-        seconds = median_s(attention, args.rounds, attention.num_layers)
-        report(f"decode attention, {sequences} x {context} tokens", seconds, attention.num_bytes / bandwidth)
+    kinds_of_cache: tuple[KVQuantization | None, ...] = (None, "int8")
+    for sequences, context in ((1, 1024), (1, 2048), (1, 8192), (16, 128), (16, 1024)):
+        kinds = [Attention(library, sequences, context, kind) for kind in kinds_of_cache]
+        rounds = [[median_s(kind, 1, kind.num_layers) for kind in kinds] for _ in range(args.rounds)]  # in turns
+        ratio = statistics.median(plain / int8 for plain, int8 in rounds)
+        for i, name in enumerate(("", f", int8 ({ratio:.2f} times as fast)")):
+            case = f"decode attention, {sequences} x {context} tokens{name}"
+            report(case, statistics.median(times[i] for times in rounds), kinds[i].num_bytes / bandwidth)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="smol135")
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--max-shard-size", default="5GB", help="of the base's files, as transformers takes it")
     return parser.parse_args()
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     config = config_class(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     base = args.out / "base"
-    model.save_pretrained(base)
+    model.save_pretrained(base, max_shard_size=args.max_shard_size)
     write_tokenizer(base)
     shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS}
     for i in range(args.adapters):

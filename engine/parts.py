@@ -27,7 +27,7 @@ class EngineParts:
     max_model_len: int  # tokens of prompt and output
     vocab_size: int  # columns of the logits: ids beyond it are refused
     eos_token_ids: tuple[int, ...]
-    cache_namespace: str  # base revision and KV scheme
+    cache_namespace: str  # base revision, KV scheme and element type of adapters
     quantized_bytes: int = 0  # of weights; see EngineStats
     quantized_16bit_bytes: int = 0
     block_bytes: int = 0  # of the KV cache: the pages of adapters that lie in it; 0: none do
@@ -49,15 +49,16 @@ def _load_parts(config: EngineConfig) -> EngineParts:
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     loaded = load_model(config)
     num_blocks, shape = num_kv_blocks(loaded, config), kv_shape(loaded, config)
+    spec = loaded.image_spec(config.adapter_dtype)
     return EngineParts(
         runner=TorchRunner(loaded, config, num_blocks),
         tokenizer=tokenizer,
-        image_spec=loaded.image_spec(config.adapter_dtype),
+        image_spec=spec,
         num_blocks=num_blocks,
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
-        cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}",
+        cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}/{spec.dtype}",
         quantized_bytes=loaded.footprint.num_bytes if loaded.footprint else 0,
         quantized_16bit_bytes=loaded.footprint.num_bytes_16bit if loaded.footprint else 0,
         block_bytes=shape.block_bytes,

@@ -37,7 +37,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", *KERNELS),
     "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", *KERNELS),
     "engine.quant": (*SEAMS, "engine.quant"),
-    "engine.quantize": ("engine.errors", "engine.quant", "engine.quantize"),  # a program beside the engine
+    # A program beside the engine.
+    "engine.quantize": ("engine.errors", "engine.model", "engine.quant", "engine.quantize"),
     "engine.model": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS),
     "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),

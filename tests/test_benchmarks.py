@@ -71,18 +71,30 @@ def test_models_of_real_shapes_are_made_on_the_spot(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_in_eight_bits_are_set_against_those_in_sixteen() -> None:
+    rows = run("adapter_dtypes", "--parts", "images,answers", "--count", "3", "--dtypes", "float32")
+    *images, answers = rows
+    assert len(images) == 9
+    for row in images:
+        assert row["int8"]["bytes"] < 0.53 * row["bfloat16"]["bytes"]
+        assert row["int8"]["max_error"] < 0.02
+    assert set(answers["all"]) == {"auto", "int8"}
+
+
+@pytest.mark.slow
 def test_the_sampler_and_the_start_are_measured() -> None:
     rows = run("sampler", "--rows", "2", "--vocab", "300", "--steps", "3") + run("start", "--rounds", "1")
     assert [row["case"] for row in rows][-2:] == ["5 logprobs", "start"]
 
 
 @pytest.mark.slow
-def test_steps_of_one_device_are_set_against_their_floors() -> None:
+@pytest.mark.parametrize("options", [(), ("--quantization", "int8", "--quantize-lm-head")])
+def test_steps_of_one_device_are_set_against_their_floors(options: tuple[str, ...]) -> None:
     """On the CPU with a tiny shape: the program for GPUs, as far as it goes without one."""
     sizes = {"batches": "1,4", "contexts": "40", "adapters": "3", "steps": "4", "rounds": "1", "prefill-sequences": "2",
              "prefill-tokens": "32", "product-size": "256", "copy-mib": "4"}  # fmt: skip
     arguments = [part for name, value in sizes.items() for part in (f"--{name}", value)]
-    rows = run("device_step", "--shape", "tiny", "--device", "cpu", *arguments)
+    rows = run("device_step", "--shape", "tiny", "--device", "cpu", *arguments, *options)
     assert [row["case"].split(",")[0] for row in rows] == [
         "rates", *["decode 1 x 40"] * 4, *["decode 4 x 40"] * 4, "prefill of 2 x 32"
     ]  # fmt: skip

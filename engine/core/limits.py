@@ -27,7 +27,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool
     pipeline_depth: int  # plans in flight
     eos_token_ids: tuple[int, ...]
-    cache_namespace: str  # base revision and KV scheme: KV is never shared between two of them
+    cache_namespace: str  # base revision, KV scheme, adapters' element type: KV is never shared between two of them
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_model_len", "max_queued_requests", "pipeline_depth"):

@@ -17,6 +17,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from engine.model.free_memory import FreeMemory
 from engine.model.placing import finish
 
 _NAME = "chorus"
@@ -25,7 +26,7 @@ _NAME = "chorus"
 class Swap(Protocol):
     """What puts quantized layers in."""
 
-    def before(self, model: nn.Module) -> None:
+    def before(self, model: nn.Module, memory: FreeMemory) -> None:
         """The model is on the meta device, its weights are not read yet."""
         ...
 
@@ -45,6 +46,7 @@ class SwapConfig(QuantizationConfigMixin):
     def __init__(self, swap: Swap) -> None:
         self.quant_method = _NAME
         self.swap = swap
+        self.memory = FreeMemory()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwapConfig:
         return self  # transformers copies the model's config, with this in it
@@ -60,13 +62,15 @@ class SwapQuantizer(HfQuantizer):
     quantization_config: SwapConfig
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        config = self.quantization_config
         with _usual_defaults():
-            self.quantization_config.swap.before(model)
+            config.swap.before(model, config.memory)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self.remove_quantization_config(model)
         finish(model)
+        self.quantization_config.memory.give_back()
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -77,7 +81,7 @@ class SwapQuantizer(HfQuantizer):
         return param.element_size() if num_bytes is None else num_bytes
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Take(self.quantization_config.swap)
+        return _Take(self.quantization_config)
 
     @property
     def is_trainable(self) -> bool:
@@ -100,8 +104,8 @@ def _usual_defaults() -> Iterator[None]:
 
 
 class _Take(ConversionOps):
-    def __init__(self, swap: Swap) -> None:
-        self._swap = swap
+    def __init__(self, config: SwapConfig) -> None:
+        self._swap, self._memory = config.swap, config.memory
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *, model: Any, missing_keys: set[str], **_: Any) -> dict[str, Any]:
@@ -114,4 +118,6 @@ class _Take(ConversionOps):
             if name not in gone:
                 left[name] = tensor
             missing_keys -= gone
+            self._memory.read(tensor.numel() * tensor.element_size())
+            del value, tensor
         return left

@@ -33,6 +33,7 @@ from engine.model.checkpoint import (
 from engine.model.eos import eos_token_ids
 from engine.model.fingerprint import base_fingerprint, rounding_name
 from engine.model.footprint import Footprint, measure
+from engine.model.free_memory import FreeMemory
 from engine.model.hook import Swap, SwapConfig
 from engine.model.probe import probe
 from engine.model.rounded import RoundedQuantization
@@ -101,6 +102,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         trace = probe(model)
     except Exception as error:
         raise ModelNotSupported(f"{type(model).__name__}: a probing forward failed: {error}") from error
+    FreeMemory().give_back()  # of that forward, whose layers have no kernels yet
     capabilities = judge(model, trace, max_model_len)
     sites = find_sites(model, trace)
     return LoadedModel(

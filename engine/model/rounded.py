@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.config import Quantization
 from engine.errors import ConfigError
+from engine.model.free_memory import FreeMemory
 from engine.model.names import check_experts, holds_experts, linear_shape
 from engine.model.placing import embed_scale, replace_embedding, replace_experts, replace_linear
 from engine.quant.experts import ExpertWeights
@@ -39,7 +40,7 @@ class RoundedQuantization:
         self._embedding: str | None = None  # parameter, if something is made of it
         self._tied_head: str | None = None  # module that is quantized from the embedding's parameter
 
-    def before(self, model: Any) -> None:
+    def before(self, model: Any, memory: FreeMemory) -> None:
         """Choose the layers. Raises: ConfigError, ModelNotSupported for settings that this model cannot have."""
         left: list[str] = []
         for name, module in model.named_modules():

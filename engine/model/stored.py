@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import ModelNotSupported
+from engine.model.free_memory import FreeMemory
 from engine.model.names import CheckpointNames, ExpertPart, Place
 from engine.model.placing import replace_experts, replace_linear
 from engine.model.weight_files import StoredTensor, WeightFiles
@@ -43,12 +44,13 @@ class StoredQuantization:
         self._scheme = scheme
         self._device = device
 
-    def before(self, model: nn.Module) -> None:
+    def before(self, model: nn.Module, memory: FreeMemory) -> None:
         """Read the quantized layers, in the order of the files, and put them into the model."""
         experts: dict[str, dict[tuple[int, ExpertPart], QuantizedWeight]] = defaultdict(dict)
         for layer in self._layers:
             place = layer.place
             weight = self._read(layer)
+            memory.read(sum(tensor.num_bytes for tensor in layer.tensors.values()))
             if place.part is None or place.expert is None:
                 replace_linear(model, place.module, weight)
             else:

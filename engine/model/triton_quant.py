@@ -97,11 +97,15 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
 
 def swap_quant_linears(model: nn.Module, dtype: torch.dtype) -> int:
     """Give every quantized layer that is left the kernels; its own codes go. Returns: how many layers."""
-    found = [(n, m) for n, m in model.named_modules() if type(m) is QuantLinear and can_run(m.quantized)]
-    for name, linear in found:
-        parent_name, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child, TritonQuantLinear(linear, dtype))
-    return len(found)
+    num_swapped = 0
+    # By name: a list of the layers would keep the codes of all until the last one is repacked.
+    for name in [name for name, module in model.named_modules() if type(module) is QuantLinear]:
+        linear = model.get_submodule(name)
+        if can_run(linear.quantized):
+            parent_name, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent_name), child, TritonQuantLinear(linear, dtype))
+            num_swapped += 1
+    return num_swapped
 
 
 def _suits_scaled_mm(weight: QuantizedWeight) -> bool:

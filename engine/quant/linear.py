@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from engine.quant.weight import QuantizedWeight
 
-_TILE_BYTES = 16 << 20  # of weights that are dequantized at once
+_TILE_BYTES = 4 << 20  # of weights that are dequantized at once
 _FP8_MAX = 448.0  # of float8_e4m3fn
 
 

@@ -26,7 +26,7 @@ from engine.quant.weight import NF4_VALUES, Activations, Kind, QuantizedWeight, 
 
 DEFAULT_GROUP_SIZES = {"int4": 128, "nf4": 64}
 _FP8_MAX = 448.0  # of float8_e4m3fn
-_TILE_ELEMENTS = 4 << 20  # rounded at once: what the work needs beside the weight is a few times this
+_TILE_ELEMENTS = 1 << 20  # rounded at once: what the work needs beside the weight is a few times this
 
 
 # What a setting of the engine means.

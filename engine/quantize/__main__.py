@@ -63,7 +63,8 @@ def make(options: Options) -> dict[str, Any]:
         options.out, num_units, _identity(source, options), _needed_bytes(source, options), resume=options.resume
     ) as work:
         _quantize(source, options, group_size, texts, work)
-        stored = Stored([work.shard(unit) for unit in range(num_units)], config["quantization_config"])
+        work.write_index()
+        stored = Stored(work.folder, config["quantization_config"])
         errors, told = _measure(source, options, texts, stored, config, work)
         result = report(source, options, config["quantization_config"], stored, errors, told, texts.held_out_from)
         work.publish(source.folder, config, result)
@@ -116,7 +117,7 @@ def _needed_bytes(source: Source, options: Options) -> int:
     bits = options.bits if options.method == "gptq" else 8 if options.method in ("int8", "int8-dynamic", "fp8") else 4
     elements = sum(layer.out_features * layer.in_features for layer in source.layers.values())
     quantized = {f"{layer.name}.weight" for layer in source.layers.values()}
-    rest = sum(size for name, size in source.nbytes.items() if name not in quantized)
+    rest = sum(tensor.num_bytes for name, tensor in source.files.items() if name not in quantized)
     return elements * (bits + 1) // 8 + rest + _SPARE_BYTES
 
 

@@ -39,7 +39,7 @@ def configuration(group_size: int) -> dict[str, Any]:
 def check(source: Source) -> None:
     """Raises: ModelNotSupported naming what autoawq cannot do; ConfigError without autoawq."""
     for layer in source.layers.values():
-        if ".experts." in layer.name:
+        if layer.place.expert is not None:
             raise ModelNotSupported(f"{layer.name}: experts are not calibrated; use int4, nf4, int8 or fp8")
         if layer.out_features % _CLIPPED_TOGETHER:
             raise ModelNotSupported(

@@ -15,16 +15,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from engine.errors import ConfigError, ModelNotSupported
+from engine.quant.formats import read_scheme
 from engine.quant.weight import QuantizedWeight, pack_nibbles
 from engine.quantize.layouts import pack_gptq
 from engine.quantize.options import Options
 from engine.quantize.source import Linear, Source
-from engine.quantize.stored import Stored
 from engine.quantize.work import Work
 
 
@@ -43,7 +44,7 @@ def configuration(options: Options, group_size: int) -> dict[str, Any]:
 def check(source: Source) -> None:
     """Raises: ModelNotSupported naming the first layer that this method cannot do; ConfigError without gptqmodel."""
     for layer in source.layers.values():
-        if ".experts." in layer.name:
+        if layer.place.expert is not None:
             raise ModelNotSupported(f"{layer.name}: experts are not calibrated; use int4, nf4, int8 or fp8")
         if layer.in_features % 8 or layer.out_features % 8:
             raise ModelNotSupported(
@@ -78,9 +79,7 @@ def run(source: Source, options: Options, group_size: int, windows: Tensor, work
             if isinstance(module, nn.Linear) and f"{name}.{unit}.{child}" in source.layers
         }
         if unit in work.done:
-            stored = Stored([work.shard(unit)], configuration(options, group_size))
-            for child, linear in linears.items():
-                layer.get_submodule(child).weight.copy_(stored.weight(linear).dequantize())
+            _read_layer(layer, linears, load_file(work.shard(unit)), configuration(options, group_size))
         else:
             tensors = _solve_layer(layer, linears, hidden, arguments[unit], options, group_size)
             kept = {name: source.tensor(name) for name in units[unit]}
@@ -92,6 +91,17 @@ def run(source: Source, options: Options, group_size: int, windows: Tensor, work
     rest = len(layers)
     if rest < len(units) and rest not in work.done:
         work.finish_unit(rest, {name: source.tensor(name) for name in units[rest]})
+
+
+def _read_layer(
+    layer: nn.Module, linears: dict[str, Linear], tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """Give a layer the weights that its shard means."""
+    scheme = read_scheme(config, {})
+    for child, linear in linears.items():
+        own = {suffix: tensors[f"{linear.name}.{suffix}"] for suffix in ("qweight", "qzeros", "scales", "g_idx")}
+        weight = scheme.read(linear.name, linear.in_features, linear.out_features, own)
+        layer.get_submodule(child).weight.copy_(weight.dequantize())
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.model.placing import finish, replace_experts, replace_linear
+from engine.quant.experts import ExpertWeights
 from engine.quant.linear import QuantLinear
+from engine.quant.weight import QuantizedWeight
 from engine.quantize.source import Source
 from engine.quantize.stored import Stored
 
@@ -72,13 +75,26 @@ def load_quantized(source: Source, stored: Stored, config: dict[str, Any], devic
     hf_config = AutoConfig.for_model(config["model_type"], **plain)
     model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]
     model = model_class.from_pretrained(None, config=hf_config, state_dict=tensors, dtype=torch.float32).eval()
-    for name, module in list(model.named_modules()):
-        if name in source.layers and isinstance(module, nn.Linear):
-            weight = stored.weight(source.layers[name])
-            if weight.activations is not None:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, QuantLinear(weight, module.bias))
+    _round_activations(model, source, stored)
     return _moved(model, torch.device(device))
+
+
+def _round_activations(model: nn.Module, source: Source, stored: Stored) -> None:
+    """Where the format rounds the inputs of layers, put our layers in the place of transformers'."""
+    experts: dict[str, dict[tuple[int, str], QuantizedWeight]] = {}
+    for layer in source.layers.values():
+        weight, place = stored.weight(layer), layer.place
+        if weight.activations is None:
+            return  # of all layers or of none
+        if place.expert is None or place.part is None:
+            replace_linear(model, place.module, weight)
+        else:
+            experts.setdefault(place.module, {})[place.expert, place.part] = weight
+    for module, parts in experts.items():
+        indices = sorted({expert for expert, _ in parts})
+        weights = [ExpertWeights(*(parts[i, part] for part in ("gate", "up", "down"))) for i in indices]
+        replace_experts(model, module, weights)
+    finish(model)
 
 
 def _moved(model: nn.Module, device: torch.device) -> nn.Module:
@@ -129,9 +145,10 @@ def output_errors(original: nn.Module, quantized: nn.Module, source: Source, win
 @contextmanager
 def _listening(original: nn.Module, source: Source, compare: Any) -> Iterator[None]:
     handles = [
-        module.register_forward_hook(lambda _, args, kwargs, y, n=name: compare(n, args, kwargs, y), with_kwargs=True)
-        for name, module in original.named_modules()
-        if name in source.layers or name.endswith(".experts")
+        original.get_submodule(name).register_forward_hook(
+            lambda _, args, kwargs, y, n=name: compare(n, args, kwargs, y), with_kwargs=True
+        )
+        for name in sorted({layer.place.module for layer in source.layers.values()})
     ]
     yield
     for handle in handles:

@@ -22,7 +22,7 @@ was killed goes on behind the last finished layer when it is started again with 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """One run. `bits` None: the method's own."""
+    """One run. `bits` are those of gptq; the other methods have their own."""
 
     model: Path
     out: Path
@@ -95,4 +95,5 @@ def parse(argv: list[str] | None = None) -> Options:
         default=True,
         help="go on with unfinished work or discard it",
     )
-    return Options(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return Options(**{**given, "out": given["out"].resolve()})

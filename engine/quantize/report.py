@@ -44,15 +44,15 @@ def _sizes(source: Source, stored: Stored) -> dict[str, Any]:
     """Of the quantized layers, without their biases, and of all tensors; before, in 16 bits, after."""
     layers = source.layers.values()
     elements = sum(layer.out_features * layer.in_features for layer in layers)
-    after = sum(stored.nbytes[name] for layer in layers for name in stored.tensors_of(layer))
+    after = sum(stored.files[name].num_bytes for layer in layers for name in stored.tensors_of(layer))
     return {
         "num_layers": len(layers),
-        "layers_before": sum(source.nbytes[layer.stored_as] for layer in layers),
+        "layers_before": sum(source.files[layer.stored_as].num_bytes for layer in layers),
         "layers_in_16_bits": 2 * elements,
         "layers_after": after,
         "bits_per_weight": 8 * after / elements,
-        "model_before": sum(source.nbytes.values()),
-        "model_after": sum(stored.nbytes.values()),
+        "model_before": sum(tensor.num_bytes for tensor in source.files.values()),
+        "model_after": sum(tensor.num_bytes for tensor in stored.files.values()),
     }
 
 

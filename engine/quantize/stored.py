@@ -6,27 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
+from engine.model.weight_files import WeightFiles
 from engine.quant.formats import read_scheme
 from engine.quant.weight import QuantizedWeight
 from engine.quantize.source import Linear
-from engine.quantize.work import header
 
 
 class Stored:
-    """The layers in some shards of a checkpoint with this `quantization_config`."""
+    """The files of a folder, of a checkpoint with this `quantization_config`."""
 
-    def __init__(self, shards: list[Path], quantization_config: Mapping[str, Any]) -> None:
-        self._scheme = read_scheme(quantization_config, {})
-        self._shards = {path: header(path) for path in shards}
-        self.files = {name: path for path, names in self._shards.items() for name in names}
-        self.nbytes = {name: size for names in self._shards.values() for name, size in names.items()}
+    def __init__(self, folder: Path, quantization_config: Mapping[str, Any]) -> None:
+        files = WeightFiles(folder)
+        self.files = files.tensors
+        self._scheme = read_scheme(quantization_config, files.metadata)
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
+        return self.files[name].read()
 
     def tensors_of(self, layer: Linear) -> list[str]:
         """The names of what the format stores for a layer; its bias is no part of that."""

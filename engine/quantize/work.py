@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,12 +57,11 @@ class Work:
             self._write_json(_STATE, {"identity": dict(self.identity), "done": self.done})
 
     def publish(self, source: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """All units are done: add what makes it a checkpoint and give it its name."""
+        """The index is written: add what else makes it a checkpoint and give it its name."""
         with _disk_full_is_told(self.folder):
             for path in source.iterdir():
                 if path.is_file() and path.suffix in _COPIED and path.name not in _OWN:
                     _replace(self.folder / path.name, partial(shutil.copyfile, path))
-            self._write_json(INDEX, self._index())
             self._write_json(REPORT, report)
             self._write_json("config.json", config)
         self.folder.rename(self.out)  # on an empty folder too
@@ -69,24 +69,22 @@ class Work:
         (self.out / _STATE).unlink()
         (self.out / _LOCK).unlink()
 
-    def _index(self) -> dict[str, Any]:
-        shards = [self.shard(unit) for unit in range(self.num_units)]
-        names = {path.name: header(path) for path in shards}
-        weight_map = {name: shard for shard, tensors in names.items() for name in tensors}
-        total = sum(nbytes for tensors in names.values() for nbytes in tensors.values())
-        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    def write_index(self) -> None:
+        """All units are done: from now on the folder's weights can be read."""
+        weight_map: dict[str, str] = {}
+        total_bytes = 0
+        for path in (self.shard(unit) for unit in range(self.num_units)):
+            with safe_open(path, "pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), path.name)
+            with path.open("rb") as raw:
+                total_bytes += path.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        with _disk_full_is_told(self.folder):
+            self._write_json(INDEX, index)
 
     def _write_json(self, name: str, value: Any) -> None:
         text = json.dumps(value, indent=2) + "\n"
         _replace(self.folder / name, lambda path: path.write_text(text))
-
-
-def header(path: Path) -> dict[str, int]:
-    """Bytes of every tensor of a safetensors file."""
-    with path.open("rb") as file:
-        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    offsets = {name: entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"}
-    return {name: end - begin for name, (begin, end) in offsets.items()}
 
 
 @contextmanager
@@ -123,7 +121,9 @@ def open_work(
 
 
 def check_out(out: Path) -> None:
-    """Raises: ConfigError unless `out` is free: absent or an empty folder."""
+    """Raises: ConfigError unless `out` is free, absent or an empty folder, and can be given a folder's name."""
+    if os.path.ismount(out):
+        raise ConfigError(f"OUT={str(out)!r} is where a disk is mounted; give a folder below it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT={str(out)!r} is not empty; give a folder that does not exist, or empty it")
 

@@ -66,7 +66,7 @@ def _numbers(
     return numbers if UPCAST else numbers.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _few_rows(
     x, codes, scales, zeros, table, bias, row_scales, y,
     x_row, y_row, num_rows, num_columns, out_features, num_blocks, group_size,
@@ -126,7 +126,7 @@ def _few_rows(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _many_rows(
     x, codes, scales, zeros, table, row_sums, target, bias, row_scales,
     x_row, target_row, target_split, num_rows, num_columns, out_features, num_blocks, group_size, split_blocks,
@@ -188,7 +188,7 @@ def _many_rows(
     tl.store(where, result.to(target.dtype.element_ty), mask=is_row[None, :] & is_out[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_columns(x, row_sums, x_row, num_rows, num_columns, num_runs, RUN: tl.constexpr, BLOCK: tl.constexpr):
     """row_sums[run, row]: the sum of RUN columns of a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -198,7 +198,7 @@ def _sum_columns(x, row_sums, x_row, num_rows, num_columns, num_runs, RUN: tl.co
     tl.store(row_sums + run * num_rows + row, tl.sum(values.to(tl.float32), axis=1), mask=run < num_runs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_splits(
     partial, y, bias, row_scales, y_row, num_rows, out_features,
     NUM_SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr,

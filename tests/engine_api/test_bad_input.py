@@ -155,6 +155,9 @@ def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any) 
         *(("num_threads", value) for value in (0, "2")),
         *(("device", value) for value in (None, "tpu")),
         *(("dtype", value) for value in (None, "int8")),
+        *(("quantization", value) for value in (4, True, "int3")),
+        *(("quantize_lm_head", value) for value in (None, 1, True)),  # True: without `quantization`
+        *(("quantize_embeddings", value) for value in (None, "int8", True)),
         ("tokenizer", 5),
         ("model", 5),
     ],

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine import LLM, SamplingParams
+from engine import LLM, EngineConfig, SamplingParams
+from engine.parts import load_parts
 from tests.equality.conftest import Zoo
 from tests.equality.oracle import Text, assert_greedy
 from tests.support.rounded_adapter import round_adapter
@@ -67,6 +68,13 @@ def test_other_architectures_say_what_peft_says(arch: str, embedding: str, zoo: 
     adapters = adapters_of(zoo, base, {"r4": {"rank": 4}, "embedding": {"rank": 6, "target_modules": [embedding]}})
     llm = LLM(base, adapters, adapter_dtype="int8", num_threads=1, max_num_seqs=8)
     check(llm, base, adapters, prompts[:3])
+
+
+def test_keys_and_values_behind_an_adapter_in_eight_bits_are_kept_apart_from_those_in_sixteen(zoo: Zoo) -> None:
+    base = str(zoo.base("llama"))
+    engines = [load_parts(EngineConfig(model=base, kernels="torch", adapter_dtype=dtype)) for dtype in ("auto", "int8")]
+    assert engines[0].cache_namespace != engines[1].cache_namespace
+    assert engines[0].image_spec.digest != engines[1].image_spec.digest
 
 
 def test_where_four_adapters_found_room_in_bfloat16_seven_do_in_int8(zoo: Zoo, prompts: list[list[int]]) -> None:

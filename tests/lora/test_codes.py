@@ -161,12 +161,12 @@ def test_codes_and_scales_in_pages_are_those_of_the_image(page_bytes: int) -> No
         assert deviation(found, expected) <= TOLERANCE[torch.float32]
 
 
-def test_a_slot_takes_adapters_of_codes_and_of_numbers_in_turn() -> None:
+def test_a_slot_takes_adapters_of_any_elements_in_turn() -> None:
     sites, lora = linear_sites((16, 8)), NativeLora(native_or_skip(), num_slots=1)
     batch = LoraBatch(lora)
     linear, x = nn.Linear(16, 8, bias=False), torch.randn(3, 16)
     (layer,) = packed_layers([linear], lora)
-    for dtype in ("int8", "float32", "int8"):
+    for dtype in ("int8", "float32", "bfloat16", "int8"):
         image = pack(f"in {dtype}", spec_of(sites, dtype), random_weights(sites, 4, seed=9))
         weights = BorrowedStorage().load(image)
         batch.bind(1, weights)

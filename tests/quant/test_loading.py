@@ -132,17 +132,3 @@ def test_layers_that_no_group_divides_stay_and_are_named(root: Path, caplog: pyt
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
     assert "model.layers.0.mlp.down_proj" in caplog.text
     assert isinstance(load(base, "int8").model.model.layers[0].mlp.down_proj, QuantLinear)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"quantization": "int3"}, "int3"),
-        ({"quantization": 4}, "quantization=4"),
-        ({"quantize_lm_head": True}, "quantize_lm_head=True means nothing"),
-        ({"quantize_embeddings": True}, "quantize_embeddings=True means nothing"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        EngineConfig(model="base", **settings).validate()

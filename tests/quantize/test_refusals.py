@@ -49,8 +49,9 @@ def test_a_missing_folder_is_refused(run: Run, tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_refused(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    refused(run, "is an adapter; give its base model", tmp_path, tmp_path / "out", "--method", "int8")
+    for name in ("adapter_config.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    refused(run, "give its base model", tmp_path, tmp_path / "out", "--method", "int8")
 
 
 def test_a_model_that_is_quantized_is_refused(base: Callable[..., Path], run: Run, tmp_path: Path) -> None:
@@ -65,6 +66,13 @@ def test_a_folder_that_holds_something_is_not_written_to(base: Callable[..., Pat
     refused(run, "is not empty", base("llama"), out, "--method", "int8")
     (out / "mine").unlink()
     assert run(base("llama"), out, "--method", "int8")[0] == 0
+
+
+def test_a_mount_point_is_refused_before_work_begins(base: Callable[..., Path], run: Run) -> None:
+    """The finished folder takes its name by a rename, which a mount point does not allow."""
+    status, error = run(base("llama"), "/proc", "--method", "int8")
+    assert status == 2
+    assert "give a folder below it" in error
 
 
 def test_layers_that_no_group_size_divides_are_named(base: Callable[..., Path], run: Run, tmp_path: Path) -> None:
@@ -84,7 +92,7 @@ def test_a_truncated_file_is_refused(base: Callable[..., Path], run: Run, tmp_pa
     model = shutil.copytree(base("llama"), tmp_path / "model")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(run, "model.safetensors cannot be read", model, tmp_path / "out", "--method", "int8")
+    refused(run, "model.safetensors is cut off", model, tmp_path / "out", "--method", "int8")
 
 
 def test_a_disk_without_room_is_told_before_work_begins(

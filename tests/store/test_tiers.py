@@ -7,9 +7,10 @@ import pytest
 from adapter_store import objects
 from adapter_store.catalog import NameKey
 from adapter_store.errors import AdapterRejected, SourceUnavailable, StoreConfigInvalid
+from adapter_store.image import pack
 from adapter_store.records import AdapterState
 from tests.support.disk_world import files_of, in_world, right
-from tests.support.fake_sources import FakeSource, small_adapter
+from tests.support.fake_sources import FakeSource, small_adapter, small_spec
 from tests.support.store_world import IMAGE_BYTES, SPEC, World
 
 
@@ -21,6 +22,23 @@ async def test_after_a_restart_an_adapter_comes_from_disk(world):
     assert (await right(world)).version == before.version
     assert world.source.fetches == ["a"]
     assert (await world.store.status()).disk_hits == 1
+
+
+@in_world
+async def test_an_image_of_codes_lies_beside_that_of_numbers_and_outlives_a_restart_as_it_does(world):
+    """Both of one version; each is found by the spec that it was packed for."""
+    spec = small_spec("int8")
+    digest = await world.store.register_spec(spec)
+    numbers, codes = await right(world), await world.store.acquire("a", digest, "me")
+    assert (numbers.version, numbers.manifest["dtype"]) == (codes.version, "float32")
+    await world.restart()
+    await world.store.register_spec(spec)
+    world.source.down = "no route to host"
+    await right(world)
+    lease = await world.store.acquire("a", digest, "me")
+    assert lease.manifest == codes.manifest
+    assert world.bytes_of(lease).tobytes() == pack(small_adapter(seed=1), spec).data.tobytes()
+    assert (await world.store.status()).disk_hits == 2
 
 
 @in_world

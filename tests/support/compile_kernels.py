@@ -1,6 +1,7 @@
 """Compile every Triton kernel for a GPU that is not there: launches become compilations. Prints a line for each.
 
     python tests/support/compile_kernels.py bfloat16
+    python tests/support/compile_kernels.py float16 products     # with every kind of quantized weight, nothing else
 
 Run in a process of its own, without TRITON_INTERPRET. The calls are those that an 8B model of the Llama kind makes.
 """
@@ -19,10 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from engine.triton_kernels import attention, elementwise, lora
+from engine.triton_kernels import attention, elementwise, lora, quant_linear, quant_rows
+from engine.triton_kernels.quant_layout import PackedWeight, pack_weight
 
 HOPPER = GPUTarget("cuda", 90, 32)
-KERNELS = ("_attend", "_combine", "_rms_norm", "_silu_mul", "_rope_and_cache", "_write_kv", "_shrink", "_expand")
+KERNELS = (
+    "_attend", "_combine", "_rms_norm", "_silu_mul", "_rope_and_cache", "_write_kv", "_shrink", "_expand",
+    "_few_rows", "_many_rows", "_sum_columns", "_sum_splits", "_round_rows",
+)  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
 _TYPES = {
     torch.float32: "*fp32",
@@ -30,6 +35,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -65,7 +71,7 @@ class Compiling:
 
 
 def intercept() -> None:
-    for module in (attention, elementwise, lora):
+    for module in (attention, elementwise, lora, quant_linear, quant_rows):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name in KERNELS:
                 setattr(module, name, Compiling(value, name))
@@ -109,6 +115,42 @@ def call_all(dtype: torch.dtype, rows: int) -> None:
     lora.add_lora(qkv, hidden, chunks, group, codes, 64)
 
 
+def packed(kind: Any, in_features: int = 1024, out_features: int = 128, group_size: int | None = None) -> PackedWeight:
+    """A weight with zeros where it has groups."""
+    per_byte = 2 if kind in ("int4", "nf4") else 1
+    codes = torch.zeros((out_features, in_features // per_byte), dtype=torch.uint8)
+    scales = torch.full((out_features, in_features // (group_size or in_features)), 1.25)
+    zeros = None if group_size is None else torch.zeros_like(scales, dtype=torch.int16)
+    return pack_weight(kind, codes, scales, zeros, table=torch.zeros(16) if kind == "nf4" else None)
+
+
+def call_products(dtype: torch.dtype) -> None:
+    """Those of one kind and class of rows each: compiling one takes seconds."""
+    bias = torch.zeros(128, dtype=dtype)
+    for rows, weight in ((1, packed("int4", group_size=128)), (256, packed("int4")), (1, packed("fp8"))):
+        quant_linear.quant_linear(torch.zeros((rows, 1024), dtype=dtype), weight, bias)
+    for kind, code_type in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        quant_rows.round_rows(torch.zeros((1, 4096), dtype=dtype), kind, code_type)  # type: ignore[arg-type]
+    rows, row_scales = torch.zeros((256, 1024), dtype=torch.int8), torch.zeros(256)
+    quant_linear.quant_linear(rows, packed("int8"), bias, row_scales, dtype=dtype)
+
+
+def call_all_products(dtype: torch.dtype) -> None:
+    """Every kind for every class of rows, with and without groups, where tiles fit and where they do not."""
+    for kind in ("int4", "nf4", "int8", "fp8"):
+        for weight in (packed(kind, group_size=128), packed(kind, 8700, 9000 if kind == "int4" else 90)):
+            for rows in (1, 16, 32, 64, 256):
+                quant_linear.quant_linear(torch.zeros((rows, weight.in_features), dtype=dtype), weight)
+    for rows in (1, 16, 32, 64):
+        codes = torch.zeros((rows, 1024), dtype=torch.int8)
+        quant_linear.quant_linear(codes, packed("int8"), None, torch.zeros(rows), dtype=dtype)
+
+
 if __name__ == "__main__":
     intercept()
-    call_all(getattr(torch, sys.argv[1]), rows=4)
+    chosen = getattr(torch, sys.argv[1])
+    if sys.argv[2:] == ["products"]:
+        call_all_products(chosen)
+    else:
+        call_all(chosen, rows=4)
+        call_products(chosen)

@@ -14,8 +14,10 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 from engine.quantize.__main__ import main
+from engine.quantize.source import open_source
 
 
 def run(arguments: list[str], fatal: int | None = None) -> tuple[int, int]:
@@ -46,6 +48,7 @@ def run(arguments: list[str], fatal: int | None = None) -> tuple[int, int]:
 
 
 def run_all(model: str, whole: str, out: str, arguments: list[str]) -> dict[str, object]:
+    open_source(Path(model))  # imports what every fork would import anew
     status, moments = run([model, whole, *arguments])
     first = random.randint(1, moments - 2)
     # What remains has fewer moments than the whole; one in its first half is sure to come.

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from engine.kv.rows import KVQuantization, dequantize_rows, quantize_rows
+from engine.kv.storage import KVShape, KVStorage
 from engine.triton_kernels import elementwise
 from tests.support.triton_device import DEVICE
 
@@ -93,3 +95,28 @@ def test_write_kv_takes_rows_as_they_lie(dtype: torch.dtype) -> None:
     for row, (block, offset) in {0: (1, 2), 2: (0, 1)}.items():
         expected[block, 1, 0, offset], expected[block, 1, 1, offset] = k[row], v[row]
     assert torch.equal(cache, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_rope_and_cache_keeps_the_rounded_rows_of_what_it_would_have_kept(
+    quantization: KVQuantization, dtype: torch.dtype
+) -> None:
+    rows, num_heads, num_kv_heads, head_dim = 3, 4, 3, 24
+    qkv = draw(rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    qkv[0, -head_dim:] = 0
+    cos, sin = (draw(rows, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
+    slots = torch.tensor([9, -1, 2], device=DEVICE)
+    queries, caches = [], []
+    for kind in (None, quantization):
+        storage = KVStorage(KVShape(2, 4, num_kv_heads, head_dim, dtype, kind), 3, DEVICE)
+        given = qkv.clone()
+        queries.append(
+            elementwise.rope_and_cache(given, num_heads, cos, sin, storage.data, 1, slots, None, storage.scales)
+        )
+        caches.append([storage.gather(layer, torch.arange(3, device=DEVICE)) for layer in range(2)])
+    assert torch.equal(queries[0], queries[1])
+    for plain, found in zip(caches[0][1], caches[1][1], strict=True):
+        assert plain[9].any()
+        assert torch.equal(found, dequantize_rows(*quantize_rows(plain, quantization)))
+    assert not any(part.any() for part in caches[1][0])  # of the other layer

@@ -111,6 +111,20 @@ def test_recorded_steps_give_the_same_text_for_adapters_that_came_later(bases: P
     assert 4 in calls  # all four decoded by one recorded step
 
 
+def test_recorded_steps_over_a_quantized_cache_give_the_text_of_plain_torch(bases: Path) -> None:
+    base = make_base("llama", bases / "one-layer", num_hidden_layers=1)
+    adapters = adapters_of(base, (3,), target_modules="all-linear")
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    texts = []
+    for kernels in ("triton", "torch"):
+        llm = LLM(base, adapters, **{**SETTINGS, "kernels": kernels, "kv_cache_dtype": "int8"})
+        if kernels == "triton":
+            recorded(llm)
+        outputs = llm.generate(PROMPTS, params, [None, "r3", None, "r3"])
+        texts.append([output.token_ids for output in outputs])
+    assert texts[0] == texts[1]
+
+
 def test_steps_with_lora_on_the_embedding_are_not_replayed(bases: Path) -> None:
     base = make_base("llama", bases / "one-layer", num_hidden_layers=1)
     adapters = adapters_of(base, (2,), target_modules=["embed_tokens", "q_proj"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import EngineConfig
+from engine.model import triton_quant
 from engine.model.loader import LoadedModel, load_model
 from engine.model.triton_quant import QuantProduct, can_run, has_scaled_mm, join
+from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight
-from engine.triton_kernels.quant_layout import pack_weight
+from engine.triton_kernels.quant_layout import PackedWeight, pack_weight
 from engine.triton_kernels.quant_rows import round_rows
+from tests.runner.test_runner import image_of
 from tests.support.plan_driver import PlanDriver
 from tests.support.quantized_weights import quantize_layers, random_weight
-from tests.support.tiny_model import make_base
+from tests.support.tiny_model import make_adapter, make_base
 from tests.support.triton_device import DEVICE
 
 # Of the largest result. Weights are whole numbers or, nf4 in 16 bits, rounded once; then the result is. Triton's
@@ -165,6 +169,22 @@ def test_zeros_and_codes_that_16_bits_cannot_hold_are_left_to_plain_torch() -> N
     assert not can_run(fp8)
 
 
+def test_codes_go_layer_by_layer_when_the_kernels_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one layer is repacked, those before it are gone: a model never lies in memory twice."""
+    model = nn.Sequential(*(QuantLinear(weight_of("int8", 8, 32, seed=i)) for i in range(3)))
+    codes = [weakref.ref(layer.quantized.codes) for layer in model]
+    alive: list[int] = []
+
+    def counting(*args: Any) -> PackedWeight:
+        alive.append(sum(code() is not None for code in codes))
+        return pack_weight(*args)
+
+    monkeypatch.setattr(triton_quant, "pack_weight", counting)
+    assert triton_quant.swap_quant_linears(model, torch.float32) == 3
+    assert alive == [3, 2, 1]
+    assert not any(code() for code in codes)
+
+
 def load_quantized(base: Path, kind: str, skip: str) -> LoadedModel:
     """The base with random codes in every linear layer but those whose names contain `skip`."""
     loaded = load_model(EngineConfig(model=str(base), device=DEVICE.type, dtype="float32", num_threads=1))
@@ -187,10 +207,11 @@ def load_quantized(base: Path, kind: str, skip: str) -> LoadedModel:
         pytest.param("mixtral", "nf4", "gate", marks=pytest.mark.slow),
     ],
 )
-def test_the_logits_of_quantized_models_are_those_of_plain_torch(
+def test_the_logits_of_quantized_models_and_adapters_are_those_of_plain_torch(
     arch: str, kind: str, skip: str, tmp_path: Path
 ) -> None:
     base = make_base(arch, tmp_path / arch, num_hidden_layers=1, tie_word_embeddings=False)
+    adapter = make_adapter(base, tmp_path / "r3", seed=3, rank=3)
     logits = []
     for kernels in ("torch", "triton"):
         driver = PlanDriver(load_quantized(base, kind, skip), kernels=kernels, dtype="float32", device=DEVICE.type)
@@ -198,7 +219,9 @@ def test_the_logits_of_quantized_models_are_those_of_plain_torch(
         assert ("QuantLinear" in names) == (kernels == "torch")
         assert ("TritonDecoder" in names) == (kernels == "triton" and arch != "mixtral")
         assert ("TritonQuantLinear" in names) == (kernels == "triton" and skip != "lm_head")
-        driver.add([7, 8, 9])
-        driver.run(2, (2,))
-        logits.append(torch.stack(driver.logits[0]))
+        driver.load_adapter(image_of(driver.loaded, adapter, "r3"), 1)
+        driver.add([7, 8, 9], lora_slot=1)
+        driver.add([40])
+        driver.run(1, (3, 1))
+        logits.append(torch.cat([*driver.logits[0], *driver.logits[1]]))
     assert (logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].std()

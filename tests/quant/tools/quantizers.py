@@ -42,7 +42,9 @@ def gptqmodel(base: Path, out: Path, **config: Any) -> None:
 
 def at_load(base: Path, out: Path, config: Any) -> None:
     """Saved before the first forward, after which bitsandbytes 0.50 on a CPU saves something else."""
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=config, device_map="cpu", dtype=torch.float32
+    )
     model.save_pretrained(out)
 
 
