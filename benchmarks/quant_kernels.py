@@ -132,13 +132,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--rows", default="1,4,16,64,256")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     library = load_library()
-    library.set_threads(torch.get_num_threads())
+    library.set_threads(args.threads)
+    torch.set_num_threads(args.threads)
     for layer in args.layers.split(","):
         in_features, widths = LAYERS[layer]
         for rows in (int(rows) for rows in args.rows.split(",")):

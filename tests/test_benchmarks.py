@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from adapter_store.store import AdapterStore
+from tests.support.native import native_or_skip
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--requests", "2", "--prompt-tokens", "4", "--new-tokens", "4", "--num-adapters", "2"]
@@ -138,3 +139,13 @@ def test_few_and_many_registered_names_are_looked_up_by_turns() -> None:
         pytest.skip("this store registers no names")
     rows = run("adapters", "lookup", "--names", "10,100", "--lookups", "20", "--rounds", "2")
     assert [row["names"] for row in rows] == [10, 100]
+
+
+@pytest.mark.slow
+def test_quantized_layers_are_timed_beside_bfloat16_ones() -> None:
+    native_or_skip()
+    rows = run("quant_kernels", "--layers", "o", "--rows", "1,16", "--kinds", "int4,nf4,torch-int4", "--pairs", "1")
+    assert [(row["rows"], row["kind"]) for row in rows] == [
+        (count, kind) for count in (1, 16) for kind in ("int4", "nf4", "torch-int4")
+    ]
+    assert all(row["speedup"] > 0 for row in rows)

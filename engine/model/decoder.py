@@ -3,12 +3,15 @@
 transformers runs such a layer as some fifty operations; on small batches their launching takes longer than their
 arithmetic. A layer is recognised by its parts and accepted by its numbers: the model runs once as it came, and a
 compiled layer must give the output of its original on the original's input. One that does not stays as it is.
+Quantized layers that round their inputs do not while they are tried: two sums that differ in their last bit are rounded
+to two steps, an eighth apart in FP8, and so much must not be forgiven.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -37,7 +40,6 @@ _NORMS = {
 _TRIAL_TOKENS = 20
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 _FIXED_POINT = 2**-12  # inputs of integer codes may be multiplied as 16-bit numbers
-_NEXT_STEP = 2**-7  # an input between two steps of its rounding may go to either
 
 
 @dataclass(slots=True)
@@ -107,20 +109,26 @@ def swap_decoder(
         return set()
     prefix = next(name for name, module in model.named_modules() if module is layers)
     inputs = _trial_inputs(backend)
-    seen = _observe(prefix, layers, backend, lambda: run(inputs))
+    with inputs_kept(layers):
+        seen = _observe(prefix, layers, backend, lambda: run(inputs))
     site_of = {site.name: site.index for site in sites}
     accepted: list[Compiled | None] = []
     done: set[int] = set()
     for i, observed in enumerate(seen):
         parts = _take_apart(observed, layers[i], site_of)
-        one = None if parts is None else compile_one(parts)
-        if parts is None or one is None:
+        if parts is None:
             accepted.append(None)
             continue
-        if not _agrees(make_run([one], observed.hidden), observed, backend, inputs, _tolerance(parts)):
-            accepted.append(None)
-            continue
+        with inputs_kept(layers[i]) as num_rounded:
+            one = compile_one(parts)
+            if one is not None and not _agrees(make_run([one], observed.hidden), observed, backend, inputs, parts):
+                one = None
+        if one is not None and num_rounded:
+            del one  # before its weights are packed again, with their rounding
+            one = compile_one(parts)
         accepted.append(one)
+        if one is None:
+            continue
         done |= set(parts.sites.values())
         del parts
         layers[i] = ComputedBefore()  # its own weights go before the next one's are packed
@@ -228,16 +236,22 @@ def _get(module: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def _tolerance(parts: LayerParts) -> float:
-    """Of what a compiled layer adds, relative to the largest of it."""
-    weights = [linear.quantized for linear in parts.linears.values() if isinstance(linear, QuantLinear)]
-    fixed = any(weight.kind in ("int4", "int8") for weight in weights)
-    rounded = any(weight.activations for weight in weights)
-    return max(_TOLERANCE[parts.dtype], _NEXT_STEP if rounded else _FIXED_POINT if fixed else 0.0)
+@contextmanager
+def inputs_kept(module: nn.Module) -> Iterator[int]:
+    """Inside, no quantized layer of the module rounds its inputs. Gives: how many would."""
+    layers = [part for part in module.modules() if isinstance(part, QuantLinear) and part.quantized.activations]
+    weights = [layer.quantized for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.quantized = replace(weight, activations=None)
+    try:
+        yield len(layers)
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.quantized = weight
 
 
 def _agrees(
-    compiled: nn.Module, observed: _Observed, backend: AttentionBackend, inputs: AttentionInputs, tolerance: float
+    compiled: nn.Module, observed: _Observed, backend: AttentionBackend, inputs: AttentionInputs, parts: LayerParts
 ) -> bool:
     expected, dtype = observed.output, observed.hidden.dtype
     if not isinstance(expected, Tensor) or backend.storage.shape.dtype is not dtype:
@@ -247,5 +261,8 @@ def _agrees(
     got = compiled(observed.hidden, position_embeddings=(cos, sin), attention_backend=backend)
     change = (expected - observed.hidden).float()  # what the layer adds: beside the whole stream an error looks small
     error = (got - expected).float().abs().max()
+    weights = [linear.quantized for linear in parts.linears.values() if isinstance(linear, QuantLinear)]
+    fixed = any(weight.kind in ("int4", "int8") for weight in weights)
+    tolerance = max(_TOLERANCE[dtype], _FIXED_POINT if fixed else 0.0)
     limit = tolerance * change.abs().max() + torch.finfo(dtype).eps * 2 * expected.abs().max()
     return bool(error <= limit)

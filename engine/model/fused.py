@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from engine.model.decoder import inputs_kept
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary
 from engine.quant.linear import QuantLinear
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-_NEXT_STEP = 2**-7  # an input that is rounded for a quantized weight may go to either of two steps
 _ROWS = 5
 
 
@@ -100,20 +100,18 @@ def _mlp_twin(module: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> 
         return None
     if dtype not in SUPPORTED_DTYPES or any(p.dtype is not dtype for p in module.parameters()):
         return None
-    gate, _, down = parts
+    gate = parts[0]
     assert isinstance(gate, nn.Linear | QuantLinear)
-    rounds = isinstance(down, QuantLinear) and down.quantized.activations is not None
     twin = NativeGatedMLP(library, module)
-    return twin if _agree(module, twin, gate.in_features, dtype, _NEXT_STEP if rounds else 0.0) else None
+    with inputs_kept(module):
+        return twin if _agree(module, twin, gate.in_features, dtype) else None
 
 
 @torch.inference_mode()
-def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype, tolerance: float = 0.0) -> bool:
-    """`tolerance`: what is allowed beyond the rounding of `dtype`."""
+def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype) -> bool:
     x = torch.randn((1, _ROWS, width), generator=torch.Generator().manual_seed(0)).to(dtype)
     expected, got = module(x), twin(x)
     if got.dtype is not expected.dtype or got.shape != expected.shape:
         return False
     scale = float(expected.float().abs().max())
-    limit = max(tolerance, _TOLERANCE[dtype]) * max(scale, 1e-6)
-    return bool((got.float() - expected.float()).abs().max() <= limit)
+    return bool((got.float() - expected.float()).abs().max() <= _TOLERANCE[dtype] * max(scale, 1e-6))
