@@ -54,6 +54,7 @@ def run_tool(environment: str, folder: Path, *names: str) -> None:
     with log.open("w") as output:
         done = subprocess.run(
             [ROOT / environment / "bin" / "python", script, folder, *names],
+            cwd=folder,  # where some leave logs
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=_TIMEOUT_S,
