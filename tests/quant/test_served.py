@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from engine import LLM, SamplingParams
-from tests.equality.oracle import Text, assert_greedy
+from tests.support.mixed_adapters import check_served, make_adapters
 from tests.support.quantized_files import make_twins
 from tests.support.rounding_oracle import rounded_model
-from tests.support.tiny_model import make_adapter, make_base
+from tests.support.tiny_model import make_base
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 264}
-RANKS = (2, 4, 8, 16)
-
-
-def check(served: Path, dense: Path, adapters: dict[str, Path], **settings: Any) -> None:
-    """Five sequences of one step, four with an adapter each, as one prompt after another meets them."""
-    draw = random.Random(11)
-    prompts = [[draw.randrange(256) for _ in range(length)] for length in (3, 17, 9, 30, 12) for _ in range(2)]
-    names = [None, *adapters] * 2
-    llm = LLM(served, adapters, dtype="float32", num_threads=1, max_num_seqs=16, block_size=4, **settings)
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True), names)
-    for name in dict.fromkeys(names):
-        texts = [Text(o.prompt_token_ids, o.token_ids) for o in outputs if o.adapter == name]
-        assert_greedy(dense, adapters[name] if name else None, texts)
-
-
-def adapters_of(base: Path, folder: Path, **how: Any) -> dict[str, Path]:
-    return {f"r{rank}": make_adapter(base, folder / f"r{rank}", seed=rank, rank=rank, **how) for rank in RANKS}
 
 
 @pytest.mark.parametrize(
@@ -51,14 +32,14 @@ def test_a_model_rounded_at_load_with_four_adapters(arch: str, settings: dict[st
     rounded_model(base, settings["quantization"], lm_head=lm_head, embeddings=embeddings).save_pretrained(
         tmp_path / "dense"
     )
-    check(base, tmp_path / "dense", adapters_of(base, tmp_path), **settings)
+    check_served(base, tmp_path / "dense", make_adapters(base, tmp_path), **settings)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "mixtral"])
 def test_a_quantized_checkpoint_with_four_adapters(arch: str, tmp_path: Path) -> None:
     base = make_base(arch, tmp_path / "base", **SIZES)
     twins = make_twins(base, tmp_path)
-    check(twins.quantized, twins.dense, adapters_of(base, tmp_path))
+    check_served(twins.quantized, twins.dense, make_adapters(base, tmp_path))
 
 
 def test_adapters_may_reach_quantized_embeddings_and_head(tmp_path: Path) -> None:
@@ -67,8 +48,8 @@ def test_adapters_may_reach_quantized_embeddings_and_head(tmp_path: Path) -> Non
     rounded_model(base, "int8", lm_head=True, embeddings=True).save_pretrained(tmp_path / "dense")
     targets = ["embed_tokens", "lm_head", "q_proj", "down_proj"]
     # PEFT writes the table into an adapter that reaches it, and takes it from there.
-    adapters = adapters_of(tmp_path / "dense", tmp_path, target_modules=targets)
-    check(base, tmp_path / "dense", adapters, **settings)
+    adapters = make_adapters(tmp_path / "dense", tmp_path, target_modules=targets)
+    check_served(base, tmp_path / "dense", adapters, **settings)
 
 
 def test_the_dense_twin_is_not_the_base(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def read_awq(config: Mapping[str, Any], metadata: Mapping[str, str]) -> AwqSchem
     size = fields.size("group_size", fields.take("q_group_size", 128))
     for key in ("version", "format", "checkpoint_format"):
         fields.choice(key, ("gemm",), "gemm")
+    fields.choice("method", ("awq",), "awq")
     fields.choice("pack_dtype", ("int32",), "int32")
     fields.choice("desc_act", (False,), False)
     if fields.take("backend") == "llm-awq":
