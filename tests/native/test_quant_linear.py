@@ -24,7 +24,7 @@ from tests.support.quantized_weights import random_weight
 
 ROWS = [1, 3, 12, 13, 40]
 # (out, in, group): outputs that fill no panel, groups that fill no block, groups of several blocks.
-SHAPES = [(70, 96, 32), (33, 256, 128), (5, 40, 40), (64, 896, 128), (31, 400, 200), (40, 1300, 1300)]
+SHAPES = [(70, 96, 32), (9, 50, 25), (33, 256, 128), (5, 40, 40), (64, 896, 128), (31, 400, 200), (40, 1300, 1300)]
 KINDS = ["int4", "int8", "nf4", "fp8"]
 
 

@@ -364,17 +364,29 @@ typedef struct {
     char *packed;
 } packing;
 
+/* Nibbles of inputs 0 .. 7, two neighbours to a byte -> input j and j + 4 in byte j. */
+static uint32_t pair_nibbles(uint32_t codes) {
+    const uint32_t even = codes & 0x0f0f0f0f, odd = codes >> 4 & 0x0f0f0f0f;
+    const uint32_t of_even = (even & 0x0f0f) | (even >> 12 & 0xf0f0), of_odd = (odd & 0x0f0f) | (odd >> 12 & 0xf0f0);
+    return (of_even & 0xff) | (of_odd & 0xff) << 8 | (of_even & 0xff00) << 8 | (of_odd & 0xff00) << 16;
+}
+
 static void pack_codes(const packing *p, int64_t panel, int64_t begin, int64_t count, uint8_t *to) {
     const int nibbles = bytes_of_codes(p->q, 2) == 1;
     const int64_t width = min64(PANEL, p->out_features - panel * PANEL), row_bytes = bytes_of_codes(p->q, p->in_features);
+    const int64_t step = nibbles ? 8 : 4; /* inputs in four bytes of one output */
+    const uint32_t sign = p->q->kind == CODE_INT8 ? 0x80808080 : 0;
     for (int64_t n = 0; n < width; n++) {
         const uint8_t *row = p->codes + (panel * PANEL + n) * row_bytes;
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t k = begin + i;
-            if (nibbles)
-                to[(i / 8 * PANEL + n) * 4 + i % 4] |= (uint8_t)((row[k / 2] >> k % 2 * 4 & 15) << i / 4 % 2 * 4);
+        for (int64_t i = 0; i < count; i += step) {
+            uint32_t four = 0;
+            if (i + step <= count && (!nibbles || begin % 2 == 0))
+                __builtin_memcpy(&four, row + bytes_of_codes(p->q, begin + i), sizeof four);
             else
-                to[(i / 4 * PANEL + n) * 4 + i % 4] = p->q->kind == CODE_INT8 ? row[k] ^ 0x80 : row[k];
+                for (int64_t k = begin + i, bit = 0; k < begin + min64(count, i + step); k++, bit += 32 / step)
+                    four |= (uint32_t)(nibbles ? row[k / 2] >> k % 2 * 4 & 15 : row[k]) << bit;
+            four = nibbles ? pair_nibbles(four) : four ^ sign;
+            __builtin_memcpy(to + (i / step * PANEL + n) * 4, &four, sizeof four);
         }
     }
 }
