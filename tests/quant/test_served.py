@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from engine import LLM
 from tests.support.mixed_adapters import check_served, make_adapters
 from tests.support.quantized_files import make_twins
 from tests.support.rounding_oracle import rounded_model
