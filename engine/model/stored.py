@@ -95,6 +95,11 @@ def plan_layers(
             layers.append(StoredLayer(name, place, tensors, stray_bias=bias))
         else:
             others[tensors["weight"].name] = _check_plain(name, tensors, scheme)
+    if not layers:
+        raise ModelNotSupported(
+            f"config.json has a quantization_config of {scheme.name!r}, and the files hold no layer that is quantized so: "
+            "give the quantized files, or take it out of config.json"
+        )
     _check_others(names, others, skeleton)
     _check_complete(names, layers, others, skeleton)
     layers.sort(key=lambda layer: min((str(t.path), t.offset) for t in layer.tensors.values()))
