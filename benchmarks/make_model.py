@@ -76,12 +76,39 @@ def write_adapter(folder: Path, base: Path, shapes: dict[str, tuple[int, int]], 
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
+def write_awq(folder: Path, model: Any, group_size: int = 128) -> None:
+    """The model with random codes in AutoAWQ's GEMM layout in the place of its layers' weights."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer.rpartition(".")[2] not in TARGETS:
+            tensors[name] = tensor.half().clone()
+            continue
+        out_features, in_features = tensor.shape
+        groups = in_features // group_size
+        for suffix, rows in (("qweight", in_features), ("qzeros", groups)):
+            size = (rows, out_features // 8)
+            tensors[f"{layer}.{suffix}"] = torch.randint(-(2**31), 2**31, size, generator=generator, dtype=torch.int32)
+        scales = torch.rand((groups, out_features), generator=generator) * 0.2 / in_features**0.5
+        tensors[f"{layer}.scales"] = scales.half()
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
+    config = model.config.to_dict() | {"dtype": "float16", "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_tokenizer(folder)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="smol135")
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--awq", action="store_true", help="also OUT/awq: the same shape with random 4-bit codes")
     return parser.parse_args()
 
 
@@ -94,6 +121,8 @@ def main() -> None:
     base = args.out / "base"
     model.save_pretrained(base)
     write_tokenizer(base)
+    if args.awq:
+        write_awq(args.out / "awq", model)
     shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS}
     for i in range(args.adapters):
         write_adapter(args.out / "adapters" / f"adapter-{i:04d}", base, shapes, args.rank, seed=i)

@@ -72,7 +72,7 @@ def test_models_of_real_shapes_are_made_on_the_spot(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adapters_in_eight_bits_are_set_against_those_in_sixteen() -> None:
-    rows = run("adapter_dtypes", "--parts", "images,answers", "--count", "3", "--dtypes", "float32")
+    rows = run("quantized.adapter_dtypes", "--parts", "images,answers", "--count", "3", "--dtypes", "float32")
     *images, answers = rows
     assert len(images) == 9
     for row in images:
@@ -144,7 +144,7 @@ def test_few_and_many_registered_names_are_looked_up_by_turns() -> None:
 @pytest.mark.slow
 def test_quantized_layers_are_timed_beside_bfloat16_ones() -> None:
     native_or_skip()
-    rows = run("quant_kernels", "--layers", "o", "--rows", "1,16", "--kinds", "int4,nf4,torch-int4", "--pairs", "1")
+    rows = run("quantized.kernels", "--layers", "o", "--rows", "1,16", "--kinds", "int4,nf4,torch-int4", "--pairs", "1")
     assert [(row["rows"], row["kind"]) for row in rows] == [
         (count, kind) for count in (1, 16) for kind in ("int4", "nf4", "torch-int4")
     ]

@@ -1,6 +1,6 @@
 """What a quantized KV cache costs in quality: exact answers of the demo's adapters, and logits beside the model's own.
 
-    python -m benchmarks.kv_quality --count 200
+    python -m benchmarks.quantized.kv_quality --count 200
 
 Logits are those of the base on held-out prompts with their answers, read back from the cache at every position:
 largest difference, KL divergence of the next token, and how often the likeliest token is another one.

@@ -1,7 +1,7 @@
 """The compiled kernels with quantized weights beside bfloat16 ones: layers of a 0.5B model, for some numbers of rows.
 
-    python -m benchmarks.quant_kernels
-    python -m benchmarks.quant_kernels --kinds int4,torch-int4 --layers down --rows 1,16
+    python -m benchmarks.quantized.kernels
+    python -m benchmarks.quantized.kernels --kinds int4,torch-int4 --layers down --rows 1,16
 
 Each figure is the median of interleaved pairs: one pass over all copies of a layer in either kind, again and again.
 Copies together exceed the caches, as in a model. `torch-*` are torch's own kernels for such weights.

@@ -1,6 +1,6 @@
 """Adapters in eight bits beside adapters in the model's dtype: what they cost in quality, and save in bytes and time.
 
-    python -m benchmarks.adapter_dtypes --parts images,answers,kernels
+    python -m benchmarks.quantized.adapter_dtypes --parts images,answers,kernels
 
 images     bytes of each demo adapter's image, and the relative error of its LoRA part on random inputs, against float64
 answers    exact answers of each demo adapter on held-out lines (as demo/evaluate.py counts them), by the engine
