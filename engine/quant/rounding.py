@@ -36,13 +36,13 @@ _METHODS: dict[Quantization, tuple[Kind, Activations | None]] = {
     "nf4": ("nf4", None),
     "fp8": ("fp8", "fp8"),
 }
-_MIN_GROUP_SIZE = 32  # with fewer weights to a scale, scales cost as much as 4-bit codes save
+MIN_GROUP_SIZE = 32  # with fewer weights to a scale, scales cost as much as 4-bit codes save
 
 
 def can_round(method: Quantization, in_features: int) -> bool:
     """Whether a layer of so many inputs can be rounded at load: in 4 bits, groups of 32 or more must divide them."""
     kind, _ = _METHODS[method]
-    return kind in ("int8", "fp8") or in_features % _MIN_GROUP_SIZE == 0
+    return kind in ("int8", "fp8") or in_features % MIN_GROUP_SIZE == 0
 
 
 def round_weight(weight: Tensor, method: Quantization) -> QuantizedWeight:
