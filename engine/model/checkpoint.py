@@ -75,10 +75,17 @@ def _refuse_recurrent(config: Any) -> None:
 
 
 def build_skeleton(config: Any) -> Any:
-    """The model without memory for its weights (on the meta device)."""
+    """The model without memory for its weights (on the meta device).
+
+    Raises: ModelNotSupported if config.json has values of which none can be made.
+    """
     model_class, config = causal_class(config)
-    with torch.device("meta"):
-        return model_class(config)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # whatever the first layer raises that cannot use its sizes or names
+        told = f"{type(error).__name__}: {error}"
+        raise ModelNotSupported(f"transformers cannot make a {model_class.__name__} by config.json: {told}") from error
 
 
 def causal_class(config: Any) -> tuple[Any, Any]:

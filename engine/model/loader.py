@@ -35,9 +35,10 @@ from engine.model.fingerprint import base_fingerprint, rounding_name
 from engine.model.footprint import Footprint, measure
 from engine.model.free_memory import FreeMemory
 from engine.model.hook import Swap, SwapConfig
+from engine.model.names import CheckpointNames
 from engine.model.probe import probe
 from engine.model.rounded import RoundedQuantization
-from engine.model.stored import StoredQuantization, plan_layers
+from engine.model.stored import StoredQuantization, check_plain_tensors, plan_layers
 from engine.model.surgery import find_sites
 from engine.model.weight_files import WeightFiles
 from engine.quant.formats import read_scheme
@@ -172,7 +173,9 @@ def _source(
         swap: Swap = StoredQuantization(layers, scheme, device)
     else:
         assert config.quantization is not None
-        others = files.tensors
+        others, skeleton = files.tensors, build_skeleton(checkpoint.hf_config)
+        # What a quantizer takes, transformers itself does not compare with the model.
+        check_plain_tensors(CheckpointNames(skeleton), others, skeleton)
         swap = RoundedQuantization(
             config.quantization,
             lm_head=config.quantize_lm_head,

@@ -24,6 +24,8 @@ ExpertPart = Literal["gate", "up", "down"]
 # llm-compressor and gptqmodel name the parts of Mixtral's experts as others call theirs, not as its checkpoints do.
 _MIXTRALS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _EXPERT_INDEX = re.compile(r"\.(\d+)\.[^.]+$")
+# Few weights that decide a lot: which experts a row goes to, and how much of a shared one.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if type(module) is nn.Linear:  # what is derived from it computes something else
         return module.in_features, module.out_features
     return None
+
+
+def is_router(name: str) -> bool:
+    """Whether a linear layer of this name chooses among experts, and so is never rounded."""
+    return name.rpartition(".")[2] in _ROUTERS
 
 
 def holds_experts(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from engine.config import Quantization
 from engine.errors import ConfigError
 from engine.model.free_memory import FreeMemory
-from engine.model.names import check_experts, holds_experts, linear_shape
+from engine.model.names import check_experts, holds_experts, is_router, linear_shape
 from engine.model.placing import embed_scale, replace_embedding, replace_experts, replace_linear
 from engine.quant.experts import ExpertWeights
 from engine.quant.rounding import bytes_per_weight, can_round, quantize, round_weight
@@ -20,8 +20,6 @@ from engine.quant.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
-# Few weights that decide a lot: which experts a row goes to.
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 _MIN_FEATURES = 32  # there is nothing to gain in a smaller layer
 
 
@@ -82,7 +80,7 @@ class RoundedQuantization:
 
     def _choose_linear(self, name: str, module: nn.Module, left: list[str]) -> None:
         shape = linear_shape(module)
-        if shape is None or name.rpartition(".")[2] in _ROUTERS or min(shape) < _MIN_FEATURES:
+        if shape is None or is_router(name) or min(shape) < _MIN_FEATURES:
             return
         if can_round(self._method, shape[0]):
             self._linears[f"{name}.weight"] = name

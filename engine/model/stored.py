@@ -97,10 +97,10 @@ def plan_layers(
             others[tensors["weight"].name] = _check_plain(name, tensors, scheme)
     if not layers:
         raise ModelNotSupported(
-            f"config.json has a quantization_config of {scheme.name!r}, and the files hold no layer that is quantized so: "
-            "give the quantized files, or take it out of config.json"
+            f"config.json has a quantization_config of {scheme.name!r}, and the files hold no layer that is quantized "
+            "so: give the quantized files, or take it out of config.json"
         )
-    _check_others(names, others, skeleton)
+    check_plain_tensors(names, others, skeleton)
     _check_complete(names, layers, others, skeleton)
     layers.sort(key=lambda layer: min((str(t.path), t.offset) for t in layer.tensors.values()))
     return layers, others
@@ -165,8 +165,11 @@ def _check_plain(name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme)
     return tensors["weight"]
 
 
-def _check_others(names: CheckpointNames, others: Mapping[str, StoredTensor], skeleton: Any) -> None:
-    """What transformers is to load is 16-bit, of the model's shapes, and no part of a quantized layer."""
+def check_plain_tensors(names: CheckpointNames, others: Mapping[str, StoredTensor], skeleton: Any) -> None:
+    """What transformers is to load is in floats of 16 bits or more, of the model's shapes, and of no quantized layer.
+
+    Raises: ModelNotSupported naming the tensor and its file.
+    """
     ignored = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
     for key, tensor in others.items():
         where = f"{key} ({tensor.path})"
@@ -180,12 +183,15 @@ def _check_others(names: CheckpointNames, others: Mapping[str, StoredTensor], sk
         expected = names.parameters[known[0]]
         if expected.is_floating_point() and not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
             raise ModelNotSupported(
-                f"{where} is stored in {tensor.dtype}, but quantization_config does not quantize it"
+                f"{where} is stored in {str(tensor.dtype).removeprefix('torch.')}, but config.json does not say that "
+                "it is quantized"
             )
-        if not names.is_converted(key) and tuple(expected.shape) != tensor.shape:
-            raise ModelNotSupported(
-                f"{where} has the shape {list(tensor.shape)}, the model's {known[0]} {list(expected.shape)}"
-            )
+        shape: tuple[int, ...] = tuple(expected.shape)
+        if names.is_converted(key):  # one of the matrices of experts, whose shapes are known, or anything else
+            place = names.place(key.removesuffix(".weight"))
+            shape = tensor.shape if place is None else (place.out_features, place.in_features)
+        if tensor.shape != shape:
+            raise ModelNotSupported(f"{where} has the shape {list(tensor.shape)}; {known[0]} needs {list(shape)}")
 
 
 def _check_complete(names: CheckpointNames, layers: list[StoredLayer], others: Collection[str], skeleton: Any) -> None:

@@ -99,7 +99,7 @@ def shard_paths(folder: Path) -> list[Path]:
         raise ModelNotSupported(
             f"{folder} has no model.safetensors, and {index.name} cannot be read: {error}"
         ) from error
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not isinstance(name, str) or not (folder / name).is_file()]
     if missing:
         raise ModelNotSupported(f"{folder} lacks {missing[0]}, one of the {len(names)} files that {index.name} names")
     return [folder / name for name in names]

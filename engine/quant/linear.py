@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.quant.weight import QuantizedWeight
+from engine.quant.weight import FP8_MAX, QuantizedWeight
 
 _TILE_BYTES = 4 << 20  # of weights that are dequantized at once
-_FP8_MAX = 448.0  # of float8_e4m3fn
 
 
 class QuantLinear(nn.Module):
@@ -50,5 +49,5 @@ def round_activations(x: Tensor, kind: str | None) -> Tensor:
     if kind == "int8":
         scale = largest / 127
         return torch.round(x / scale).clamp(-127, 127) * scale
-    scale = largest / _FP8_MAX
+    scale = largest / FP8_MAX
     return (x / scale).to(torch.float8_e4m3fn).float() * scale

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from engine.config import Quantization
 from engine.errors import ConfigError
-from engine.quant.weight import NF4_VALUES, Activations, Kind, QuantizedWeight, pack_nibbles
+from engine.quant.weight import FP8_MAX, NF4_VALUES, Activations, Kind, QuantizedWeight, pack_nibbles
 
 DEFAULT_GROUP_SIZES = {"int4": 128, "nf4": 64}
-_FP8_MAX = 448.0  # of float8_e4m3fn
 _TILE_ELEMENTS = 1 << 20  # rounded at once: what the work needs beside the weight is a few times this
 
 
@@ -37,13 +36,13 @@ _METHODS: dict[Quantization, tuple[Kind, Activations | None]] = {
     "nf4": ("nf4", None),
     "fp8": ("fp8", "fp8"),
 }
-_MIN_GROUP_SIZE = 32  # with fewer weights to a scale, scales cost as much as 4-bit codes save
+MIN_GROUP_SIZE = 32  # with fewer weights to a scale, scales cost as much as 4-bit codes save
 
 
 def can_round(method: Quantization, in_features: int) -> bool:
     """Whether a layer of so many inputs can be rounded at load: in 4 bits, groups of 32 or more must divide them."""
     kind, _ = _METHODS[method]
-    return kind in ("int8", "fp8") or in_features % _MIN_GROUP_SIZE == 0
+    return kind in ("int8", "fp8") or in_features % MIN_GROUP_SIZE == 0
 
 
 def round_weight(weight: Tensor, method: Quantization) -> QuantizedWeight:
@@ -119,13 +118,13 @@ def _round_tile(groups: Tensor, kind: Kind, zeros: bool, scale_dtype: torch.dtyp
         scales = _usable((high - low) / 15, scale_dtype)
         offsets = -8 - torch.round(low / scales).clamp(-15, 0)
     else:
-        scales = _usable(largest / {"int8": 127.0, "nf4": 1.0, "fp8": _FP8_MAX}[kind], scale_dtype)
+        scales = _usable(largest / {"int8": 127.0, "nf4": 1.0, "fp8": FP8_MAX}[kind], scale_dtype)
     values = groups / scales[:, :, None]
     rows = groups.shape[0]
     if kind == "int8":
         codes = torch.round(values).clamp(-127, 127).to(torch.int8).view(rows, -1)
     elif kind == "fp8":
-        codes = values.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(rows, -1)
+        codes = values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(rows, -1)
     elif kind == "int4":
         nibbles = torch.round(values + offsets[:, :, None]).clamp(-8, 7) + 8
         codes = pack_nibbles(nibbles.to(torch.uint8).view(rows, -1))

@@ -17,6 +17,7 @@ from torch import Tensor
 Kind = Literal["int4", "int8", "nf4", "fp8"]
 Activations = Literal["int8", "fp8"]
 
+FP8_MAX = 448.0  # of float8_e4m3fn
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging as hf_logging
 
-from engine.errors import EngineError, ModelNotSupported
+from engine.errors import ConfigError, EngineError, ModelNotSupported
 from engine.quantize import awq, gptq, rounded
 from engine.quantize.measure import (
     Errors,
@@ -74,14 +74,22 @@ def make(options: Options) -> dict[str, Any]:
 def _texts(source: Source, options: Options) -> Texts:
     if options.calibration is None and options.held_out is None:
         return Texts()
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or WINDOW_TOKENS
-    return read_texts(
+    text_config = source.config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None) or WINDOW_TOKENS
+    texts = read_texts(
         options.calibration,
         options.held_out,
         load_tokenizer(source.folder),
         options.max_samples,
         min(WINDOW_TOKENS, longest),
     )
+    for windows in (texts.calibration, texts.held_out):
+        if windows is not None and int(windows.max()) >= text_config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer in {str(source.folder)!r} makes the token {int(windows.max())}, and the model has "
+                f"{text_config.vocab_size}: it is another model's; put the right one there"
+            )
+    return texts
 
 
 def _config(source: Source, options: Options, group_size: int | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.quant.formats.bits import unpack_nibbles
 from engine.quant.weight import NF4_VALUES, Activations, Kind, QuantizedWeight
 
 NF4_BLOCK = 64
@@ -122,12 +123,7 @@ def pack_gptq(weight: QuantizedWeight, bits: int) -> dict[str, Tensor]:
     g_idx int32 [in]; the first of the numbers that share a word is in its lowest bits.
     """
     half, groups = 1 << (bits - 1), weight.scales.shape[1]
-    if bits == 4:
-        codes = (
-            torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).view(weight.out_features, -1).to(torch.int32)
-        )
-    else:
-        codes = weight.codes.to(torch.int32) + half
+    codes = unpack_nibbles(weight.codes).to(torch.int32) if bits == 4 else weight.codes.to(torch.int32) + half
     g_idx = torch.arange(weight.in_features) // weight.group_size
     if weight.order is not None:
         codes[:, weight.order] = codes.clone()

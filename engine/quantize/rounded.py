@@ -9,13 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.errors import ConfigError
-from engine.quant.rounding import DEFAULT_GROUP_SIZES, quantize
+from engine.quant.rounding import DEFAULT_GROUP_SIZES, MIN_GROUP_SIZE, quantize
 from engine.quantize.layouts import NF4_BLOCK, ROUNDINGS, describe, pack
 from engine.quantize.options import Options
 from engine.quantize.source import Linear, Source
 from engine.quantize.work import Work
-
-_MIN_GROUP_SIZE = 32
 
 
 def group_size_of(source: Source, options: Options) -> int | None:
@@ -30,7 +28,7 @@ def group_size_of(source: Source, options: Options) -> int | None:
     if options.group_size is not None:
         return _checked(source, options.group_size, "give a --group-size that divides the inputs of every layer")
     size = DEFAULT_GROUP_SIZES["int4"]
-    while size > _MIN_GROUP_SIZE and any(layer.in_features % size for layer in source.layers.values()):
+    while size > MIN_GROUP_SIZE and any(layer.in_features % size for layer in source.layers.values()):
         size //= 2
     return _checked(source, size, "give a smaller --group-size, or use int8")
 

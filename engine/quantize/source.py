@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.errors import ModelNotSupported
 from engine.model.checkpoint import build_skeleton, check_folder, read_config
-from engine.model.names import CheckpointNames, Place
+from engine.model.names import CheckpointNames, Place, is_router
 from engine.model.weight_files import StoredTensor, WeightFiles
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
@@ -95,7 +95,9 @@ def _linear_layers(skeleton: Any, files: dict[str, StoredTensor], lm_head: bool)
     for name, stored in files.items():
         layer = name.removesuffix(".weight")
         place = names.place(layer) if layer != name else None
-        if place is not None and (lm_head or skeleton.get_submodule(place.module) is not head):
+        if place is None or is_router(place.module):
+            continue
+        if lm_head or skeleton.get_submodule(place.module) is not head:
             yield _linear(layer, place, stored)
     if lm_head and f"{HEAD}.weight" not in files:
         embedding = next((tensor for name, tensor in files.items() if name.endswith(f"{EMBEDDING}.weight")), None)

@@ -134,8 +134,8 @@ def _read_done(folder: Path, identity: Mapping[str, Any], num_units: int) -> dic
         return {}
     try:
         state = json.loads(path.read_text())
-        before, done = state["identity"], {int(unit): about for unit, about in state["done"].items()}
-    except (ValueError, KeyError, TypeError) as error:
+        before, done = dict(state["identity"]), {int(unit): about for unit, about in state["done"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; start over with --no-resume") from error
     differs = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
     if differs:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import EngineConfig
@@ -118,6 +119,7 @@ def test_a_layer_that_is_not_whole_is_named(
         ({"quantization_config": CONFIG | {"quant_method": "hqq"}}, r"quant_method='hqq'"),
         ({"quantization_config": "gptq"}, r"config\.json"),
         ({"intermediate_size": 64}, r"\.(qweight|qzeros|scales) .*shape"),
+        ({"hidden_act": "nope"}, r"cannot make a LlamaForCausalLM .*nope"),
         ({"num_hidden_layers": 2}, r"model\.layers\.1\.\S+ is missing"),
     ],
 )
@@ -158,6 +160,11 @@ def break_index(folder: Path) -> str:
     return r"model\.safetensors\.index\.json"
 
 
+def name_no_file(folder: Path) -> str:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 5}}')
+    return r"lacks 5, one of the 1 files"
+
+
 def repeat_file(folder: Path) -> str:
     shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors")
     return r"is in \S+model-1\.safetensors and in \S+model-2\.safetensors"
@@ -187,7 +194,8 @@ def no_header(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "damage", [cut, cut_header, empty, lose_file, break_index, repeat_file, unknown_dtype, wrong_size, no_header]
+    "damage",
+    [cut, cut_header, empty, lose_file, break_index, name_no_file, repeat_file, unknown_dtype, wrong_size, no_header],
 )
 @pytest.mark.usefixtures("nothing_read")
 def test_a_damaged_file_is_named(bases: Path, tmp_path: Path, damage: Callable[[Path], str]) -> None:
@@ -199,3 +207,31 @@ def test_a_damaged_file_is_named(bases: Path, tmp_path: Path, damage: Callable[[
 def test_a_damaged_file_is_found_before_rounding_begins(bases: Path, tmp_path: Path) -> None:
     folder = make_twins(bases / "llama", tmp_path).dense
     refused(folder, cut(folder), quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(f"{LAYER}.weight", torch.ones(88, 64)), rf"{LAYER}\.weight .*\[88, 64\].*\[96, 64\]"),
+        (put(f"{LAYER}.weight", torch.ones(96, 64).to(torch.int8)), rf"{LAYER}\.weight .*int8"),
+        (put(f"{LAYER}.qweight", torch.ones(8, 96).int()), rf"{LAYER}\.qweight "),
+    ],
+)
+@pytest.mark.usefixtures("nothing_read")
+def test_a_wrong_tensor_is_named_before_rounding_begins(
+    bases: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    folder = make_twins(bases / "llama", tmp_path).dense
+    (folder / "model.safetensors.index.json").unlink()
+    tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, message, quantization="int8")
+
+
+@pytest.mark.usefixtures("nothing_read")
+def test_an_expert_of_another_shape_is_named_before_rounding_begins(bases: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bases / "mixtral", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    refused(folder, r"experts\.\d\.w\d\.weight .*shape \[\d+, \d+\]", quantization="int8")

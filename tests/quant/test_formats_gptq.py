@@ -92,6 +92,14 @@ def test_an_order_that_changes_nothing_costs_nothing() -> None:
     assert_decodes_to(weight, _expected(layer, 4, g_idx, minus_one=True))
 
 
+def test_an_order_that_the_files_do_not_tell_is_missed() -> None:
+    rules = {"lm_head": {"desc_act": False}, "more": {"group_size": -1}}
+    scheme = read_scheme({**CONFIG, "desc_act": True, "dynamic": rules}, {})
+    assert misfits(scheme, _layer(4, 3), OUT, IN) == ["g_idx"]
+    assert misfits(scheme, _layer(4, 3), OUT, IN, "lm_head") == []
+    assert misfits(scheme, _layer(4, 1), OUT, IN, "more") == []  # one group has no order
+
+
 def test_a_last_group_that_is_shorter_is_read() -> None:
     layer = _layer(4, 2)
     weight = read_layer(read_scheme({**CONFIG, "group_size": 32}, {}), layer, OUT, IN)

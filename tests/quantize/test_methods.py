@@ -108,3 +108,21 @@ def test_scales_are_stored_in_the_dtype_of_the_model_and_codes_are_chosen_for_th
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     decoded = decode(after, layer, config)
     assert np.linalg.norm(decoded - exact) / np.linalg.norm(exact) < LARGEST_ERROR["int8"]
+
+
+def test_the_gate_of_shared_experts_stays_as_a_router_does(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+    config = AutoConfig.for_model(
+        "qwen2_moe", vocab_size=8, num_key_value_heads=2, shared_expert_intermediate_size=64, **sizes, **experts
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "model", tmp_path / "out", "--method", "int8")[0] == 0
+    before, after = tensors_in(tmp_path / "model"), tensors_in(tmp_path / "out")
+    gates = [f"model.layers.0.mlp.{name}" for name in ("gate", "shared_expert_gate")]
+    assert all(torch.equal(after[f"{gate}.weight"], before[f"{gate}.weight"]) for gate in gates)
+    assert "model.layers.0.mlp.shared_expert.up_proj.weight_packed" in after
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert set(gates) <= set(report["kept"])

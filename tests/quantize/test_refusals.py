@@ -75,6 +75,22 @@ def test_a_mount_point_is_refused_before_work_begins(base: Callable[..., Path], 
     assert "give a folder below it" in error
 
 
+def test_a_tokenizer_of_another_model_is_told_before_work_begins(
+    base: Callable[..., Path], run: Run, text: Path, tmp_path: Path
+) -> None:
+    model = base("llama", vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # its tokenizer's are bytes
+    refused(run, "the model has 64", model, tmp_path / "out", "--method", "int8", "--held-out", text)
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_state_that_cannot_be_read_is_told(base: Callable[..., Path], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out.unfinished").mkdir()
+    for state in ('{"identity": null, "done": {}}', '{"identity": {}, "done": []}', "{"):
+        (tmp_path / "out.unfinished" / "state.json").write_text(state)
+        refused(run, "start over with --no-resume", base("llama"), tmp_path / "out", "--method", "int8")
+    assert run(base("llama"), tmp_path / "out", "--method", "int8", "--no-resume")[0] == 0
+
+
 def test_layers_that_no_group_size_divides_are_named(base: Callable[..., Path], run: Run, tmp_path: Path) -> None:
     model = base("llama", intermediate_size=72)
     told = "does not divide the 72 inputs of model.layers.0.mlp.down_proj"

@@ -21,10 +21,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-quantizers" / "bin" / "python"
 TOOLS = ROOT / "tests" / "quant" / "tools"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="needs .venv-quantizers with autoawq and gptqmodel"),
-]
+pytestmark = pytest.mark.quantizers
 
 
 def in_environment(*arguments: object, folder: Path) -> str:

@@ -55,7 +55,7 @@ def by_precedence(targets: Iterable[str]) -> list[str]:
 
 
 def check_names(fields: Fields, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Raises: ModelNotSupported for classes other than Linear, and for what is no regular expression."""
+    """The same names. Raises: ModelNotSupported for an "re:" entry that is no regular expression."""
     check_patterns(fields, key, [name.removeprefix("re:") for name in names if name.startswith("re:")])
     return names
 

@@ -33,6 +33,7 @@ class _Packing:
 
     bits: int
     group_size: int  # -1: one group
+    desc_act: bool  # inputs are in an order of their own, which only g_idx tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class GptqScheme:
             "qweight": TensorSpec((torch.int32,), ((in_features // per_word, out_features),)),
             "qzeros": TensorSpec((torch.int32,), ((groups, out_features // per_word),)),
             "scales": TensorSpec(SCALE_DTYPES, ((groups, out_features),)),
-            "g_idx": TensorSpec((torch.int32,), ((in_features,),), optional=True),
+            "g_idx": TensorSpec((torch.int32,), ((in_features,),), optional=not packing.desc_act or groups == 1),
         }
 
     def read(self, module: str, in_features: int, out_features: int, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -119,8 +120,8 @@ def read_gptq(config: Mapping[str, Any], metadata: Mapping[str, str]) -> GptqSch
     fields = Fields(config)
     meta = fields.take("meta", {})
     written_by = str(meta.get("quantizer")) if isinstance(meta, Mapping) else ""
-    # The files say which layers are quantized, lm_head too, and in which order their inputs are (g_idx).
-    fields.pass_over("quant_method", "lm_head", "desc_act", "backend", "modules_to_not_convert", *MAKING)
+    # The files say which layers are quantized, lm_head too.
+    fields.pass_over("quant_method", "lm_head", "backend", "modules_to_not_convert", *MAKING)
     packing = _packing_of(fields)
     symmetric = fields.flag("sym", True)
     named = fields.take("format")
@@ -140,7 +141,8 @@ def read_gptq(config: Mapping[str, Any], metadata: Mapping[str, str]) -> GptqSch
 
 def _packing_of(fields: Fields, default: _Packing | None = None) -> _Packing:
     bits = fields.choice("bits", (4, 8), default and default.bits)
-    return _Packing(bits, fields.size("group_size", default and default.group_size))
+    size = fields.size("group_size", default and default.group_size)
+    return _Packing(bits, size, fields.flag("desc_act", default is not None and default.desc_act))
 
 
 def _rules(dynamic: Fields | None, default: _Packing) -> tuple[tuple[str, _Packing | None], ...]:
@@ -158,7 +160,7 @@ def _rules(dynamic: Fields | None, default: _Packing) -> tuple[tuple[str, _Packi
         if key.startswith("-:"):
             rules.append((pattern, None))
             continue
-        fields.pass_over("sym", "desc_act", "mse", *MAKING)
+        fields.pass_over("sym", "mse", *MAKING)
         rules.append((pattern, _packing_of(fields, default)))
         fields.end()
     return tuple(rules)
