@@ -31,12 +31,8 @@ def can_pack(linear: nn.Module, dtype: torch.dtype) -> bool:
         return False
     weight = linear.quantized
     if weight.kind in ("nf4", "fp8"):
-        return weight.zeros is None and not (weight.kind == "fp8" and _has_nan(weight.codes))
+        return weight.zeros is None and not weight.has_nan
     return weight.zeros is None or int(weight.zeros.abs().max()) <= MAX_ZERO
-
-
-def _has_nan(codes: Tensor) -> bool:
-    return bool(((codes.view(torch.uint8) & 127) == 127).any())
 
 
 class Packer:

@@ -67,6 +67,11 @@ class QuantizedWeight:
         tensors = (self.codes, self.scales, self.zeros, self.order)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    @property
+    def has_nan(self) -> bool:
+        """Whether a code is no number. Only fp8 has such, and kernels that widen its bits would read 480."""
+        return self.kind == "fp8" and bool(((self.codes.view(torch.uint8) & 127) == 127).any())
+
     def dequantize(self, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows begin .. end - 1 of the weight. Returns: float32 [end - begin, in], columns in the order of inputs."""
         rows = slice(begin, end)

@@ -20,9 +20,12 @@ def _round_rows(x, codes, row_scales, x_row, columns, steps, BLOCK: tl.constexpr
     c = tl.arange(0, BLOCK)
     mask = c < columns
     value = tl.load(x + row * x_row + c, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-12)
-    scale = tl.div_rn(largest, steps + tl.zeros_like(largest))
+    # `tl.max` passes over a NaN, and int8 has no code for one.
+    largest = tl.max(tl.where(value == value, tl.abs(value), float("inf")), axis=0)
+    scale = tl.div_rn(tl.maximum(largest, 1e-12), steps + tl.zeros_like(largest))
+    scale = tl.where(largest < float("inf"), scale, float("nan"))
     value = tl.div_rn(value, scale + tl.zeros_like(value))
+    value = tl.where(value == value, value, 0.0)
     # 1.5 * 2^23: what is added to it is rounded to a whole number, ties to even.
     if TO_FP8:
         # Three bits of mantissa; below 2^-6 numbers are 2^-9 apart.
@@ -39,6 +42,7 @@ def _round_rows(x, codes, row_scales, x_row, columns, steps, BLOCK: tl.constexpr
 def round_rows(x: Tensor, kind: Literal["int8", "fp8"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x = codes * row_scales, nearly: codes are whole numbers up to 127, or those of float8_e4m3fn, written as `dtype`.
 
+    A row with a NaN or an infinity has a scale of NaN.
     Shapes: x [T, in], rows contiguous; codes [T, in]; row_scales [T] float32.
     """
     assert x.stride(1) == 1

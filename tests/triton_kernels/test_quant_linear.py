@@ -142,6 +142,19 @@ def test_rounding_of_rows_is_torchs_to_the_bit(dtype: torch.dtype) -> None:
         assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("activations", ["int8", "fp8"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_row_that_holds_no_number_stays_visible_where_codes_have_none_for_it(activations: Any, broken: float) -> None:
+    """Codes of int8 have no NaN: without one in the scale the row would look sound. Other rows are as they were."""
+    product = QuantProduct(weight_of(activations, 8, 32, activations=activations), None, torch.float16)
+    x = draw(3, 32, dtype=torch.float16)
+    good = product(x)
+    x[1, 3] = broken
+    found = product(x)
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], good[::2])
+
+
 def test_weights_that_differ_in_what_a_product_must_know_are_not_joined() -> None:
     weight = weight_of("int4", 6, 64, 32, zeros=True)
     plain = weight_of("int4", 4, 64, 32, seed=1)

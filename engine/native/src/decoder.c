@@ -3,7 +3,7 @@
  *     x += o(attention(rope(norm(q(n))), rope(norm(k(n))), v(n)))   with n = norm(x)
  *     x += down(silu(gate(n)) * up(n))                              with n = norm(x)
  *
- * Between the products everything is float32; what the KV cache holds has the model's type.
+ * Between the products everything is float32; what the KV cache holds has its own type.
  */
 #include "decoder.h"
 

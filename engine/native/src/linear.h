@@ -1,4 +1,4 @@
-/* Linear layers and their LoRA, for entry points and for the decoder. library.py mirrors the structures. */
+/* Linear layers and their LoRA, for entry points and for the decoder. structs.py mirrors the structures. */
 #ifndef CHORUS_LINEAR_H
 #define CHORUS_LINEAR_H
 

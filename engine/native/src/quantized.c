@@ -321,7 +321,7 @@ const float *quantized_unpack(const quantization *q, const quantized_inputs *in,
         _Pragma("GCC unroll 24") for (int i = 0; i < 4 * n; i++) s[i / 4][i / 2 % 2][i % 2] = _mm512_setzero_ps(); \
         if (weights)                                                                                    \
             tile_of_weights(n, in, x, weights, s);                                                      \
-        else if (q->kind == CODE_NF4)                                                                        \
+        else if (q->kind == CODE_NF4)                                                                   \
             tile_of_codes(n, 1, in, x, panel, s);                                                       \
         else                                                                                            \
             tile_of_codes(n, 0, in, x, panel, s);                                                       \

@@ -1,4 +1,4 @@
-/* Products with weights in few bits; library.py describes the codes and mirrors `quantization`.
+/* Products with weights in few bits; engine/quant/weight.py says what codes mean.
  *
  * A row of inputs is cut where the groups of the weight are cut, and further into blocks of at most MAX_BLOCK inputs.
  * The packed weight follows the blocks: a panel of 32 outputs is, for each group,
