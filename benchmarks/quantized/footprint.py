@@ -1,12 +1,13 @@
 """Resident memory of a process that holds the model in 16 bits and in fewer, and its peak while it loads.
 
-Each case is a process of its own. Counted is anonymous memory: pages of the checkpoint's file that the system keeps
-beside it are not the process's to free.
+Each case is a process of its own. Counted are its anonymous memory and, where the checkpoint's file is mapped, the
+tensors that the model still reads there: the file's other pages are the system's to take back.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -56,11 +57,12 @@ def _measure(settings: dict[str, Any]) -> dict[str, float]:
     with _peak() as peak:
         llm = LLM(**settings, kv_cache_bytes=64 * _MIB, max_model_len=512, max_num_seqs=4)
     llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
-    stats = llm.stats()
+    stats, mapped = llm.stats(), _mapped_mib()
     return {
         "before_mib": before,
-        "resident_mib": _anonymous_mib(),
-        "peak_mib": max(peak),
+        "resident_mib": round(_anonymous_mib() + mapped, 1),
+        "of_it_mapped_mib": mapped,
+        "peak_anonymous_mib": max(peak),
         "quantized_mib": round(stats.quantized_bytes / _MIB, 1),
         "as_16_bits_mib": round(stats.quantized_16bit_bytes / _MIB, 1),
     }
@@ -83,6 +85,21 @@ def _peak() -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
+
+
+def _mapped_mib() -> float:
+    """Of tensors that lie in a mapped checkpoint."""
+    import torch
+
+    files = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [[int(end, 16) for end in row[0].split("-")] for row in files if row[-1].endswith(".safetensors")]
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
+            storage = found.untyped_storage()
+            if any(begin <= storage.data_ptr() < end for begin, end in mapped):
+                storages[storage.data_ptr()] = found.numel() * found.element_size()
+    return round(sum(storages.values()) / _MIB, 1)
 
 
 def _anonymous_mib() -> float:

@@ -1,4 +1,4 @@
-"""Freed memory that goes back to the system while a model is read."""
+"""Freed memory that goes back to the system while a model is read and laid out."""
 
 from __future__ import annotations
 

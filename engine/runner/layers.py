@@ -20,6 +20,7 @@ from engine.lora.batch import LoraBatch
 from engine.lora.native_cpu import NativeLora
 from engine.model.attention import forward_hidden
 from engine.model.decoder import num_trial_blocks
+from engine.model.free_memory import FreeMemory
 from engine.model.fused import fuse
 from engine.model.loader import LoadedModel
 from engine.model.native_decoder import compile_decoder
@@ -59,6 +60,7 @@ def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage
     if _has_lora(config):
         left = tuple(site for site in loaded.sites if site.index not in done)
         install_lora(loaded.model, left, prepared.batch)
+    FreeMemory().give_back()  # of layers that kernels have laid out anew
     return prepared
 
 
