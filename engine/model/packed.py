@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from engine.lora.native_cpu import NativeLora
 from engine.native.library import MAX_ZERO, SUPPORTED_DTYPES, NativeLibrary, check
 from engine.native.structs import Member, Quantization
+from engine.quant.experts import QuantExpert
 from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight
 from engine.site import LinearSite
@@ -95,14 +96,14 @@ class PackedGroup:
         sites: Sequence[LinearSite],
         dtype: torch.dtype,
     ) -> None:
-        """`dtype`: of inputs and outputs, and of all that is not quantized."""
+        """`dtype`: of inputs, outputs and all that is not quantized. `sites`: of the layers, where there is LoRA."""
         self._library = library
         self._lora = lora
         self._in_features = linears[0].in_features
         self.dtype = dtype
         self._widths = [linear.out_features for linear in linears]
         packer = Packer(library)
-        tables = [None if lora is None else lora.table_address(site.index) for site in sites]
+        tables = [None] * len(linears) if lora is None else [lora.table_address(site.index) for site in sites]
         packed = [packer.pack(linear, table) for linear, table in zip(linears, tables, strict=True)]
         self._members = (Member * len(linears))(*(member for member, _ in packed))
         self._keep = [keep for _, keep in packed]
@@ -176,3 +177,18 @@ def pack_linears(
             packed = PackedLinear(linear, group, index, sampled=linear is head)
             setattr(model.get_submodule(parent_name), child, packed)
     return {site.index for members in groups.values() for site in members}
+
+
+def pack_experts(model: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> int:
+    """Give quantized experts, whose layers are no sites, the kernels; their codes go. Returns: how many layers."""
+    num_packed = 0
+    for name in [name for name, module in model.named_modules() if isinstance(module, QuantExpert)]:
+        expert = model.get_submodule(name)
+        for members in (("gate_proj", "up_proj"), ("down_proj",)):
+            linears = [getattr(expert, member) for member in members]
+            if all(can_pack(linear, dtype) for linear in linears):
+                group = PackedGroup(library, linears, None, (), dtype)
+                for index, (member, linear) in enumerate(zip(members, linears, strict=True)):
+                    setattr(expert, member, PackedLinear(linear, group, index, sampled=False))
+                num_packed += len(members)
+    return num_packed

@@ -24,7 +24,7 @@ from engine.model.free_memory import FreeMemory
 from engine.model.fused import fuse
 from engine.model.loader import LoadedModel
 from engine.model.native_decoder import compile_decoder
-from engine.model.packed import pack_linears
+from engine.model.packed import pack_experts, pack_linears
 from engine.model.surgery import install_lora
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, NativeUnavailable, load_library
 
@@ -80,6 +80,7 @@ def _native(
         fuse(model, library, loaded.dtype)
         left = [site for site in sites if site.index not in done]
         done |= pack_linears(model, left, library, lora, loaded.dtype)
+        pack_experts(model, library, loaded.dtype)
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from engine.lora.batch import LoraBatch
 from engine.lora.native_cpu import NativeLora
 from engine.lora.reference import lora_linear
-from engine.model.packed import PackedGroup, PackedLinear, can_pack, pack_linears
+from engine.model.packed import PackedGroup, PackedLinear, can_pack, pack_experts, pack_linears
+from engine.quant.experts import ExpertWeights, QuantExperts
 from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight
 from engine.site import LinearSite
@@ -26,6 +27,7 @@ ROWS = [1, 3, 12, 13, 40]
 # (out, in, group): outputs that fill no panel, groups that fill no block, groups of several blocks.
 SHAPES = [(70, 96, 32), (9, 50, 25), (33, 256, 128), (5, 40, 40), (64, 896, 128), (31, 400, 200), (40, 1300, 1300)]
 KINDS = ["int4", "int8", "nf4", "fp8"]
+EXPERT = [(96, 64, 32), (96, 64, 32), (64, 96, 32)]  # gate, up, down
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +259,17 @@ def test_what_the_kernels_cannot_compute_is_left_to_torch() -> None:
     assert can_pack(QuantLinear(good), torch.float32)
     assert not can_pack(QuantLinear(good), torch.float16)
     assert not can_pack(QuantLinear(good, torch.zeros(8)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_get_the_kernels_and_their_codes_go(kind: str) -> None:
+    weights = [ExpertWeights(*(random_weight(kind, *shape) for shape in EXPERT)) for _ in range(3)]
+    codes = [weakref.ref(expert.gate.codes) for expert in weights]
+    experts = QuantExperts(weights, nn.functional.silu)
+    del weights
+    x, chosen = torch.randn(7, 64), torch.tensor([[0, 2]] * 4 + [[2, 3]] * 3)  # 3 is no expert
+    shares = torch.rand(chosen.shape)
+    expected = experts(x, chosen, shares)
+    assert pack_experts(experts, native_or_skip(), torch.float32) == 9
+    assert deviation(experts(x, chosen, shares), expected) < 1e-3
+    assert all(code() is None for code in codes)
