@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from types import UnionType
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from engine.errors import ConfigError
 
@@ -64,31 +64,23 @@ class EngineConfig:
             raise ConfigError(f"min_adapter_bytes={self.min_adapter_bytes} must not be negative")
         if not self.step_timeout_s > 0:
             raise ConfigError(f"step_timeout_s={self.step_timeout_s} must be more than 0")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device={self.device!r} is not one of 'cpu', 'cuda'")
-        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
-            raise ConfigError(f"dtype={self.dtype!r} is not one of 'auto', 'float32', 'float16', 'bfloat16'")
-        if self.kernels not in ("auto", "native", "triton", "torch"):
-            raise ConfigError(f"kernels={self.kernels!r} is not one of 'auto', 'native', 'triton', 'torch'")
-        if self.adapter_dtype not in ("auto", "int8"):
-            raise ConfigError(f"adapter_dtype={self.adapter_dtype!r} is not one of 'auto' (the model's), 'int8'")
-        if self.adapter_memory not in ("auto", "borrowed", "pages"):
-            raise ConfigError(f"adapter_memory={self.adapter_memory!r} is not one of 'auto', 'borrowed', 'pages'")
+        self._check_choices()
         self._check_quantization()
         self._check_kv_cache_dtype()
         self._check_adapter_memory()
 
+    def _check_choices(self) -> None:
+        for name, kind in _CHOICES.items():
+            value, choices = getattr(self, name), get_args(kind)
+            if value is not None and value not in choices:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
     def _check_quantization(self) -> None:
-        kinds = get_args(Quantization)
-        if self.quantization is not None and self.quantization not in kinds:
-            raise ConfigError(f"quantization={self.quantization!r} is not one of {', '.join(map(repr, kinds))}")
         for name in ("quantize_lm_head", "quantize_embeddings"):
             if getattr(self, name) and self.quantization is None:
                 raise ConfigError(f"{name}=True means nothing without `quantization`: set both, or leave it at False")
 
     def _check_kv_cache_dtype(self) -> None:
-        if self.kv_cache_dtype not in ("auto", "int8", "fp8"):
-            raise ConfigError(f"kv_cache_dtype={self.kv_cache_dtype!r} is not one of 'auto', 'int8', 'fp8'")
         # Where somebody asks for them by name, torch and Triton's interpreter do on a CPU what a GPU would.
         if self.kv_cache_dtype == "fp8" and self.device == "cpu" and self.kernels not in ("torch", "triton"):
             raise ConfigError(
@@ -147,17 +139,28 @@ class EngineConfig:
         return tuple(f.name for f in dataclasses.fields(cls))
 
 
+_CHOICES: dict[str, Any] = {
+    "device": Device,
+    "dtype": DType,
+    "quantization": Quantization,
+    "kv_cache_dtype": KVCacheDType,
+    "adapter_dtype": AdapterDType,
+    "adapter_memory": AdapterMemory,
+    "kernels": Kernels,
+}
+
+
+def _either(kind: Any) -> str:
+    """'a', 'b' or 'c'."""
+    *others, last = map(repr, get_args(kind))
+    return f"{', '.join(others)} or {last}"
+
+
 # Those that are no whole number.
 _KINDS: dict[str, tuple[type | UnionType, str]] = {
+    **{name: (str, _either(kind)) for name, kind in _CHOICES.items()},
     "model": (str, "the path of a folder"),
     "tokenizer": (str, "the path of a folder"),
-    "device": (str, "'cpu' or 'cuda'"),
-    "dtype": (str, "'auto', 'float32', 'float16' or 'bfloat16'"),
-    "adapter_dtype": (str, "'auto' or 'int8'"),
-    "adapter_memory": (str, "'auto', 'borrowed' or 'pages'"),
-    "kv_cache_dtype": (str, "'auto', 'int8' or 'fp8'"),
-    "kernels": (str, "'auto', 'native', 'triton' or 'torch'"),
-    "quantization": (str, "'int8', 'int8-dynamic', 'int4', 'nf4' or 'fp8'"),
     "quantize_lm_head": (bool, "True or False"),
     "quantize_embeddings": (bool, "True or False"),
     "cuda_graphs": (bool, "True or False"),

@@ -11,26 +11,9 @@ Each prints JSON lines: figures, configuration, hardware, versions and commit.
 
 from __future__ import annotations
 
-import argparse
-from importlib import import_module
+from benchmarks.programs import run_one
 
 PROGRAMS = ("ttft", "interference", "traffic", "lookup", "singleflight")
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="program", required=True)
-    for name in PROGRAMS:
-        program = import_module(f"benchmarks.adapters.{name}")
-        one_line = program.__doc__.splitlines()[0]
-        command = commands.add_parser(name, help=one_line, description=program.__doc__)
-        program.add_arguments(command)
-        command.set_defaults(run=program.run)
-    args = parser.parse_args()
-    run = args.run
-    del args.run
-    run(args)
-
-
 if __name__ == "__main__":
-    main()
+    run_one("benchmarks.adapters", __doc__, PROGRAMS)

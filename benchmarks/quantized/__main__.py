@@ -10,25 +10,9 @@ of `benchmarks.throughput`, one with `--engine '{"quantization": "int4"}'`.
 
 from __future__ import annotations
 
-import argparse
-from importlib import import_module
+from benchmarks.programs import run_one
 
 PROGRAMS = ("calibration", "quality", "footprint")
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="program", required=True)
-    for name in PROGRAMS:
-        program = import_module(f"benchmarks.quantized.{name}")
-        command = commands.add_parser(name, help=program.__doc__.splitlines()[0], description=program.__doc__)
-        program.add_arguments(command)
-        command.set_defaults(run=program.run)
-    args = parser.parse_args()
-    run = args.run
-    del args.run
-    run(args)
-
-
 if __name__ == "__main__":
-    main()
+    run_one("benchmarks.quantized", __doc__, PROGRAMS)
