@@ -67,6 +67,20 @@ def _buffer(num_bytes: int, *parts: tuple[int, bytes]) -> bytes:
     return bytes(data)
 
 
+def _config(**own: Any) -> dict[str, Any]:
+    """adapter_config.json with what all have, and what is an adapter's own."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "golden-base",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        **own,
+    }
+
+
 _SITES = [
     _site(0, "model.embed_tokens", 5, 4, kind="embedding"),
     _site(1, "model.layers.0.self_attn.q_proj", 4, 6, layer=0, fusion_group="layers.0.qkv", shard_axis="out"),
@@ -79,21 +93,14 @@ _SITES = [
 FLOAT32 = GoldenImage(
     spec={"base_fingerprint": "golden-base", "dtype": "float32", "sites": _SITES, "tp_degree": 1},
     spec_digest="3278877e5fa0caa8aaa7ff5cfe8bab4f63b539699a510f607fa63226b8f588a6",
-    config={
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "golden-base",
-        "r": 2,
-        "lora_alpha": 4,
-        "rank_pattern": {"down_proj": 3},
-        "alpha_pattern": {"down_proj": 5},
-        "target_modules": ["embed_tokens", "q_proj", "down_proj", "lm_head"],
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    },
+    config=_config(
+        r=2,
+        lora_alpha=4,
+        rank_pattern={"down_proj": 3},
+        alpha_pattern={"down_proj": 5},
+        target_modules=["embed_tokens", "q_proj", "down_proj", "lm_head"],
+        use_rslora=False,
+    ),
     tensors={
         "base_model.model.model.embed_tokens.lora_embedding_A": ((2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
         "base_model.model.model.embed_tokens.lora_embedding_B": ((4, 2), (11, 12, 13, 14, 15, 16, 17, 18)),
@@ -146,21 +153,14 @@ _AWKWARD = (
 BFLOAT16 = GoldenImage(
     spec={"base_fingerprint": "golden-base", "dtype": "bfloat16", "sites": _SITES, "tp_degree": 1},
     spec_digest="eae1312054e8fb7d58980016174f1ac139e5da98c95d00459f678d9decb450d5",
-    config={
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "golden-base",
-        "r": 4,
-        "lora_alpha": 6,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": ["up_proj"],
-        "use_rslora": True,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    },
+    config=_config(
+        r=4,
+        lora_alpha=6,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=["up_proj"],
+        use_rslora=True,
+    ),
     tensors={
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (
             (4, 4),
@@ -190,21 +190,14 @@ BFLOAT16 = GoldenImage(
 INT8 = GoldenImage(
     spec={"base_fingerprint": "golden-base", "dtype": "int8", "sites": _SITES, "tp_degree": 1},
     spec_digest="ec8e8e650926a1241149fda5065b3399e3ab5dbdcc5b999e7edb55a48abe99b4",
-    config={
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "golden-base",
-        "r": 2,
-        "lora_alpha": 3,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": ["embed_tokens", "down_proj"],
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    },
+    config=_config(
+        r=2,
+        lora_alpha=3,
+        rank_pattern={},
+        alpha_pattern={},
+        target_modules=["embed_tokens", "down_proj"],
+        use_rslora=False,
+    ),
     tensors={
         "base_model.model.model.embed_tokens.lora_embedding_A": (
             (2, 5),
