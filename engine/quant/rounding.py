@@ -6,13 +6,13 @@ largest value needs; a code is the nearest value that the kind can write.
     int8    scale = max |w| / 127, per output channel             code = round(w / scale)
     int4    scale = e / -8 or e / -9, per group, where e is the weight of largest size with its sign: the one of the
             two with the smaller sum of squared errors            code = round(w / scale), cut to -8 .. 7
-    int4    with zeros: scale = (max w - min w) / 15, both taken with 0, zero = -8 - round(min w / scale)
     nf4     scale = max |w|, per block of 64                      code of the nearest of the sixteen values
     fp8     scale = max |w| / 448, per output channel             w / scale as float8_e4m3fn
 
 Source: a scale with the sign of the extreme, which then gets the code -8 that has no partner, is llama.cpp's Q4_0.
 Of normal weights in groups of 128 it leaves a relative error of 0.103, with e / -9 (which cuts the extreme off) tried
-too 0.099; max |w| / 7.5 leaves 0.111, and zeros 0.101 at the cost of storing them. NF4 is QLoRA's (arXiv 2305.14314).
+too 0.099; max |w| / 7.5 leaves 0.111, and zero points 0.101 at the cost of storing them. NF4 is QLoRA's (arXiv
+2305.14314).
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def quantize(
     group_size: int | None = None,
     activations: Activations | None = None,
     *,
-    zeros: bool = False,
     scale_dtype: torch.dtype = torch.float32,
 ) -> QuantizedWeight:
     """The nearest `QuantizedWeight` to a weight, by the rules above.
@@ -96,45 +95,35 @@ def quantize(
     parts = []
     for begin in range(0, out_features, step):
         tile = weight[begin : begin + step].float()
-        parts.append(_round_tile(tile.view(tile.shape[0], -1, group), kind, zeros, scale_dtype))
-    codes, scales, offsets = zip(*parts, strict=True)
+        parts.append(_round_tile(tile.view(tile.shape[0], -1, group), kind, scale_dtype))
+    codes, scales = zip(*parts, strict=True)
     return QuantizedWeight(
         kind=kind,
         codes=torch.cat(codes),
         scales=torch.cat(scales),
-        zeros=torch.cat(offsets) if zeros and kind == "int4" else None,
         activations=activations,
     )
 
 
-def _round_tile(groups: Tensor, kind: Kind, zeros: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes: groups float32 [rows, groups, group]. Returns: codes as stored, scales and zeros [rows, groups]."""
-    largest = groups.abs().amax(dim=-1)
-    offsets = torch.zeros_like(largest)
-    if kind == "int4" and not zeros:
-        return *_int4_symmetric(groups, scale_dtype), offsets.to(torch.int16)
+def _round_tile(groups: Tensor, kind: Kind, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Shapes: groups float32 [rows, groups, group]. Returns: codes as stored, scales [rows, groups]."""
     if kind == "int4":
-        low, high = groups.amin(dim=-1).clamp(max=0), groups.amax(dim=-1).clamp(min=0)
-        scales = _usable((high - low) / 15, scale_dtype)
-        offsets = -8 - torch.round(low / scales).clamp(-15, 0)
-    else:
-        scales = _usable(largest / {"int8": 127.0, "nf4": 1.0, "fp8": FP8_MAX}[kind], scale_dtype)
+        return _round_int4(groups, scale_dtype)
+    largest = groups.abs().amax(dim=-1)
+    scales = _usable(largest / {"int8": 127.0, "nf4": 1.0, "fp8": FP8_MAX}[kind], scale_dtype)
     values = groups / scales[:, :, None]
     rows = groups.shape[0]
     if kind == "int8":
         codes = torch.round(values).clamp(-127, 127).to(torch.int8).view(rows, -1)
     elif kind == "fp8":
         codes = values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(rows, -1)
-    elif kind == "int4":
-        nibbles = torch.round(values + offsets[:, :, None]).clamp(-8, 7) + 8
-        codes = pack_nibbles(nibbles.to(torch.uint8).view(rows, -1))
     else:
         table = torch.tensor(NF4_VALUES, device=groups.device)
         codes = pack_nibbles(torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8).view(rows, -1))
-    return codes, scales, offsets.to(torch.int16)
+    return codes, scales
 
 
-def _int4_symmetric(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _round_int4(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     extremes = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))[:, :, 0]
     signs = torch.where(extremes < 0, 1.0, -1.0)
     scales, other = (signs * _usable(extremes.abs() / steps, scale_dtype) for steps in (8.0, 9.0))

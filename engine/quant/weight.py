@@ -98,7 +98,7 @@ class QuantizedWeight:
     def _values(self, codes: Tensor) -> Tensor:
         if self.kind in ("int8", "fp8"):
             return codes.float()
-        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).view(codes.shape[0], -1)
+        nibbles = unpack_nibbles(codes)
         if self.kind == "int4":
             return nibbles.float() - 8
         return torch.tensor(NF4_VALUES, device=codes.device)[nibbles.long()]
@@ -107,3 +107,8 @@ class QuantizedWeight:
 def pack_nibbles(codes: Tensor) -> Tensor:
     """Codes 0 .. 15 two to a byte, the even column in the low half. Shapes: uint8 [out, in] -> uint8 [out, in / 2]."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`. Shapes: uint8 [out, in / 2] -> uint8 [out, in]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).view(packed.shape[0], -1)

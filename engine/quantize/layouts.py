@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.quant.formats.bits import unpack_nibbles
-from engine.quant.weight import NF4_VALUES, Activations, Kind, QuantizedWeight
+from engine.quant.weight import NF4_VALUES, Activations, Kind, QuantizedWeight, unpack_nibbles
 
 NF4_BLOCK = 64
 

@@ -20,11 +20,6 @@ def bytes_of(words: Tensor) -> Tensor:
     return words.contiguous().view(torch.uint8)
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `engine.quant.weight.pack_nibbles`. Shapes: uint8 [rows, n / 2] -> uint8 [rows, n]."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).view(packed.shape[0], -1)
-
-
 def signed(codes: Tensor) -> Tensor:
     """0 .. 255 to -128 .. 127 by taking 128 away. Shapes: uint8 -> int8, new memory."""
     return (codes ^ 0x80).view(torch.int8)

@@ -22,13 +22,12 @@ from engine.quant.formats.bits import (
     signed,
     sorted_groups,
     spread_blocks,
-    unpack_nibbles,
     zeros_or_none,
 )  # fmt: skip
 from engine.quant.formats.config_groups import Group, by_precedence, check_names, matches, read_groups
 from engine.quant.formats.fields import Fields, refuse_module
 from engine.quant.scheme import SCALE_DTYPES, Shape, TensorSpec
-from engine.quant.weight import QuantizedWeight
+from engine.quant.weight import QuantizedWeight, unpack_nibbles
 
 _LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.quant.formats.bits import bytes_of, permute_columns, signed, sorted_groups, unpack_nibbles, zeros_or_none
+from engine.quant.formats.bits import bytes_of, permute_columns, signed, sorted_groups, zeros_or_none
 from engine.quant.formats.fields import MAKING, Fields, check_patterns, refuse_module
 from engine.quant.scheme import SCALE_DTYPES, TensorSpec
-from engine.quant.weight import QuantizedWeight
+from engine.quant.weight import QuantizedWeight, unpack_nibbles
 
 _LAYOUTS = ("gptq", "gptq_v2")
 _LITERAL = re.compile(r"(?:[^\\.^$*+?{}\[\]()|]|\\[^a-zA-Z0-9])*")  # a whole name, no regular expression
