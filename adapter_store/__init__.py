@@ -1,6 +1,6 @@
 """The adapter store: finds adapters, checks them, packs them into images and holds those in host memory.
 
-Exports are lazy, so that `adapter_store.image` (which offline use needs) imports neither boto3 nor ray.
+Exports are lazy, so that `adapter_store.image.packing` (which offline use needs) imports neither boto3 nor ray.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ _EXPORTS = {
     "AdapterPage": "adapter_store.records",
     "AdapterRecord": "adapter_store.records",
     "AdapterState": "adapter_store.records",
-    "FileImage": "adapter_store.blobs",
+    "FileImage": "adapter_store.tiers.blobs",
     "Lease": "adapter_store.records",
-    "MemoryBlobs": "adapter_store.blobs",
-    "PackedImage": "adapter_store.image",
+    "MemoryBlobs": "adapter_store.tiers.blobs",
+    "PackedImage": "adapter_store.image.packing",
     "Registration": "adapter_store.records",
     "SourceConfig": "adapter_store.sources.base",
     "StoreConfig": "adapter_store.records",
     "StoreError": "adapter_store.errors",
     "StoreStatus": "adapter_store.records",
-    "map_image": "adapter_store.blobs",
-    "pack": "adapter_store.image",
-    "pack_folder": "adapter_store.image",
+    "map_image": "adapter_store.tiers.blobs",
+    "pack": "adapter_store.image.packing",
+    "pack_folder": "adapter_store.image.packing",
 }
 
 __all__ = sorted(_EXPORTS)

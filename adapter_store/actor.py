@@ -22,11 +22,11 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, ObjectStoreFullError, OutOfDiskError, RayError
 
-from adapter_store.blobs import BlobsFull
 from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreConfig, StoreStatus
 from adapter_store.sources.base import SourceConfig
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import BlobsFull
 
 PROTOCOL_VERSION = 2  # rises with every change to what the actor's methods take and return
 NAMESPACE = "chorus"

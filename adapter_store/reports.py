@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from adapter_store.catalog import ImageKey, NameKey, Version
-from adapter_store.database import IndexUnavailable
-from adapter_store.host import Held
-from adapter_store.index import ImageRow
+from adapter_store.names.catalog import ImageKey, NameKey, Version
+from adapter_store.names.database import IndexUnavailable
+from adapter_store.names.index import ImageRow
 from adapter_store.records import AdapterPage, AdapterRecord, AdapterState, StoreConfig, StoreStatus
-from adapter_store.tiers import Tiers
+from adapter_store.tiers.assembly import Tiers
+from adapter_store.tiers.host import Held
 
 _STATE_ORDER = (
     AdapterState.HOST,

@@ -14,12 +14,12 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from adapter_store.blobs import BlobStore
-from adapter_store.catalog import ImageKey, NameKey, Version
-from adapter_store.database import IndexUnavailable
 from adapter_store.errors import AdapterRejected, AdapterVersionGone, SourceUnavailable, SpecUnknown, StoreError
-from adapter_store.host import Held
-from adapter_store.index import CATALOG
+from adapter_store.image.spec import Spec, read_spec
+from adapter_store.names.catalog import ImageKey, NameKey, Version
+from adapter_store.names.database import IndexUnavailable
+from adapter_store.names.index import CATALOG
+from adapter_store.names.registered import check_rows, origin
 from adapter_store.records import (
     AdapterPage,
     AdapterRecord,
@@ -32,9 +32,9 @@ from adapter_store.records import (
 )
 from adapter_store.reports import Reports
 from adapter_store.sources.base import Source, SourceChanged
-from adapter_store.sources.catalog import check_rows, origin
-from adapter_store.spec import Spec, read_spec
-from adapter_store.tiers import Tiers
+from adapter_store.tiers.assembly import Tiers
+from adapter_store.tiers.blobs import BlobStore
+from adapter_store.tiers.host import Held
 
 _log = logging.getLogger(__name__)
 TICK_S = 5.0  # between two looks at what could be better

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import workload
 from benchmarks.make_model import SHAPES
+from engine.checkpoint.placing import finish, replace_linear
 from engine.config import EngineConfig, Quantization
 from engine.core.draft import lora_segments
 from engine.core.plan import RowOutput, SequenceSlice, SequenceStart, StepPlan, TokenRef
@@ -37,7 +38,6 @@ from engine.lora.storage import SiteWeights
 from engine.model.attention import ATTENTION_NAME
 from engine.model.capabilities import judge
 from engine.model.loader import LoadedModel
-from engine.model.placing import finish, replace_linear
 from engine.model.probe import probe
 from engine.model.surgery import find_sites
 from engine.quant.linear import QuantLinear

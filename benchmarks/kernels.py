@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import workload
 from engine.kv.backend import AttentionInputs, LayerCall
-from engine.kv.native_cpu import NativeAttention
+from engine.kv.native_attention import NativeAttention
 from engine.kv.rows import KVQuantization
 from engine.kv.storage import KVShape, KVStorage
 from engine.native.library import NativeLibrary, load_library

@@ -19,14 +19,14 @@ from benchmarks import workload
 from engine.config import EngineConfig
 from engine.core.plan import RowOutput, Sample, StepPlan, StepResult
 from engine.engine import Engine, EngineParts
-from engine.kv.native_cpu import NativeAttention
+from engine.image_spec import ImageSpec
+from engine.kv.native_attention import NativeAttention
 from engine.kv.storage import KVShape, KVStorage
 from engine.lora.batch import LoraBatch
 from engine.native.library import NativeUnavailable, load_library
 from engine.output import OutputProcessor
 from engine.request import Request, SamplingParams
 from engine.runner.inputs import InputBuilder
-from engine.site import ImageSpec
 from engine.text.tokenizer import Tokenizer
 
 BLOCK_SIZE = 16

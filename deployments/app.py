@@ -9,8 +9,8 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments.ingress import Router
-from deployments.replica import Replica
-from deployments.settings import AppArgs
+from deployments.replica.replica import Replica
+from deployments.settings.app import AppArgs
 
 ROUTING_STATS_PERIOD_S = 0.5
 HEALTH_PERIOD_S = 2.0
@@ -31,7 +31,7 @@ def build(args: AppArgs) -> Application:
         ray_actor_options={"num_cpus": args.replica_num_cpus, "num_gpus": args.replica_num_gpus},
         request_router_config=RequestRouterConfig.model_validate(
             {
-                "request_router_class": "deployments.request_router:AdapterRequestRouter",
+                "request_router_class": "deployments.router.request_router:AdapterRequestRouter",
                 "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
             }
         ),

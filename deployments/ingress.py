@@ -14,15 +14,15 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.api import create_api
-from deployments.auth import ApiKeys
 from deployments.calls import Call, Fault, Refused, StreamItem
-from deployments.gateway import Gateway
-from deployments.prompts import Prompts
-from deployments.settings import AppArgs
-from deployments.store_actor import connector
-from deployments.store_client import StoreClient
-from deployments.streams import ReplicaLost
+from deployments.http.api import create_api
+from deployments.http.auth import ApiKeys
+from deployments.router.gateway import Gateway
+from deployments.router.prompts import Prompts
+from deployments.router.streams import ReplicaLost
+from deployments.settings.app import AppArgs
+from deployments.store.actor import connector
+from deployments.store.client import StoreClient
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,7 +40,7 @@ class ServeBackend:
         self._streaming = handle.options(stream=True)
 
     async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """See `deployments.streams.Backend`."""
+        """See `deployments.router.streams.Backend`."""
         # In a context of its own: calls made within one HTTP request would share its internal id, by which Serve tells
         # waiting calls apart, and all but the first would wait for ever.
         response: Any = contextvars.Context().run(self._streaming.generate.remote, call)

@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
+    from engine.aio.async_engine import AsyncEngine
     from engine.config import EngineConfig
     from engine.engine import Engine
     from engine.llm import LLM
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LLM": "engine.llm",
-    "AsyncEngine": "engine.async_engine",
+    "AsyncEngine": "engine.aio.async_engine",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",
     "FinishReason": "engine.request",

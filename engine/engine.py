@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from engine.assembly import EngineParts, limits_of, load_parts
 from engine.config import EngineConfig
 from engine.core.adapter_room import ByteRoom
 from engine.core.adapter_slots import AdapterSlots
@@ -14,7 +15,6 @@ from engine.core.refusals import check_request
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
-from engine.parts import EngineParts, limits_of, load_parts
 from engine.request import FinishReason, OutputError, Request
 from engine.runner.protocol import PendingStep, StepNotLaunched
 from engine.stats import EngineStats, RequestClock, RequestMetrics, Totals

@@ -1,7 +1,7 @@
 """Offline generation: prompts in, outputs back, in order. No server, no threads, no Ray.
 
-This is a composition root: it alone in the engine packs adapters with `adapter_store.image`; a server gets its images
-from the adapter store.
+This is a composition root: it alone in the engine packs adapters, with `adapter_store.image.packing`; a server gets its
+images from the adapter store.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
 def _pack(name: str, folder: Path, engine: Engine) -> AdapterImage:
     """The adapter in `folder` as an image for this engine, keyed by the content of its files."""
     from adapter_store.errors import StoreError
-    from adapter_store.image import pack_folder
+    from adapter_store.image.packing import pack_folder
     from engine.lora.image import AdapterImage, AdapterManifest
 
     try:

@@ -18,54 +18,77 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
-SEAMS = ("engine.errors", "engine.request", "engine.site", "engine.config", "engine.stats", "engine.startup")
-PARTS = ("engine.model", "engine.kv", "engine.lora", "engine.quant")
-KERNELS = ("engine.native", "engine.triton_kernels", "engine.upload")  # know tensors and nothing of the engine
+SEAMS = ("engine.errors", "engine.request", "engine.image_spec", "engine.config", "engine.stats", "engine.gc_pause")
+PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engine.quant")
+KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
+STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
+STORE_FLOORS = tuple(f"adapter_store.{folder}" for folder in ("image", "sources", "names", "fetch", "tiers"))
+SERVE_SEAMS = ("deployments.calls", "deployments.asks", "deployments.errors")
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
-    "engine.site": (),
+    "engine.image_spec": (),
     "engine.stats": (),
-    "engine.startup": (),
+    "engine.gc_pause": (),
     "engine.config": ("engine.errors",),
     "engine.request": ("engine.errors",),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),
     "engine.native": ("engine.native",),
     "engine.triton_kernels": ("engine.triton_kernels",),
-    "engine.upload": (),
+    "engine.to_device": (),
     "engine.kv": (*SEAMS, "engine.core.plan", "engine.kv", *KERNELS),
     "engine.lora": (*SEAMS, "engine.core.plan", "engine.lora", *KERNELS),
     "engine.quant": (*SEAMS, "engine.quant"),
     # A program beside the engine.
-    "engine.quantize": ("engine.errors", "engine.model", "engine.quant", "engine.quantize"),
+    "engine.quantize": ("engine.errors", "engine.checkpoint", "engine.model", "engine.quant", "engine.quantize"),
+    "engine.checkpoint": (*SEAMS, "engine.quant", "engine.checkpoint"),
     "engine.model": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS),
     "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
     "engine.output": (*SEAMS, "engine.core.sequence", "engine.text"),
-    "engine.parts": (*SEAMS, "engine.core", "engine.model", "engine.runner", "engine.text"),
-    "engine.engine": (*SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text", "engine.parts"),
-    "engine.streams": (*SEAMS, "engine.output"),
-    "engine.commands": (*SEAMS, "engine.core", *PARTS, "engine.engine"),
-    "engine.async_engine": (
-        *SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.streams", "engine.commands",
+    "engine.assembly": (*SEAMS, "engine.core", "engine.checkpoint", "engine.model", "engine.runner", "engine.text"),
+    "engine.engine": (
+        *SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text", "engine.assembly",
     ),
+    "engine.aio": (*SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.aio"),
     # The one arrow out of the engine: docs/decisions/0001-llm-is-the-offline-composition-root.md
     "engine.llm": (
-        *SEAMS, "engine.lora", "engine.output", "engine.engine", "adapter_store.image", "adapter_store.errors",
+        *SEAMS, "engine.lora", "engine.output", "engine.engine", "adapter_store.image.packing", "adapter_store.errors",
     ),
     "engine": ("engine",),
+    # The store, floor by floor: a name, its version, the version's bytes, an image, what is kept of it.
     "adapter_store": ("adapter_store",),
+    "adapter_store.errors": (),
+    "adapter_store.records": ("adapter_store.errors",),
+    **{folder: (*STORE_SEAMS, *STORE_FLOORS[: floor + 1]) for floor, folder in enumerate(STORE_FLOORS)},
+    "adapter_store.reports": (*STORE_SEAMS, *STORE_FLOORS),
+    "adapter_store.store": (*STORE_SEAMS, *STORE_FLOORS, "adapter_store.reports"),
+    # Ray Serve's side. `app` and `ingress` put it together.
     "deployments": ("engine", "adapter_store", "deployments"),
+    "deployments.calls": (*SEAMS, *STORE_SEAMS),
+    "deployments.asks": (*SEAMS, "deployments.calls"),
+    "deployments.errors": (*SEAMS, *STORE_SEAMS, "deployments.calls"),
+    "deployments.settings": (*SEAMS, "adapter_store", "deployments.settings"),
+    "deployments.store": ("adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store"),
+    "deployments.router": (
+        *SEAMS, "engine.text", "engine.output", "adapter_store.records",
+        *SERVE_SEAMS, "deployments.settings", "deployments.router",
+    ),
+    "deployments.http": (
+        *SEAMS, *STORE_SEAMS,
+        *SERVE_SEAMS, "deployments.settings", "deployments.router", "deployments.http",
+    ),
+    "deployments.replica": (
+        "engine", "adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store", "deployments.replica",
+    ),
     "demo": ("demo",),
 }  # fmt: skip
 
 EXTRAS = ("awq", "gptqmodel")  # of autoawq and gptqmodel, imported when they are asked for
 _TORCH = ("torch", "triton", "numpy", "transformers", "safetensors", "tqdm")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (*SEAMS, "engine.core", "engine.output", "engine.streams", "engine.commands", "engine.async_engine"), ()
-    ),
+    **dict.fromkeys((*SEAMS, "engine.core", "engine.output", "engine.aio"), ()),
     "engine.text": ("transformers", "tokenizers", "jinja2"),
     "engine": _TORCH,
     "engine.quantize": ("torch", "transformers", "safetensors", "tqdm", *EXTRAS),
@@ -156,7 +179,7 @@ def test_the_policy_loads_without_torch_numpy_or_ray() -> None:
 
 def test_the_router_and_the_store_load_without_torch() -> None:
     """So that a router starts fast and stays small; the model's process alone pays for torch."""
-    of_the_replica = ("deployments.replica", "deployments.app")
+    of_the_replica = ("deployments.replica.replica", "deployments.app")
     apart = [m for m in MODULES if is_below(m, "deployments") and m not in of_the_replica]
     store = [m for m in MODULES if is_below(m, "adapter_store")]
     assert "deployments.ingress" in apart

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import httpx
 
 from adapter_store.errors import AdapterRejected, SourceUnavailable
-from adapter_store.inspect import ADAPTER_FILES, KNOWN_FILES
+from adapter_store.image.inspect import ADAPTER_FILES, KNOWN_FILES
 from adapter_store.records import check_name
 from adapter_store.sources.base import (
     RangeRead,
@@ -20,8 +20,8 @@ from adapter_store.sources.base import (
     SourcePage,
 )
 from adapter_store.sources.ranges import WrongRange, digest_or_none, parse_content_range
+from adapter_store.sources.threads import SourceThreads
 from adapter_store.sources.web import WebClient, content_length, shown
-from adapter_store.threads import SourceThreads
 
 _NO_FILE = (404, 410)
 _NO_SUCH_METHOD = (405, 501)

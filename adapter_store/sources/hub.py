@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
-from adapter_store.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
+from adapter_store.image.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from adapter_store.records import check_name
 from adapter_store.sources.base import (
     RangeRead,
@@ -28,8 +28,8 @@ from adapter_store.sources.base import (
     SourcePage,
 )
 from adapter_store.sources.ranges import digest_or_none
+from adapter_store.sources.threads import SourceThreads
 from adapter_store.sources.web import WebClient, shown
-from adapter_store.threads import SourceThreads
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
-from adapter_store.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
+from adapter_store.image.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from adapter_store.records import check_name
 from adapter_store.sources.base import (
     RangeRead,
@@ -21,7 +21,7 @@ from adapter_store.sources.base import (
     SourceListing,
     SourcePage,
 )
-from adapter_store.threads import SourceThreads
+from adapter_store.sources.threads import SourceThreads
 
 MAX_DIGESTS = 100_000  # with more, the half that was taken longest ago is forgotten, and taken again when needed
 _READ_CHUNK_BYTES = 1 << 20

@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumErro
 from urllib3.exceptions import HTTPError
 
 from adapter_store.errors import AdapterNameInvalid, SourceUnavailable
-from adapter_store.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
+from adapter_store.image.inspect import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from adapter_store.records import check_name
 from adapter_store.sources.base import (
     RangeRead,
@@ -26,7 +26,7 @@ from adapter_store.sources.base import (
     SourcePage,
 )
 from adapter_store.sources.ranges import WrongRange, digest_or_none, num_bytes_to_skip, range_header
-from adapter_store.threads import MAX_LOOKUPS, SourceThreads
+from adapter_store.sources.threads import MAX_LOOKUPS, SourceThreads
 
 DEFAULT_REGION = "us-east-1"  # without any region boto3 fails before it asks, which looks like a missing adapter
 _PAGE_KEYS = 1000

@@ -17,7 +17,7 @@ import httpx
 from adapter_store.errors import SourceUnavailable, StoreConfigInvalid
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceConfig, SourceFile
 from adapter_store.sources.ranges import WrongRange, num_bytes_to_skip, range_header
-from adapter_store.threads import MAX_LOOKUPS
+from adapter_store.sources.threads import MAX_LOOKUPS
 
 MAX_REDIRECTS = 5
 MAX_REPLY_BYTES = 8 << 20  # of an answer that is read whole

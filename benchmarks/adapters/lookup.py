@@ -19,9 +19,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from adapter_store.blobs import MemoryBlobs
 from adapter_store.records import Registration, StoreConfig
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from benchmarks import workload
 from tests.support.fake_sources import small_spec
 from tests.support.numbered_source import NumberedSource, name_of

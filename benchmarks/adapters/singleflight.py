@@ -13,10 +13,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from adapter_store.blobs import MemoryBlobs
 from adapter_store.sources.base import RangeRead, SourceFile, SourceListing
 from adapter_store.sources.local import LocalSource
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from benchmarks import workload
 from benchmarks.adapters.stores import write_adapters
 from engine.config import EngineConfig

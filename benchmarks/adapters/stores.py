@@ -110,9 +110,9 @@ async def local_station(
 
 @asynccontextmanager
 async def ray_station(engine: Engine, source: SourceConfig, config: StoreConfig) -> AsyncIterator[Station]:
-    """The store in an actor, asked by `deployments.store_client`. Ray must run."""
+    """The store in an actor, asked by `deployments.store.client`. Ray must run."""
     from adapter_store.actor import get_or_create_store
-    from deployments.store_client import StoreClient
+    from deployments.store.client import StoreClient
 
     name = f"benchmark-{uuid.uuid4().hex}"
     connect = functools.partial(get_or_create_store, (source,), config, namespace=NAMESPACE, name=name)

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from adapter_store.blobs import MemoryBlobs
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
 from adapter_store.records import StoreConfig
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from benchmarks import workload
 from tests.support.fake_sources import FakeClock, small_spec
 from tests.support.numbered_source import NumberedSource, name_of

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapter_store.image import PackedImage, pack_folder
+from adapter_store.image.packing import PackedImage, pack_folder
 from benchmarks import workload
 from demo.text import held_out
 from demo.transforms import TRANSFORMS
 from engine import LLM, EngineConfig, SamplingParams
 from engine.engine import Engine
+from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage, AdapterManifest
 from engine.lora.storage import BorrowedStorage, SiteWeights
 from engine.native.library import NativeLibrary, load_library
 from engine.native.structs import ELEMENTS, LoraChunk, LoraWeights, Member
-from engine.site import ImageSpec
 
 DTYPES = ("auto", "int8")
 # Sites of a model of 0.5 B parameters: in, out.

@@ -22,7 +22,7 @@ from demo.transforms import TRANSFORMS, same
 from engine import LLM, EngineConfig, SamplingParams
 from engine.kv.backend import AttentionInputs
 from engine.kv.storage import KVStorage
-from engine.kv.torch_cpu import TorchAttention
+from engine.kv.torch_attention import TorchAttention
 from engine.model.attention import forward_logits
 from engine.model.loader import LoadedModel, load_model
 from engine.runner.memory import kv_shape

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.rows import CODE_DTYPES, KVQuantization, dequantize_rows, quantize_rows
-from engine.upload import upload
+from engine.to_device import upload
 
 _HUGE_PAGE_BYTES = 2 << 20
 _SCALE_BYTES = 4

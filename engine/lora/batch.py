@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.core.plan import NO_LORA, LoraSegment
+from engine.image_spec import LinearSite
 from engine.lora.chunks import check_rows
 from engine.lora.storage import SiteWeights
-from engine.site import LinearSite
 
 
 class LoraAddition(Protocol):

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import AdapterImageInvalid
-from engine.site import ImageSpec, LinearSite
+from engine.image_spec import ImageSpec, LinearSite
 
 FORMATS = {"float32": 1, "float16": 1, "bfloat16": 1, "int8": 2}  # 2: entries have scales
 ALIGNMENT_BYTES = 64

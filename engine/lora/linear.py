@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch, add_expanded, add_lora
-from engine.site import LinearSite
 
 
 class _LoraLayer(nn.Module):

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from engine.image_spec import LinearSite
 from engine.kv.backend import AttentionBackend, AttentionInputs, LayerCall
 from engine.quant.linear import QuantLinear
-from engine.site import LinearSite
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _LINEARS = {

@@ -17,11 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from engine.config import AdapterDType, EngineConfig
-from engine.errors import ConfigError, ModelNotSupported
-from engine.model.attention import ATTENTION_NAME
-from engine.model.capabilities import Capabilities, judge
-from engine.model.checkpoint import (
+from engine.checkpoint.eos import eos_token_ids
+from engine.checkpoint.fingerprint import base_fingerprint, rounding_name
+from engine.checkpoint.folder import (
     DTYPE_NAMES,
     build_skeleton,
     causal_class,
@@ -30,19 +28,21 @@ from engine.model.checkpoint import (
     resolve_dtype,
     resolve_max_model_len,
 )
-from engine.model.eos import eos_token_ids
-from engine.model.fingerprint import base_fingerprint, rounding_name
-from engine.model.footprint import Footprint, measure
-from engine.model.free_memory import FreeMemory
-from engine.model.hook import Swap, SwapConfig
-from engine.model.names import CheckpointNames
+from engine.checkpoint.footprint import Footprint, measure
+from engine.checkpoint.free_memory import FreeMemory
+from engine.checkpoint.hook import Swap, SwapConfig
+from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.rounded import RoundedQuantization
+from engine.checkpoint.stored import StoredQuantization, check_plain_tensors, plan_layers
+from engine.checkpoint.weight_files import WeightFiles
+from engine.config import AdapterDType, EngineConfig
+from engine.errors import ConfigError, ModelNotSupported
+from engine.image_spec import ImageSpec, LinearSite
+from engine.model.attention import ATTENTION_NAME
+from engine.model.capabilities import Capabilities, judge
 from engine.model.probe import probe
-from engine.model.rounded import RoundedQuantization
-from engine.model.stored import StoredQuantization, check_plain_tensors, plan_layers
 from engine.model.surgery import find_sites
-from engine.model.weight_files import WeightFiles
 from engine.quant.formats import read_scheme
-from engine.site import ImageSpec, LinearSite
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.image_spec import LinearSite
 from engine.kv.backend import AttentionInputs
-from engine.kv.native_cpu import NativeAttention
-from engine.lora.native_cpu import NativeLora
+from engine.kv.native_attention import NativeAttention
+from engine.lora.native_lora import NativeLora
 from engine.model.decoder import LayerParts, swap_decoder
 from engine.model.packed import Packer, can_pack
 from engine.native.library import NativeLibrary, check
 from engine.native.structs import Decoder, DecoderLayer
-from engine.site import LinearSite
 
 
 @dataclass(slots=True)

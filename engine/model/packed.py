@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.lora.native_cpu import NativeLora
+from engine.image_spec import LinearSite
+from engine.lora.native_lora import NativeLora
 from engine.native.library import MAX_ZERO, SUPPORTED_DTYPES, NativeLibrary, check
 from engine.native.structs import Member, Quantization
 from engine.quant.experts import QuantExpert
 from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight
-from engine.site import LinearSite
 
 # As code_kind and input_rounding in engine/native/src/linear.h.
 _KINDS = {"int4": 0, "int8": 1, "nf4": 2, "fp8": 3}

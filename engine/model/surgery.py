@@ -7,12 +7,12 @@ import re
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
 from engine.lora.linear import LoraEmbedding, LoraLinear
 from engine.model.probe import NUM_ROWS, SAMPLED_ROWS, Trace
 from engine.quant.embedding import QuantEmbedding
 from engine.quant.linear import QuantLinear
-from engine.site import LinearSite
 
 # How tensor parallelism would cut a layer, by the last part of its name (Megatron-LM, arXiv 1909.08053): layers that
 # write into the residual stream are cut along their inputs, the others along their outputs. A fused projection is not

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.image_spec import LinearSite
 from engine.kv.backend import AttentionInputs, LayerCall
-from engine.kv.triton_cuda import TritonAttention
-from engine.lora.triton_cuda import TritonLora
+from engine.kv.triton_attention import TritonAttention
+from engine.lora.triton_lora import TritonLora
 from engine.model.decoder import LayerParts, Norm, swap_decoder
 from engine.model.triton_quant import QuantProduct, can_run, join
 from engine.quant.linear import QuantLinear
-from engine.site import LinearSite
 from engine.triton_kernels.elementwise import rms_norm, rope_and_cache, silu_mul
 from engine.triton_kernels.lora import LoraGroup
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.model.placing import finish, replace_experts, replace_linear
+from engine.checkpoint.placing import finish, replace_experts, replace_linear
 from engine.quant.experts import ExpertWeights
 from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight

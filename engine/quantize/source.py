@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.checkpoint.folder import build_skeleton, check_folder, read_config
+from engine.checkpoint.names import CheckpointNames, Place, is_router
+from engine.checkpoint.weight_files import StoredTensor, WeightFiles
 from engine.errors import ModelNotSupported
-from engine.model.checkpoint import build_skeleton, check_folder, read_config
-from engine.model.names import CheckpointNames, Place, is_router
-from engine.model.weight_files import StoredTensor, WeightFiles
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.model.weight_files import WeightFiles
+from engine.checkpoint.weight_files import WeightFiles
 from engine.quant.formats import read_scheme
 from engine.quant.weight import QuantizedWeight
 from engine.quantize.source import Linear

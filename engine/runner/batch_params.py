@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runner.choice import Filters, top_logprobs
-from engine.upload import to_device, upload
+from engine.to_device import to_device, upload
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from engine.kv.backend import AttentionInputs, cut_tiles
-from engine.kv.triton_cuda import TritonAttention
-from engine.lora.triton_cuda import TritonLora
+from engine.kv.triton_attention import TritonAttention
+from engine.lora.triton_lora import TritonLora
 from engine.model.attention import forward_logits
 from engine.model.loader import LoadedModel
 from engine.runner.inputs import StepInputs
-from engine.upload import upload
+from engine.to_device import upload
 
 logger = logging.getLogger(__name__)
 

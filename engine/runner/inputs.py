@@ -11,7 +11,7 @@ import torch
 
 from engine.core.plan import NO_LORA, LoraSegment, RowOutput, SequenceSlice, StepPlan, TokenRef
 from engine.kv.backend import AttentionInputs
-from engine.upload import to_device, upload
+from engine.to_device import to_device, upload
 
 
 class SampledRow(NamedTuple):

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.checkpoint.free_memory import FreeMemory
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv.backend import AttentionBackend, AttentionInputs
-from engine.kv.native_cpu import NativeAttention
+from engine.kv.native_attention import NativeAttention
 from engine.kv.storage import KVStorage
-from engine.kv.torch_cpu import TorchAttention
+from engine.kv.torch_attention import TorchAttention
 from engine.lora.batch import LoraBatch
-from engine.lora.native_cpu import NativeLora
+from engine.lora.native_lora import NativeLora
 from engine.model.attention import forward_hidden
 from engine.model.decoder import num_trial_blocks
-from engine.model.free_memory import FreeMemory
 from engine.model.fused import fuse
 from engine.model.loader import LoadedModel
 from engine.model.native_decoder import compile_decoder
@@ -29,8 +29,8 @@ from engine.model.surgery import install_lora
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, NativeUnavailable, load_library
 
 if TYPE_CHECKING:  # Triton is loaded where it is used: it takes a second, and CPU builds of torch lack it
-    from engine.kv.triton_cuda import TritonAttention
-    from engine.lora.triton_cuda import TritonLora
+    from engine.kv.triton_attention import TritonAttention
+    from engine.lora.triton_lora import TritonLora
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ def _native(
 
 
 def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tuple[PreparedLayers, set[int]]:
-    from engine.kv.triton_cuda import TritonAttention
-    from engine.lora.triton_cuda import TritonLora
+    from engine.kv.triton_attention import TritonAttention
+    from engine.lora.triton_lora import TritonLora
     from engine.model.triton_decoder import fuse_decoder
     from engine.model.triton_quant import swap_quant_linears
 

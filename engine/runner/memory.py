@@ -10,7 +10,7 @@ from engine.config import MIB, EngineConfig
 from engine.core.plan import RowOutput, SequenceSlice, StepPlan
 from engine.errors import ConfigError
 from engine.kv.storage import KVShape, KVStorage
-from engine.kv.torch_cpu import TorchAttention
+from engine.kv.torch_attention import TorchAttention
 from engine.model.attention import forward_logits
 from engine.model.loader import LoadedModel
 from engine.runner.inputs import InputBuilder

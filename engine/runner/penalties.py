@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.request import SamplingParams
-from engine.upload import upload
+from engine.to_device import upload
 
 _FIRST_ROWS = 4
 

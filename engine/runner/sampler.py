@@ -25,7 +25,7 @@ from engine.runner.inputs import SampledRow
 from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
 from engine.runner.scan import scan
-from engine.upload import upload
+from engine.to_device import upload
 
 _NOT_FINITE = "the model's logits for this sequence were not finite (NaN or infinity)"
 _FAILED = -1  # in place of a token id

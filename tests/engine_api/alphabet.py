@@ -11,9 +11,9 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.core.plan import AdapterEvict, AdapterLoad, RowOutput, Sample, SequenceSlice, StepPlan, StepResult, TokenRef
 from engine.engine import Engine, EngineParts
+from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage, AdapterManifest
 from engine.request import Request, SamplingParams
-from engine.site import ImageSpec
 from engine.text.tokenizer import Tokenizer
 from tests.support.tiny_model import EOS_ID, VOCAB_SIZE, make_tokenizer
 

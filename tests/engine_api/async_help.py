@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.async_engine import AsyncEngine
+from engine.aio.async_engine import AsyncEngine
 from engine.request import OutputDelta
 from tests.engine_api.alphabet import AlphabetRunner, make_engine
 

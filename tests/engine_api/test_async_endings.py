@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from engine.async_engine import AsyncEngine
+from engine.aio.async_engine import AsyncEngine
 from engine.errors import EngineDead, QueueFull
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
 from tests.engine_api.async_help import collect, running, text_of, until, wait_for

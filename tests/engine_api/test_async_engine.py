@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.async_engine import AsyncEngine
+from engine.aio.async_engine import AsyncEngine
 from engine.errors import AdapterError, InvalidRequest
 from engine.request import FinishReason, OutputDelta
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request

@@ -9,7 +9,7 @@ import pytest
 
 import engine.engine
 from engine import LLM, EngineConfig, Request, SamplingParams
-from engine.async_engine import AsyncEngine
+from engine.aio.async_engine import AsyncEngine
 from engine.errors import ConfigError, EngineError, InvalidRequest, RequestError
 from tests.engine_api.alphabet import AlphabetRunner, make_parts, make_request
 from tests.engine_api.async_help import collect, running, text_of, wait_for

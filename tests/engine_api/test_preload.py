@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from engine.async_engine import AsyncEngine
+from engine.aio.async_engine import AsyncEngine
 from engine.core.plan import AdapterEvict, AdapterLoad
 from engine.errors import AdapterError, EngineDead
 from tests.engine_api.alphabet import AlphabetRunner, make_engine, make_image, make_request, run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine import LLM, EngineConfig, SamplingParams
-from engine.parts import load_parts
+from engine.assembly import load_parts
 from tests.equality.conftest import Zoo
 from tests.equality.oracle import Text, assert_greedy
 from tests.support.rounded_adapter import round_adapter

@@ -13,9 +13,9 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from engine import LLM, EngineConfig, SamplingParams
+from engine.assembly import load_parts
 from engine.errors import ConfigError
 from engine.model.loader import load_model
-from engine.parts import load_parts
 from engine.runner.memory import kv_shape, num_kv_blocks
 from tests.equality.conftest import Zoo
 from tests.kv.quantized_oracle import round_rows

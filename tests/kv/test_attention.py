@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from engine.kv.backend import AttentionBackend, AttentionInputs, LayerCall
-from engine.kv.native_cpu import NativeAttention
-from engine.kv.reference import ReferenceAttention, attend
+from engine.kv.native_attention import NativeAttention
+from engine.kv.reference_attention import ReferenceAttention, attend
 from engine.kv.storage import KVShape, KVStorage
-from engine.kv.torch_cpu import TorchAttention
-from engine.kv.triton_cuda import TritonAttention
+from engine.kv.torch_attention import TorchAttention
+from engine.kv.triton_attention import TritonAttention
 from tests.support.native import native_or_skip
 from tests.support.triton_device import DEVICE as TRITON_DEVICE
 
@@ -157,7 +157,7 @@ def test_the_oracle_itself_is_causal_softmax_attention() -> None:
 
 
 def test_long_capped_prefill_is_cut_into_parts_without_a_seam(monkeypatch) -> None:
-    monkeypatch.setattr("engine.kv.torch_cpu._MAX_SCORES", 100)
+    monkeypatch.setattr("engine.kv.torch_attention._MAX_SCORES", 100)
     expected, actual = run_both("torch", PREFILLS, layer=LayerCall(index=0, scaling=0.4, softcap=2.0))
     assert (expected - actual).abs().max() <= TOLERANCE[torch.float32]
 
@@ -221,6 +221,6 @@ def test_a_block_costs_what_the_storage_allocates() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_batch_cut_into_parts_has_no_seam(monkeypatch, dtype) -> None:
-    monkeypatch.setattr("engine.kv.torch_cpu._PART_BYTES", {"cpu": 1})
+    monkeypatch.setattr("engine.kv.torch_attention._PART_BYTES", {"cpu": 1})
     expected, actual = run_both("torch", (*DECODES, *DECODES), dtype=dtype)
     assert (expected - actual).abs().max() <= TOLERANCE[dtype]

@@ -11,16 +11,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from engine.core.plan import LoraSegment
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
 from engine.lora.copier import Copier, HostPages, Pacer
 from engine.lora.image import AdapterImage
 from engine.lora.linear import LoraEmbedding, LoraLinear
-from engine.lora.native_cpu import NativeLora
+from engine.lora.native_lora import NativeLora
 from engine.lora.pages import lay_out
-from engine.lora.reference import lora_embedding, lora_linear
+from engine.lora.reference_lora import lora_embedding, lora_linear
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage, SiteWeights
 from engine.model.packed import PackedGroup, PackedLinear
-from engine.site import LinearSite
 from tests.support.lora_images import cut, in_numbers, linear_sites, pack, random_weights, spec_of
 from tests.support.native import deviation, native_or_skip
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from engine.errors import AdapterImageInvalid
+from engine.image_spec import ImageSpec, LinearSite
 from engine.lora.image import AdapterImage, AdapterManifest, touch_pages
-from engine.site import ImageSpec, LinearSite
 from tests.support.golden_image import FLOAT32, GOLDEN, INT8, GoldenImage
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.core.plan import LoraSegment
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
 from engine.lora.linear import LoraEmbedding, LoraLinear
-from engine.lora.reference import lora_embedding, lora_linear
+from engine.lora.reference_lora import lora_embedding, lora_linear
 from engine.lora.storage import BorrowedStorage, SiteWeights
-from engine.site import LinearSite
 from tests.support.lora_images import cut, linear_sites, pack, random_weights, spec_of
 
 # Largest deviation, relative to the largest element of the reference: the low-rank product and the sum are each

@@ -11,7 +11,7 @@ from engine.lora.batch import LoraBatch
 from engine.lora.copier import Copier, CudaPages, Pacer
 from engine.lora.linear import LoraLinear
 from engine.lora.pages import lay_out
-from engine.lora.reference import lora_linear
+from engine.lora.reference_lora import lora_linear
 from engine.lora.storage import PagedStorage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.core.plan import LoraSegment
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
 from engine.lora.linear import LoraEmbedding, LoraLinear
 from engine.lora.storage import BorrowedStorage
-from engine.site import LinearSite
 from tests.support.lora_images import pack, spec_of
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from engine.errors import AdapterError
+from engine.image_spec import ImageSpec, LinearSite
 from engine.lora.copier import Copier, HostPages, Pacer
 from engine.lora.image import AdapterImage, AdapterManifest
 from engine.lora.pages import lay_out
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage, SiteWeights
-from engine.site import ImageSpec, LinearSite
 from tests.support.golden_image import BFLOAT16, FLOAT32, GOLDEN, INT8, GoldenImage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
 

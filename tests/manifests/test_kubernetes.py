@@ -112,7 +112,7 @@ def test_the_embedded_serve_config_equals_serve_config_yaml_but_for_what_is_name
 @overlays
 def test_the_arguments_are_ones_that_the_application_takes(overlay: Path) -> None:
     """Every name and type; not the model's folder, which lies in the image or on a volume."""
-    from deployments.settings import AppArgs
+    from deployments.settings.app import AppArgs
 
     args = dict(serve_config(overlay)["applications"][0]["args"], model=str(ROOT / "demo"))
     AppArgs.model_validate(json.loads(json.dumps(args)))
@@ -149,7 +149,7 @@ def test_what_a_container_mounts_is_a_volume_of_its_pod(overlay: Path) -> None:
 
 @overlays
 def test_a_worker_that_stops_lets_streams_end_for_as_long_as_the_application_does(overlay: Path) -> None:
-    from deployments.settings import AppArgs
+    from deployments.settings.app import AppArgs
 
     drain_s = serve_config(overlay)["applications"][0]["args"].get("drain_s", AppArgs.model_fields["drain_s"].default)
     _, *workers = pods(overlay)
@@ -176,7 +176,7 @@ def test_the_object_store_fits_into_shared_memory_and_holds_the_adapters(overlay
 @overlays
 def test_the_disk_tier_is_on_a_volume_that_holds_it(overlay: Path) -> None:
     """On every node, as above. A volume that is exactly full would have the pod evicted: the index needs room too."""
-    from deployments.settings import AdapterSettings
+    from deployments.settings.app import AdapterSettings
 
     adapters = serve_config(overlay)["applications"][0]["args"]["adapters"]
     disk_bytes = adapters.get("disk_bytes", AdapterSettings.model_fields["disk_bytes"].default)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from engine.checkpoint.folder import resolve_max_model_len
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
 from engine.model.attention import ATTENTION_NAME
 from engine.model.capabilities import judge
-from engine.model.checkpoint import resolve_max_model_len
 from engine.model.loader import load_model
 from engine.model.probe import Trace, probe
 from tests.support.tiny_model import make_base, make_config

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.plan import LoraSegment
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
-from engine.lora.native_cpu import NativeLora
-from engine.lora.reference import lora_linear
+from engine.lora.native_lora import NativeLora
+from engine.lora.reference_lora import lora_linear
 from engine.lora.storage import BorrowedStorage, SiteWeights
 from engine.model.packed import PackedGroup, PackedLinear, pack_linears
-from engine.site import LinearSite
 from tests.support.lora_images import cut, linear_sites, pack, random_weights, spec_of
 from tests.support.native import deviation, native_or_skip
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
-from engine.lora.native_cpu import NativeLora
-from engine.lora.reference import lora_linear
+from engine.lora.native_lora import NativeLora
+from engine.lora.reference_lora import lora_linear
 from engine.model.packed import PackedGroup, PackedLinear, can_pack, pack_experts, pack_linears
 from engine.quant.experts import ExpertWeights, QuantExperts
 from engine.quant.linear import QuantLinear
 from engine.quant.weight import QuantizedWeight
-from engine.site import LinearSite
 from tests.native.test_linear import MIXTURES, NAMES, TOLERANCE, bind
 from tests.support.lora_images import cut, linear_sites
 from tests.support.native import deviation, native_or_skip

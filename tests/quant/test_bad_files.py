@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.checkpoint.weight_files import StoredTensor
 from engine.config import EngineConfig
 from engine.errors import ModelNotSupported
 from engine.model.loader import load_model
-from engine.model.weight_files import StoredTensor
 from tests.support.quantized_files import CONFIG, make_twins
 from tests.support.tiny_model import make_base
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoint.footprint import measure
 from engine.config import EngineConfig, Quantization
 from engine.errors import ConfigError, ModelNotSupported
-from engine.model.footprint import measure
 from engine.model.loader import LoadedModel, load_model
 from engine.quant.embedding import QuantEmbedding
 from engine.quant.linear import QuantLinear

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.checkpoint.footprint import measure
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
-from engine.model.footprint import measure
 from engine.model.loader import LoadedModel, load_model
 from tests.support.quantized_files import Twins, make_twins
 from tests.support.tiny_model import make_base

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_store.image import pack_folder
+from adapter_store.image.packing import pack_folder
 from engine.config import EngineConfig
 from engine.core.plan import AdapterEvict, AdapterLoad, BlockCopy, StepPlan, TokenRef
 from engine.errors import AdapterError, ConfigError

@@ -14,13 +14,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from adapter_store.errors import AdapterNotFound, PinRefused, RegistrationInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus
-from deployments.api import create_api
-from deployments.auth import ApiKeys
 from deployments.calls import Call, Fault, Refused, StreamItem
-from deployments.gateway import Gateway
-from deployments.prompts import Prompts
-from deployments.settings import LimitSettings
-from deployments.streams import ReplicaLost
+from deployments.http.api import create_api
+from deployments.http.auth import ApiKeys
+from deployments.router.gateway import Gateway
+from deployments.router.prompts import Prompts
+from deployments.router.streams import ReplicaLost
+from deployments.settings.app import LimitSettings
 from engine.request import FinishReason, OutputDelta, TokenLogprobs
 from engine.text.tokenizer import Tokenizer
 

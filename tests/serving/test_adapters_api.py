@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from adapter_store.records import Registration
-from deployments.adapters_api import examples
-from deployments.auth import ApiKeys
+from deployments.http.adapters import examples
+from deployments.http.auth import ApiKeys
 from tests.serving.fakes import ADMIN_KEY, KEY, Served, serve
 
 ROW = {"name": "shout", "source": "local", "location": "upper"}

@@ -11,10 +11,10 @@ import pytest
 from ray.exceptions import TaskCancelledError
 from starlette.types import Message, Receive, Scope, Send
 
-from deployments.api import respond
-from deployments.auth import ApiKeys
-from deployments.gate import Gate
-from deployments.settings import LimitSettings
+from deployments.http.api import respond
+from deployments.http.auth import ApiKeys
+from deployments.http.gate import Gate
+from deployments.settings.app import LimitSettings
 from tests.serving.fakes import KEY, FakeBackend, Served, serve
 
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 
 from deployments.calls import Call, Refused, StreamItem
 from deployments.ingress import ServeBackend
-from deployments.streams import ReplicaLost
+from deployments.router.streams import ReplicaLost
 from engine.request import SamplingParams
 
 CALL = Call(request_id="q", prompt_token_ids=(1,), params=SamplingParams(), seed=0)

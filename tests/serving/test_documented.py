@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deployments.adapters_api import examples as adapters
-from deployments.lorax import examples as lorax
-from deployments.openai import examples as openai
+from deployments.http.adapters import examples as adapters
+from deployments.http.lorax import examples as lorax
+from deployments.http.openai import examples as openai
 from tests.serving.fakes import serve
 
 SCHEMA = asyncio.run(serve().client.get("/openapi.json")).json()

@@ -12,10 +12,10 @@ import pytest
 
 from adapter_store.errors import AdapterNotFound
 from adapter_store.records import AdapterRecord, Lease
-from deployments.adapters import HeldAdapters
 from deployments.calls import Fault, Refused
+from deployments.replica.held import HeldAdapters
+from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterManifest
-from engine.site import ImageSpec
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
 MANIFEST: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 
 from adapter_store.errors import AdapterNotFound, StoreError
 from deployments.calls import Fault, Refused
-from deployments.http_errors import ANSWERS, fault_of
+from deployments.errors import ANSWERS, fault_of
 from engine.errors import EngineError, InvalidRequest, PromptTooLong
 
 

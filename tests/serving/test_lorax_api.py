@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.auth import ApiKeys
 from deployments.calls import Fault
+from deployments.http.auth import ApiKeys
 from tests.serving.fakes import KEY, FakeBackend, Served, serve
 
 

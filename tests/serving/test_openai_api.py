@@ -251,7 +251,7 @@ def test_a_failure_in_the_stream_is_an_error_event_and_the_end():
 
 
 def test_a_stream_survives_the_death_of_its_replica(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("deployments.streams.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("deployments.router.streams.FIRST_PAUSE_S", 0.0)
     events = _events(_post(COMPLETIONS, _completion(stream=True), serve(FakeBackend(deaths=[2, 1]))))
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == "hello"
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from deployments.placement import ReplicaView, rank
+from deployments.router.placement import ReplicaView, rank
 
 IDS = ("r1", "r2", "r3", "r4")
 

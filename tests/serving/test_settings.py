@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.settings import AppArgs
+from deployments.settings.app import AppArgs
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,8 +14,8 @@ from adapter_store import actor
 from adapter_store.errors import StoreConfigInvalid
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceConfig
-from deployments.settings import AdapterSettings
-from deployments.store_actor import connector, source_config, store_config
+from deployments.settings.app import AdapterSettings
+from deployments.store.actor import connector, source_config, store_config
 
 SECRETS = {"KEY_ID": "AKIDEXAMPLE", "SECRET": "s3cr3t-value", "SESSION": "s3ssion-value", "TOKEN": "t0ken-value"}
 SOURCES: list[dict[str, Any]] = [

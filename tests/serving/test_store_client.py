@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from ray.exceptions import GetTimeoutError, OwnerDiedError, RayActorError, RayTaskError
 
-from adapter_store.blobs import FileImage
 from adapter_store.errors import AdapterNotFound, SpecUnknown
+from adapter_store.tiers.blobs import FileImage
 from deployments.calls import Fault, Refused
-from deployments.replica import Replica
-from deployments.store_client import StoreClient
+from deployments.replica.replica import Replica
+from deployments.store.client import StoreClient
 
 SPEC = {"sites": []}
 
@@ -60,7 +60,7 @@ def _client(actor: FakeActor, *, wait_s: float = 2.0, connect: Callable[[], Any]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.store_client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.store.client.FIRST_PAUSE_S", 0.01)
 
 
 def test_a_request_waits_for_a_store_that_restarts():

@@ -9,14 +9,14 @@ from contextlib import aclosing
 import pytest
 
 from deployments.calls import Call, Fault, Refused, StreamItem
-from deployments.streams import all_primed, answer, merge
+from deployments.router.streams import all_primed, answer, merge
 from engine.request import FinishReason, SamplingParams
 from tests.serving.fakes import EOS, FakeBackend
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.streams.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("deployments.router.streams.FIRST_PAUSE_S", 0.0)
 
 
 def _call(text: str = "hello there", **params: object) -> Call:

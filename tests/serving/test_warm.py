@@ -14,11 +14,11 @@ import pytest
 
 from adapter_store.errors import AdapterNotFound, SourceUnavailable
 from adapter_store.records import AdapterRecord, Lease
-from deployments.adapters import HeldAdapters
-from deployments.warm import Warmer
+from deployments.replica.held import HeldAdapters
+from deployments.replica.warm import Warmer
 from engine.errors import AdapterError
+from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage
-from engine.site import ImageSpec
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
 MANIFEST: dict[str, Any] = {

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from adapter_store.blobs import MemoryBlobs
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
 from adapter_store.records import StoreConfig, StoreStatus
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import FinishReason, SamplingParams

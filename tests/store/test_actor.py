@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from adapter_store.actor import PROTOCOL_VERSION, get_or_create_store, store_name
 from adapter_store.errors import AdapterRejected, SpecUnknown
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
 from adapter_store.records import Registration, StoreConfig
 from adapter_store.sources.base import SourceConfig
 from tests.support.fake_sources import small_adapter, small_spec

@@ -5,11 +5,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapter_store.catalog import Catalog, ImageKey, NameKey
 from adapter_store.errors import AdapterRejected, StoreFull
+from adapter_store.names.catalog import Catalog, ImageKey, NameKey
 from adapter_store.records import TRANSITIONS, AdapterState
 from adapter_store.sources.base import SourceFile, SourceListing
-from adapter_store.value_cache import ValueCache
+from adapter_store.tiers.value_cache import ValueCache
 
 A, B = NameKey("s", "a"), NameKey("s", "b")
 SPECS = ("spec0", "spec1")

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from adapter_store.catalog import ImageKey
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
+from adapter_store.names.catalog import ImageKey
 from tests.support.disk_world import files_of, in_world, right
 from tests.support.fake_sources import small_adapter
 from tests.support.store_world import DIGEST, SPEC

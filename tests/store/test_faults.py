@@ -12,14 +12,14 @@ import boto3
 import numpy as np
 import pytest
 
-from adapter_store.blobs import MemoryBlobs
 from adapter_store.errors import AdapterNotFound, SourceUnavailable
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
+from adapter_store.image.spec import spec_digest
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceConfig
 from adapter_store.sources.opening import open_source
-from adapter_store.spec import spec_digest
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.fault_proxy import Fault, FaultProxy, Schedule
 

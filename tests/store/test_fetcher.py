@@ -10,16 +10,16 @@ import time
 import numpy as np
 import pytest
 
-import adapter_store.fetcher
-from adapter_store.asking import ask
-from adapter_store.catalog import NameKey, Version
+import adapter_store.fetch.fetcher
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
-from adapter_store.fetcher import Fetcher
-from adapter_store.image import pack, pack_checked
-from adapter_store.pacing import Pacer
+from adapter_store.fetch.fetcher import Fetcher
+from adapter_store.fetch.pacing import Pacer
+from adapter_store.image.packing import pack, pack_checked
+from adapter_store.image.spec import read_spec
+from adapter_store.names.asking import ask
+from adapter_store.names.catalog import NameKey, Version
 from adapter_store.records import StoreConfig, version_digest
 from adapter_store.sources.base import SourceChanged, SourceFile, SourceListing
-from adapter_store.spec import read_spec
 from tests.support.fake_sources import adapter_files, small_adapter, small_config, small_spec, small_tensors
 from tests.support.scripted_source import Fault, ScriptedSource
 
@@ -129,7 +129,7 @@ def test_packing_gives_way_to_everybody_else(monkeypatch):
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return pack_checked(*arguments)
 
-    monkeypatch.setattr(adapter_store.fetcher, "pack_checked", spy)
+    monkeypatch.setattr(adapter_store.fetch.fetcher, "pack_checked", spy)
     before = os.getpriority(os.PRIO_PROCESS, 0)
     fetch(ScriptedSource(small_adapter()), niceness=19)
     assert seen == [19]

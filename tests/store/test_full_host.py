@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapter_store.blobs import FileImage, ImageFiles, map_image
 from adapter_store.errors import AdapterNotFound
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
+from adapter_store.tiers.blobs import FileImage, ImageFiles, map_image
 from tests.support.disk_world import in_world, right
 from tests.support.fake_sources import small_adapter
 from tests.support.store_world import IMAGE_BYTES, SPEC

@@ -16,11 +16,11 @@ from safetensors.torch import save
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SpecInvalid
-from adapter_store.image import pack, pack_folder
-from adapter_store.inspect import Limits
-from adapter_store.rounding import convert, quantize_rows
-from adapter_store.spec import spec_digest
-from engine.site import ImageSpec, LinearSite
+from adapter_store.image.inspect import Limits
+from adapter_store.image.packing import pack, pack_folder
+from adapter_store.image.rounding import convert, quantize_rows
+from adapter_store.image.spec import spec_digest
+from engine.image_spec import ImageSpec, LinearSite
 from tests.support.fake_sources import adapter_files, site, small_adapter, small_config, small_spec, small_tensors
 from tests.support.golden_image import GOLDEN
 
@@ -74,7 +74,7 @@ def test_a_spec_has_the_digest_that_the_engine_gives_it():
 
 
 def test_packing_needs_neither_boto3_nor_ray_nor_torch():
-    code = "import sys, adapter_store.image; print([m for m in ('boto3', 'ray', 'torch') if m in sys.modules])"
+    code = "import sys, adapter_store.image.packing; print([m for m in ('boto3', 'ray', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from safetensors.numpy import save
 
 from adapter_store.errors import AdapterRejected
-from adapter_store.image import pack
-from adapter_store.patterns import Matcher
-from adapter_store.peft_config import HARMLESS, HONOURED, REFUSED_WHEN_SET, parse_config
-from adapter_store.safetensors_header import parse_header
+from adapter_store.image.packing import pack
+from adapter_store.image.patterns import Matcher
+from adapter_store.image.peft_config import HARMLESS, HONOURED, REFUSED_WHEN_SET, parse_config
+from adapter_store.image.safetensors_header import parse_header
 from tests.support.fake_sources import adapter_files, small_adapter, small_config, small_spec, small_tensors
 
 WEIGHTS = "adapter_model.safetensors"

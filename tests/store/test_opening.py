@@ -9,7 +9,7 @@ import pytest
 from adapter_store.errors import StoreConfigInvalid
 from adapter_store.sources.base import RangeRead, SourceConfig, SourceFile
 from adapter_store.sources.opening import open_source
-from adapter_store.threads import nice_pool
+from adapter_store.sources.threads import nice_pool
 from tests.support.source_calls import run
 from tests.support.web_server import Answer, web_server
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_store.pacing import Aimd, Pacer, SourceGate, TokenBucket
+from adapter_store.fetch.pacing import Aimd, Pacer, SourceGate, TokenBucket
 from tests.support.fake_sources import FakeClock
 
 TAKES = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 500)), min_size=1, max_size=30)

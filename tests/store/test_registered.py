@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from adapter_store.errors import AdapterNotFound, AdapterRejected, RegistrationInvalid, SourceUnavailable
-from adapter_store.host import LOOK_S
-from adapter_store.image import pack
-from adapter_store.index import Index
+from adapter_store.image.packing import pack
+from adapter_store.names.index import Index
+from adapter_store.names.registered import CatalogSource, check_rows
 from adapter_store.records import Registration
 from adapter_store.sources.base import SourceFile, SourceListing
-from adapter_store.sources.catalog import CatalogSource, check_rows
+from adapter_store.tiers.host import LOOK_S
 from tests.support.fake_sources import FakeSource, small_adapter
 from tests.support.store_world import SPEC, World, in_loop, turns
 

@@ -10,11 +10,11 @@ import moto.settings
 import pytest
 from urllib3.exceptions import InsecureRequestWarning
 
-from adapter_store.blobs import MemoryBlobs
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceConfig
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from tests.support import s3_servers
 from tests.support.ceph import ceph
 from tests.support.certificates import self_signed

@@ -5,7 +5,6 @@ import asyncio
 import numpy as np
 import pytest
 
-from adapter_store.blobs import MemoryBlobs
 from adapter_store.errors import (
     AdapterNameInvalid,
     AdapterNotFound,
@@ -15,9 +14,10 @@ from adapter_store.errors import (
     SourceUnknown,
     SpecUnknown,
 )
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
 from adapter_store.records import AdapterState
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import MemoryBlobs
 from tests.support.fake_sources import FakeSource, small_adapter, small_spec
 from tests.support.store_world import DIGEST, SPEC, World, in_loop, turns
 

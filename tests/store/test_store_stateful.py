@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapter_store import objects
 from adapter_store.errors import AdapterNotFound, AdapterRejected, PinRefused, SourceUnavailable, StoreFull
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
 from adapter_store.records import Registration
+from adapter_store.tiers import objects
 from tests.support.fake_sources import small_adapter
 from tests.support.store_world import IMAGE_BYTES, SPEC, World, turns
 

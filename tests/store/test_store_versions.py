@@ -11,8 +11,8 @@ from adapter_store.errors import (
     SourceUnavailable,
     StoreFull,
 )
-from adapter_store.host import LOOK_S
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
+from adapter_store.tiers.host import LOOK_S
 from tests.support.fake_sources import FakeSource, small_adapter
 from tests.support.store_world import IMAGE_BYTES, SPEC, World, in_loop
 

@@ -4,11 +4,11 @@ import errno
 
 import pytest
 
-from adapter_store import objects
-from adapter_store.catalog import NameKey
 from adapter_store.errors import AdapterRejected, SourceUnavailable, StoreConfigInvalid
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
+from adapter_store.names.catalog import NameKey
 from adapter_store.records import AdapterState
+from adapter_store.tiers import objects
 from tests.support.disk_world import files_of, in_world, right
 from tests.support.fake_sources import FakeSource, small_adapter, small_spec
 from tests.support.store_world import IMAGE_BYTES, SPEC, World

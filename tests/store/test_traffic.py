@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_store.traffic import Traffic
+from adapter_store.names.traffic import Traffic
 
 
 def test_a_request_counts_half_after_the_half_life():

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_store.errors import AdapterRejected, SourceUnavailable
-from adapter_store.image import plan_image
-from adapter_store.parts import is_overload, split
+from adapter_store.fetch.parts import is_overload, split
+from adapter_store.fetch.transfer import Downloader
+from adapter_store.image.packing import plan_image
+from adapter_store.image.spec import read_spec
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import ReadCancelled
-from adapter_store.spec import read_spec
-from adapter_store.transfer import Downloader
 from tests.support.fake_sources import FakeClock, small_adapter, small_config, small_spec
 from tests.support.scripted_source import Fault, ScriptedSource
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from adapter_store.errors import StoreFull
-from adapter_store.value_cache import MAX_USES, ValueCache
+from adapter_store.tiers.value_cache import MAX_USES, ValueCache
 
 BUDGET = 12
 KEYS = "abcdefgh"

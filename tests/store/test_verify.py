@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_store.errors import SourceUnavailable
+from adapter_store.fetch.transfer import Downloader
+from adapter_store.fetch.verify import MIB, DigestMismatch, EtagMemory, examine, multipart_digest, part_sizes
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceFile
-from adapter_store.transfer import Downloader
-from adapter_store.verify import MIB, DigestMismatch, EtagMemory, examine, multipart_digest, part_sizes
 from tests.support.fake_sources import FakeClock
 from tests.support.scripted_source import Fault, ScriptedSource
 

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from adapter_store.catalog import NameKey
 from adapter_store.errors import AdapterNameInvalid, AdapterNotFound, PinRefused
+from adapter_store.names.catalog import NameKey
 from adapter_store.records import AdapterState
 from tests.support.disk_world import play
 from tests.support.fake_sources import small_adapter, small_spec
@@ -264,7 +264,7 @@ async def test_housekeeping_that_fails_is_told_and_goes_on(world):
 
 @in_world(refresh_s=0)
 async def test_a_pinned_adapter_that_cannot_be_loaded_is_told_once_for_each_reason(world):
-    log = logging.getLogger("adapter_store.warmth")
+    log = logging.getLogger("adapter_store.tiers.warmth")
     told = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = told.append

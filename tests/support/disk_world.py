@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
 from tests.support.fake_sources import small_adapter
 from tests.support.store_world import SPEC, World
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from adapter_store.blobs import BlobsFull
 from adapter_store.errors import SourceUnavailable
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
+from adapter_store.tiers.blobs import BlobsFull
 
 Files = dict[str, bytes]
 

@@ -17,7 +17,7 @@ from typing import Any
 class GoldenImage:
     """One adapter as PEFT writes it, and as an image."""
 
-    spec: dict[str, Any]  # engine.site.ImageSpec as plain data
+    spec: dict[str, Any]  # engine.image_spec.ImageSpec as plain data
     spec_digest: str
     config: dict[str, Any]  # adapter_config.json
     tensors: dict[str, tuple[tuple[int, ...], tuple[float, ...]]]  # name -> shape, float32 values row by row

@@ -17,7 +17,7 @@ PROGRAM = """
 import json, re, sys
 from pathlib import Path
 from engine.config import EngineConfig
-from engine.model.footprint import measure
+from engine.checkpoint.footprint import measure
 from engine.model.loader import load_model
 
 def resident(key):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from engine.core.plan import LoraSegment
+from engine.image_spec import ImageSpec, LinearSite
 from engine.lora.image import AdapterImage, AdapterManifest
 from engine.lora.storage import SiteWeights
-from engine.site import ImageSpec, LinearSite
 
 _ALIGNMENT = 64
 

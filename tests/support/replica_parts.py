@@ -9,8 +9,8 @@ from typing import Any, Protocol, cast
 
 from adapter_store.records import AdapterRecord, Lease
 from adapter_store.store import AdapterStore
-from deployments.adapters import HeldAdapters, Store
-from engine.async_engine import AsyncEngine
+from deployments.replica.held import HeldAdapters, Store
+from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.request import OutputDelta, Request, SamplingParams
 
@@ -24,7 +24,7 @@ class BeatingStore(Store, Protocol):
 
 
 class LocalStore:
-    """An `AdapterStore` of the same event loop as a replica sees it: `deployments.store_client` without Ray.
+    """An `AdapterStore` of the same event loop as a replica sees it: `deployments.store.client` without Ray.
 
     `open_image` turns the blob store's handle into the image's bytes.
     """
@@ -56,7 +56,7 @@ class LocalStore:
 
 
 class ReplicaParts:
-    """Answers requests as `deployments.replica.Replica` does. Lives on one event loop; close it with `close`."""
+    """Answers requests as `deployments.replica` does. Lives on one event loop; close it with `close`."""
 
     def __init__(
         self, engine: Engine, store: BeatingStore, *, lease_ttl_s: float = 30.0, refresh_s: float = 60.0

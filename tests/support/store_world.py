@@ -7,11 +7,11 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from adapter_store.blobs import FileImage, map_image
-from adapter_store.image import pack
+from adapter_store.image.packing import pack
+from adapter_store.image.spec import spec_digest
 from adapter_store.records import Lease, StoreConfig
-from adapter_store.spec import spec_digest
 from adapter_store.store import AdapterStore
+from adapter_store.tiers.blobs import FileImage, map_image
 from tests.support.fake_sources import FakeBlobs, FakeClock, FakeSource, small_adapter, small_spec
 
 SPEC = small_spec()

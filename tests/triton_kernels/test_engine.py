@@ -10,8 +10,8 @@ import torch
 
 from engine import LLM, SamplingParams
 from engine.errors import ConfigError
-from engine.kv.triton_cuda import TritonAttention
-from engine.lora.triton_cuda import TritonLora
+from engine.kv.triton_attention import TritonAttention
+from engine.lora.triton_lora import TritonLora
 from engine.runner.graphs import DecodeGraphs, buckets
 from engine.runner.runner import TorchRunner
 from tests.equality.oracle import Text, assert_greedy

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from engine.core.plan import LoraSegment
-from engine.lora.reference import lora_linear
+from engine.image_spec import LinearSite
+from engine.lora.reference_lora import lora_linear
 from engine.lora.storage import SiteWeights
-from engine.lora.triton_cuda import TritonLora
-from engine.site import LinearSite
+from engine.lora.triton_lora import TritonLora
 from tests.support.triton_device import DEVICE
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

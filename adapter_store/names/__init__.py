@@ -1,0 +1,1 @@
+"""A name becomes a version: asked of its sources, remembered, written down."""

@@ -1,0 +1,246 @@
+"""What the store knows on disk: registered names, versions, images of the disk tier, traffic, pins. One SQLite file.
+
+It is opened, never loaded: a look-up is one statement by primary key, whatever the number of rows. Two threads, one
+that reads and one that writes, so that a bulk registration does not stand in the way of a look-up (WAL). Several stores
+may have the same file open. Everything in it but the registrations and pins can be found again: a file that is corrupt
+or of another schema is set aside and a new one begun.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adapter_store.names.catalog import ImageKey, NameKey
+from adapter_store.names.database import Database, Row, batches
+from adapter_store.records import Registration
+from adapter_store.sources.base import SourceFile, SourceListing
+
+_log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+FILE_NAME = "index.sqlite"
+CATALOG = "catalog"  # the source of registered names
+_SCHEMA = """
+CREATE TABLE registered (name TEXT PRIMARY KEY, source TEXT NOT NULL, location TEXT NOT NULL,
+                         urls TEXT NOT NULL, sha256 TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counted (what TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER registered_more AFTER INSERT ON registered
+    BEGIN UPDATE counted SET number = number + 1 WHERE what = 'registered'; END;
+CREATE TRIGGER registered_less AFTER DELETE ON registered
+    BEGIN UPDATE counted SET number = number - 1 WHERE what = 'registered'; END;
+CREATE TABLE versions (source TEXT, name TEXT, version TEXT NOT NULL, listing TEXT NOT NULL, sha256 TEXT NOT NULL,
+                       checked_at REAL NOT NULL, PRIMARY KEY (source, name)) WITHOUT ROWID;
+CREATE TABLE images (version TEXT, spec_digest TEXT, object TEXT NOT NULL, num_bytes INTEGER NOT NULL,
+                     rank INTEGER NOT NULL, cost_s REAL NOT NULL, uses INTEGER NOT NULL, manifest BLOB NOT NULL,
+                     PRIMARY KEY (version, spec_digest));
+CREATE TABLE traffic (source TEXT, name TEXT, value REAL NOT NULL, at REAL NOT NULL,
+                      PRIMARY KEY (source, name)) WITHOUT ROWID;
+CREATE TABLE pins (source TEXT, name TEXT, PRIMARY KEY (source, name)) WITHOUT ROWID;
+INSERT INTO counted VALUES ('registered', 0);
+"""
+
+
+class RowBroken(Exception):
+    """A row's content is not what was written: the file has no checksums. It never leaves the store."""
+
+
+class Known(NamedTuple):
+    """What a name stood for when it was last looked at (seconds since the epoch), and its files' own digests."""
+
+    version: str
+    listing: SourceListing
+    sha256: dict[str, str]
+    checked_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRow:
+    """An image of the disk tier. `object` is the sha256 of its bytes, `cost_s` what it took to fetch it."""
+
+    key: ImageKey
+    object: str
+    num_bytes: int
+    rank: int
+    cost_s: float
+    uses: int
+
+
+class Index:
+    """See the methods; each raises IndexUnavailable. `path` None keeps everything in memory.
+
+    `may_replace`: nobody else has the file open, so that a broken one may be set aside.
+    """
+
+    def __init__(self, path: Path | None, *, may_replace: bool = True, niceness: int = 0) -> None:
+        self.database = Database(path, _SCHEMA, SCHEMA_VERSION, may_replace=may_replace, niceness=niceness)
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether what is written outlives the process."""
+        return self.database.path is not None
+
+    # Registered names
+
+    async def registered(self, name: str) -> Registration | None:
+        """The row of `name`."""
+        rows = await self.database.read("SELECT * FROM registered WHERE name = ?", (name,))
+        return _registration(rows[0]) if rows else None
+
+    async def list_registered(self, after: str | None, limit: int) -> tuple[str, ...]:
+        """At most `limit` names behind `after`, in order."""
+        rows = await self.database.read(
+            "SELECT name FROM registered WHERE name > ? ORDER BY name LIMIT ?", (after or "", limit)
+        )
+        return tuple(name for (name,) in rows)
+
+    async def num_registered(self) -> int:
+        """How many names are registered; counted as they come and go."""
+        return int((await self.database.read("SELECT number FROM counted WHERE what = 'registered'"))[0][0])
+
+    async def register(self, rows: Iterable[Registration]) -> None:
+        """Writes `rows`, over those of the same names. A call that is cut off leaves whole batches."""
+        statement = (
+            "INSERT INTO registered VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET source = excluded.source, "
+            "location = excluded.location, urls = excluded.urls, sha256 = excluded.sha256"
+        )
+        forget = "DELETE FROM versions WHERE source = ? AND name = ?"  # it may have stood for another place
+        for batch in batches(rows):
+            await self.database.write(statement, [_row(row) for row in batch])
+            await self.database.write(forget, [(CATALOG, row.name) for row in batch])
+
+    async def unregister(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Deletes the rows of `names`; returns those that were there."""
+        gone: list[str] = []
+        for batch in batches(names):
+            gone += await self.database.transact(partial(_delete_registered, names=batch))
+        return tuple(gone)
+
+    # Versions
+
+    async def known(self, key: NameKey) -> Known | None:
+        """What `key` last stood for."""
+        rows = await self.database.read(
+            "SELECT version, listing, sha256, checked_at FROM versions WHERE source = ? AND name = ?", tuple(key)
+        )
+        if not rows:
+            return None
+        version, listing, sha256, checked_at = rows[0]
+        try:
+            return Known(version, _listing(json.loads(listing)), dict(json.loads(sha256)), float(checked_at))
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("what the index knows of adapter %s is broken, its source is asked: %s", key.name, error)
+            return None
+
+    async def remember(self, key: NameKey, known: Known) -> None:
+        """What `key` stands for now."""
+        row = (*key, known.version, json.dumps(asdict(known.listing)), json.dumps(known.sha256), known.checked_at)
+        await self.database.write("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?)", [row])
+
+    async def forget_digests(self, key: NameKey) -> None:
+        """What the files of `key` were when they were read last does not count any more."""
+        await self.database.write("UPDATE versions SET sha256 = '{}' WHERE source = ? AND name = ?", [tuple(key)])
+
+    async def checked(self, checks: Iterable[tuple[NameKey, float]]) -> None:
+        """The sources said at these times that these names stand for what is known."""
+        rows = [(at, *key) for key, at in checks]
+        await self.database.write("UPDATE versions SET checked_at = ? WHERE source = ? AND name = ?", rows)
+
+    async def forget(self, keys: Iterable[NameKey]) -> None:
+        """These are not there any more."""
+        await self.database.write("DELETE FROM versions WHERE source = ? AND name = ?", [tuple(key) for key in keys])
+
+    # Images of the disk tier
+
+    async def image(self, key: ImageKey) -> tuple[ImageRow, dict[str, Any]] | None:
+        """An image and its manifest. Raises: RowBroken, too."""
+        rows = await self.database.read(
+            "SELECT version, spec_digest, object, num_bytes, rank, cost_s, uses, manifest FROM images "
+            "WHERE version = ? AND spec_digest = ?",
+            tuple(key),
+        )
+        try:
+            return (_image(rows[0]), json.loads(zlib.decompress(rows[0][7]))) if rows else None
+        except (ValueError, TypeError, zlib.error) as error:
+            raise RowBroken(f"{type(error).__name__}: {error}") from error
+
+    async def images(self, after: int, limit: int) -> tuple[tuple[int, ImageRow], ...]:
+        """At most `limit` images behind row `after`, each with the number of its row."""
+        rows = await self.database.read(
+            "SELECT version, spec_digest, object, num_bytes, rank, cost_s, uses, rowid FROM images "
+            "WHERE rowid > ? ORDER BY rowid LIMIT ?",
+            (after, limit),
+        )
+        return tuple((row[7], _image(row)) for row in rows)
+
+    async def add_image(self, row: ImageRow, manifest: dict[str, Any]) -> None:
+        """Writes one image."""
+        packed = zlib.compress(json.dumps(manifest).encode())
+        values = (*row.key, row.object, row.num_bytes, row.rank, row.cost_s, row.uses, packed)
+        await self.database.write("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [values])
+
+    async def drop_images(self, keys: Iterable[ImageKey]) -> None:
+        """Deletes images."""
+        await self.database.write("DELETE FROM images WHERE version = ? AND spec_digest = ?", [tuple(k) for k in keys])
+
+    async def used(self, uses: Iterable[tuple[ImageKey, int]]) -> None:
+        """How often images were used."""
+        rows = [(number, *key) for key, number in uses]
+        await self.database.write("UPDATE images SET uses = ? WHERE version = ? AND spec_digest = ?", rows)
+
+    # Traffic and pins
+
+    async def traffic(self, limit: int) -> tuple[tuple[NameKey, float, float], ...]:
+        """(name, decayed count, when), at most `limit`, the latest first."""
+        rows = await self.database.read(
+            "SELECT source, name, value, at FROM traffic ORDER BY at DESC LIMIT ?", (limit,)
+        )
+        return tuple((NameKey(source, name), value, at) for source, name, value, at in rows)
+
+    async def set_traffic(self, counts: Iterable[tuple[NameKey, float, float]], before: float) -> None:
+        """Writes counts, and forgets those that have not changed since `before`."""
+        rows = [(*key, value, at) for key, value, at in counts]
+        await self.database.write("INSERT OR REPLACE INTO traffic VALUES (?, ?, ?, ?)", rows)
+        await self.database.write("DELETE FROM traffic WHERE at < ?", [(before,)])
+
+    async def pins(self) -> tuple[NameKey, ...]:
+        """All pinned names."""
+        return tuple(NameKey(*row) for row in await self.database.read("SELECT source, name FROM pins"))
+
+    async def set_pin(self, key: NameKey, is_pinned: bool) -> None:
+        """Pins or unpins a name."""
+        add, drop = "INSERT OR REPLACE INTO pins VALUES (?, ?)", "DELETE FROM pins WHERE source = ? AND name = ?"
+        await self.database.write(add if is_pinned else drop, [tuple(key)])
+
+
+def _row(row: Registration) -> Row:
+    return row.name, row.source, row.location, json.dumps(row.urls), json.dumps(row.sha256)
+
+
+def _registration(row: Row) -> Registration:
+    name, source, location, urls, sha256 = row
+    pairs = [tuple((str(first), str(second)) for first, second in json.loads(text)) for text in (urls, sha256)]
+    return Registration(name=name, source=source, location=location, urls=pairs[0], sha256=pairs[1])
+
+
+def _listing(plain: dict[str, Any]) -> SourceListing:
+    return SourceListing(files=tuple(SourceFile(**file) for file in plain["files"]), origin=plain["origin"])
+
+
+def _image(row: Row) -> ImageRow:
+    version, spec_digest, digest, num_bytes, rank, cost_s, uses = row[:7]
+    key = ImageKey(version, spec_digest)
+    return ImageRow(key=key, object=digest, num_bytes=num_bytes, rank=rank, cost_s=cost_s, uses=uses)
+
+
+def _delete_registered(writer: sqlite3.Connection, names: Sequence[str]) -> list[str]:
+    gone = [name for name in names if writer.execute("DELETE FROM registered WHERE name = ?", (name,)).rowcount]
+    writer.executemany("DELETE FROM versions WHERE source = ? AND name = ?", [(CATALOG, name) for name in gone])
+    return gone

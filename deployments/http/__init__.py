@@ -1,0 +1,1 @@
+"""Bodies become requests, answers become bodies: OpenAI's, LoRAX's and the adapters' interfaces."""

@@ -1,0 +1,124 @@
+"""Routes of the adapters API. Answers have the shapes of our own; failures are told as on /v1."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+
+from adapter_store.records import AdapterRecord
+from deployments.calls import Fault, Refused
+from deployments.http.adapters import examples
+from deployments.http.adapters.schema import NamedRequest, RegisterRequest
+from deployments.http.documented import answers, failures
+from deployments.http.openai.replies import error_body
+from deployments.router.gateway import Gateway
+
+MAX_PAGE = 1000
+DEFAULT_PAGE = 100
+
+
+async def _check_admin(request: Request) -> None:
+    if not request.state.caller.may_change:
+        what = f"{request.method} {request.url.path} changes what is served"
+        remedy = "send a key of the environment variable that the server's setting admin_keys_env names"
+        raise Refused(Fault(code="admin_key_required", message=f"{what}; {remedy}"))
+
+
+ADMIN = [Depends(_check_admin)]
+
+
+def routes(gateway: Gateway) -> APIRouter:
+    """/adapters and what is below it."""
+    told = failures(lambda answer: answer.status, error_body)
+    router = APIRouter(prefix="/adapters", tags=["Adapters"], responses=told)
+
+    @router.get("", responses=answers(examples.LISTING))
+    async def adapters(
+        after: Annotated[str | None, Query(max_length=400, pattern=r"^\d+:")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
+    ) -> dict[str, Any]:
+        """The adapters, a page at a time: give what a page says as `next` as the next one's `after`, until it is null.
+
+        A page may be short. `requests` counts those of late, `num_bytes` and `rank` are known once it was packed.
+        """
+        page = await gateway.list_adapters(after, limit)
+        return {"adapters": [_told(record) for record in page.records], "next": page.next_cursor}
+
+    @router.post("", responses=answers(examples.REGISTERED), dependencies=ADMIN)
+    async def register(body: RegisterRequest) -> dict[str, Any]:
+        """Register one adapter or a list of up to 1000: all of them or none. A known name is replaced.
+
+        `source` is a configured one and `location` a name in it (the adapter's own when left out; on the hub also
+        `repository@revision`). `urls` gives the files' own addresses instead, for a source of kind http. The files
+        must have the digests of `sha256`, if given. What is registered hides what sources have under the same name.
+        """
+        rows = body.rows
+        for index, row in enumerate(rows):
+            at = f"[{index}]." if isinstance(body.root, list) else ""
+            gateway.check_adapter(row.name, f"{at}name")
+            gateway.check_source(row.source, f"{at}source")
+        await gateway.adapters.register(tuple(row.registration() for row in rows))
+        return {"registered": len(rows)}
+
+    @router.delete("/{name:path}", responses=answers(examples.UNREGISTERED), dependencies=ADMIN)
+    async def unregister(name: str) -> dict[str, Any]:
+        """Take back what was registered. Running requests end as they began, new ones hear of it within `refresh_s`."""
+        gateway.check_adapter(name, "name")
+        gone = await gateway.adapters.unregister((name,))
+        if not gone:
+            message = f"adapter {name!r} is not registered; what sources have is taken back there"
+            raise Refused(Fault(code="model_not_found", message=message, param="name"))
+        return {"unregistered": list(gone)}
+
+    _add_actions(router, gateway)
+    return router
+
+
+def _add_actions(router: APIRouter, gateway: Gateway) -> None:
+    store = gateway.adapters
+    record = answers(examples.RECORD)
+
+    @router.post("/refresh", responses=record, dependencies=ADMIN)
+    async def refresh(body: NamedRequest) -> dict[str, Any]:
+        """Look into its source now, whatever is remembered; a refused adapter may be tried again."""
+        _check(gateway, body)
+        return _told(await store.refresh(body.name, body.source))
+
+    @router.post("/prefetch", responses=record, dependencies=ADMIN)
+    async def prefetch(body: NamedRequest) -> dict[str, Any]:
+        """Begin to bring an adapter to host memory, and answer at once."""
+        _check(gateway, body)
+        await store.prefetch(body.name, body.source)
+        return _told(await store.resolve(body.name, body.source))
+
+    @router.post("/pin", responses=record, dependencies=ADMIN)
+    async def pin(body: NamedRequest) -> dict[str, Any]:
+        """Keep an adapter on disk and in host memory, over restarts too. Devices: the setting `adapters.pinned`."""
+        _check(gateway, body)
+        return _told(await store.pin(body.name, body.source))
+
+    @router.post("/unpin", responses=record, dependencies=ADMIN)
+    async def unpin(body: NamedRequest) -> dict[str, Any]:
+        """Let an adapter go when its room is needed."""
+        _check(gateway, body)
+        return _told(await store.unpin(body.name, body.source))
+
+
+def _check(gateway: Gateway, body: NamedRequest) -> None:
+    gateway.check_adapter(body.name, "name")
+    gateway.check_source(body.source, "source")
+
+
+def _told(record: AdapterRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "source": record.source,
+        "version": record.version,
+        "state": str(record.state),
+        "rank": record.rank,
+        "num_bytes": record.num_bytes,
+        "pinned": record.is_pinned,
+        "requests": round(record.requests, 2),
+        "reason": record.reason,
+    }

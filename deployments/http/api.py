@@ -1,0 +1,111 @@
+"""The HTTP application: routes of both APIs, health, statistics, and one way to tell errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import deployments.http.adapters.routes as adapters_routes
+import deployments.http.lorax.replies as lorax_replies
+import deployments.http.lorax.routes as lorax_routes
+import deployments.http.openai.replies as openai_replies
+import deployments.http.openai.routes as openai_routes
+from adapter_store.errors import StoreError
+from deployments.calls import Fault, Refused
+from deployments.errors import answer_for, fault_of
+from deployments.http.auth import ApiKeys
+from deployments.http.gate import DOCS_FILES, Gate
+from deployments.http.validation import fault_of_validation
+from deployments.router.gateway import Gateway
+from deployments.settings.app import LimitSettings
+from engine.errors import EngineError
+
+logger = logging.getLogger("ray.serve")
+
+HEALTH_CACHE_S = 1.0
+LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+_STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAPI:
+    """The application in front of `gateway`."""
+    # The page's scripts and styles come from here: a browser without the internet would see nothing else.
+    app = FastAPIOffline(title="Chorus", version=version("chorus-serve"), redoc_url=None, static_url=DOCS_FILES)
+    app.include_router(openai_routes.routes(gateway))
+    app.include_router(lorax_routes.routes(gateway))
+    app.include_router(adapters_routes.routes(gateway))
+    _add_operation(app, gateway)
+    for kind in (Refused, EngineError, StoreError):
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(Exception, _on_surprise)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond)
+    return app
+
+
+def _add_operation(app: FastAPI, gateway: Gateway) -> None:
+    healthy_until_s = 0.0
+
+    @app.get("/health", tags=["Operation"])
+    async def health() -> dict[str, str]:
+        """200 when a replica can answer, 503 when none can. Open to everyone."""
+        nonlocal healthy_until_s
+        if time.monotonic() > healthy_until_s:
+            await gateway.backend.ping()
+            healthy_until_s = time.monotonic() + HEALTH_CACHE_S
+        return {"status": "ok"}
+
+    @app.get("/stats", tags=["Operation"])
+    async def stats() -> dict[str, Any]:
+        """What each replica and the adapter store say of themselves now."""
+        replicas = await gateway.backend.stats()
+        return {"replicas": replicas, "store": dataclasses.asdict(await gateway.adapters.status())}
+
+
+def respond(path: str, fault: Fault, extra_headers: Mapping[str, str] | None = None) -> Response:
+    """`fault` in the shape of the API that `path` belongs to."""
+    answer = answer_for(fault.code)
+    headers = dict(extra_headers or {})
+    if answer.retry_after_s is not None:
+        headers["Retry-After"] = str(answer.retry_after_s)
+    if answer.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if path in LORAX_PATHS:
+        return JSONResponse(lorax_replies.error_body(fault), answer.lorax_status, headers)
+    return JSONResponse(openai_replies.error_body(fault), answer.status, headers)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    fault = fault_of(error)
+    if answer_for(fault.code).status >= 500:
+        logger.warning("%s %s failed: %s", request.method, request.url.path, fault, exc_info=error)
+    return respond(request.url.path, fault)
+
+
+async def _on_surprise(request: Request, error: Exception) -> Response:
+    # Starlette raises it again after this answer, and Serve logs it.
+    return respond(request.url.path, fault_of(error))
+
+
+async def _on_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return respond(request.url.path, fault_of_validation(error.errors()))
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _STATUS_CODES.get(error.status_code, "invalid_request")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return respond(request.url.path, Fault(code=code, message=message), error.headers)

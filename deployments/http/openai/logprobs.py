@@ -1,0 +1,52 @@
+"""Log-probabilities as the two OpenAI endpoints write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deployments.router.prompts import Prompts
+from engine.request import TokenLogprobs
+
+
+class LogprobWriter:
+    """Writes the log-probabilities of one sample, delta by delta."""
+
+    def __init__(self, prompts: Prompts, text_offset: int = 0) -> None:
+        self._prompts = prompts
+        self._previous: int | None = None
+        self._offset = text_offset  # characters of text before the next token, for completions
+
+    def chat(self, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """`choices[].logprobs` of a chat completion."""
+        content = []
+        for item in items:
+            entry = self._entry(item.token_id, item.logprob)
+            entry["top_logprobs"] = [self._entry(token_id, logprob) for token_id, logprob in item.top]
+            content.append(entry)
+            self._previous = item.token_id
+        return {"content": content, "refusal": None}
+
+    def completion(self, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """`choices[].logprobs` of a completion. `text_offset` counts characters of the tokens' own texts."""
+        tokens, offsets, tops = [], [], []
+        for item in items:
+            token = self._text(item.token_id)
+            tokens.append(token)
+            offsets.append(self._offset)
+            tops.append({self._text(token_id): logprob for token_id, logprob in item.top})
+            self._offset += len(token)
+            self._previous = item.token_id
+        return {
+            "tokens": tokens,
+            "token_logprobs": [item.logprob for item in items],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+    def _text(self, token_id: int) -> str:
+        return self._prompts.token_bytes(self._previous, token_id).decode(errors="replace")
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        piece = self._prompts.token_bytes(self._previous, token_id)
+        return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}

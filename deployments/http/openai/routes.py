@@ -1,0 +1,113 @@
+"""Routes of the OpenAI API."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from adapter_store.records import AdapterRecord
+from deployments.asks import Ask
+from deployments.http.collect import collect
+from deployments.http.documented import answers, failures
+from deployments.http.openai import examples, replies, sse, translate
+from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
+from deployments.http.responses import EventResponse, closing
+from deployments.router.gateway import Gateway, Opened
+
+OWNER = "chorus"
+MAX_PAGE = 1000
+
+
+def routes(gateway: Gateway) -> APIRouter:
+    """/v1/chat/completions, /v1/completions, /v1/models."""
+    told = failures(lambda answer: answer.status, replies.error_body)
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=told)
+    started = int(time.time())
+
+    @router.post("/chat/completions", responses=answers(examples.CHAT_ANSWER, examples.CHAT_EVENTS))
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation. `model` is the base's id or an adapter's name. Fields are honoured or refused."""
+        return await _serve(gateway, "chat", body, translate.chat_ask(body, gateway.model_id), request)
+
+    @router.post("/completions", responses=answers(examples.COMPLETION_ANSWER, examples.COMPLETION_EVENTS))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue a prompt, or several: texts or lists of token ids."""
+        ask = translate.completion_ask(body, gateway.model_id)
+        return await _serve(gateway, "completion", body, ask, request, echo=bool(body.echo))
+
+    @router.get("/models")
+    async def models(
+        after: Annotated[str | None, Query(max_length=400, pattern=r"^\d+:")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
+    ) -> dict[str, Any]:
+        """The base, then the adapters, a page at a time: give what a page says as `next` as the next one's `after`."""
+        return await _models(gateway, started, after, limit)
+
+    @router.get("/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """One model. An adapter is looked up in its source now; `adapter.reason` says why a broken one is refused."""
+        if model == gateway.model_id:
+            return _base(gateway.model_id, started)
+        gateway.check_adapter(model, "model")
+        return _adapter(await gateway.adapters.resolve(model), gateway.model_id, started)
+
+    return router
+
+
+async def _serve(
+    gateway: Gateway, kind: replies.Kind, body: Sampling, ask: Ask, request: Request, *, echo: bool = False
+) -> Response:
+    opened = await gateway.open(ask, request.state.caller.tenant)
+    head = replies.Head(kind=kind, request_id=opened.request_id, created=int(time.time()), model=body.model)
+    echoes = [_echo(gateway, ask, opened, index) if echo else "" for index in range(len(opened.prompts))]
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = sse.events(head, opened, ask.params.n, gateway.prompts, echoes, include_usage=include_usage)
+        return EventResponse(events, opened)
+    async with closing(opened):
+        samples, usage = await collect(opened)
+    return JSONResponse(replies.whole(head, samples, usage, gateway.prompts, echoes))
+
+
+def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:
+    prompt = ask.prompts[index]
+    return prompt if isinstance(prompt, str) else gateway.prompts.decode(opened.prompts[index])
+
+
+async def _models(gateway: Gateway, started: int, after: str | None, limit: int) -> dict[str, Any]:
+    """One page: the base, then the adapters, source by source. `after` is what the last page gave as `next`."""
+    found = {gateway.model_id: _base(gateway.model_id, started)} if after is None else {}
+    page = await gateway.list_adapters(after, limit - len(found))
+    for record in page.records:
+        # Of a name that two sources have, the first is the one that is served.
+        found.setdefault(record.name, _adapter(record, gateway.model_id, started))
+    cursor = page.next_cursor
+    ids = list(found)
+    return {
+        "object": "list",
+        "data": list(found.values()),
+        "has_more": cursor is not None,
+        "next": cursor,
+        "first_id": ids[0] if ids else None,
+        "last_id": ids[-1] if ids else None,
+    }
+
+
+def _base(model_id: str, created: int) -> dict[str, Any]:
+    return {"id": model_id, "object": "model", "created": created, "owned_by": OWNER, "root": model_id, "parent": None}
+
+
+def _adapter(record: AdapterRecord, model_id: str, created: int) -> dict[str, Any]:
+    body = _base(record.name, created) | {"root": model_id, "parent": model_id}
+    body["adapter"] = {
+        "source": record.source,
+        "version": record.version,
+        "state": str(record.state),
+        "rank": record.rank,
+        "num_bytes": record.num_bytes,
+        "reason": record.reason,
+    }
+    return body

@@ -1,0 +1,40 @@
+"""A streaming response that frees its sequences however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from deployments.router.gateway import Opened
+
+
+@asynccontextmanager
+async def closing(opened: Opened) -> AsyncIterator[None]:
+    """Closes the streams of `opened` at the end; what had not finished is aborted."""
+    try:
+        yield
+    finally:
+        for stream in opened.streams:
+            await stream.aclose()
+
+
+class EventResponse(StreamingResponse):
+    """Server-sent events of `opened`; when the client goes away its sequences are aborted."""
+
+    def __init__(self, events: AsyncGenerator[bytes], opened: Opened) -> None:
+        # Proxies must pass events on as they come.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with closing(self._opened):
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                # A send that fails leaves the generator suspended: it must not wait for the garbage collector.
+                await self._events.aclose()

@@ -1,0 +1,1 @@
+"""One engine, and the images that it holds leases of."""

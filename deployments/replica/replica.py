@@ -1,0 +1,181 @@
+"""The Replica deployment: one engine, the adapter images it needs, and answers as streams of `StreamItem`s."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
+
+from ray import serve
+
+from adapter_store.errors import StoreError
+from deployments.calls import Call, Refused, StreamItem
+from deployments.errors import fault_of
+from deployments.replica.held import Held, HeldAdapters
+from deployments.replica.warm import Warmer
+from deployments.settings.app import AppArgs
+from deployments.store.actor import connector
+from deployments.store.client import StoreClient
+from engine.aio.async_engine import AsyncEngine
+from engine.engine import Engine
+from engine.errors import EngineError
+from engine.request import OutputDelta, Request
+
+logger = logging.getLogger("ray.serve")
+
+MAX_PREFIX_HINTS = 512
+LAST_WORDS_S = 0.5
+EXIT_CODE = 70  # EX_SOFTWARE
+
+
+class Replica:
+    """Runs requests that routers send. Created by Serve; see `deployments.app`."""
+
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Raises: ConfigError, ModelNotSupported; ValueError when a secret is missing; Refused without a store."""
+        self._id = serve.get_replica_context().replica_id.unique_id
+        config = args.engine_config()
+        engine = await asyncio.to_thread(Engine, config)
+        spec = engine.image_spec
+        self._capacity = config.max_num_seqs
+        self._lease_ttl_s = args.adapters.lease_ttl_s
+        self._store = StoreClient(
+            connector(args.adapters),
+            wait_s=args.adapters.store_wait_s,
+            owner=self._id,
+            spec=spec.to_dict(),
+            digest=spec.digest,
+        )
+        await self._store.start()
+        # The store looks at its sources half as often as it may, this replica asks the store as often again.
+        self._adapters = HeldAdapters(self._store, spec, refresh_s=args.adapters.refresh_s / 2)
+        self._engine = AsyncEngine(engine, on_adapter_released=self._adapters.dropped, on_death=_exit_soon)
+        self._engine.start()
+        self._in_hand = 0
+        self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._warmer = Warmer(
+            self._adapters,
+            self._engine,
+            self._store,
+            pinned=args.adapters.pinned,
+            budget_bytes=args.warm_bytes,
+            refresh_s=args.adapters.refresh_s,
+        )
+        self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run())]
+
+    async def generate(self, call: Call) -> AsyncGenerator[StreamItem]:
+        """Items of `call`. The first, which is empty, says that it arrived; a failure is the last.
+
+        Closing the generator aborts the request within a step.
+        """
+        self._in_hand += 1
+        self._remember(call.prefix_hints)
+        version = None
+        try:
+            yield StreamItem(replica=self._id)
+            async with self._image_of(call) as held:
+                version = held.version if held else None
+                request = _request(call, version)
+                stream = self._engine.generate(request, held.image if held else None)
+                async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
+                    async for delta in deltas:
+                        if held:
+                            held.in_engine = True
+                        yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
+        except Exception as error:
+            if not isinstance(error, EngineError | StoreError | Refused):
+                logger.exception("request %s failed", call.request_id)
+            yield StreamItem(replica=self._id, adapter_version=version, fault=fault_of(error))
+        finally:
+            self._in_hand -= 1
+
+    @asynccontextmanager
+    async def _image_of(self, call: Call) -> AsyncIterator[Held | None]:
+        if call.adapter is None:
+            yield None
+            return
+        async with self._adapters.borrowed(call.adapter, call.adapter_source, call.adapter_version) as held:
+            yield held
+
+    def _remember(self, hints: tuple[int, ...]) -> None:
+        for hint in hints:
+            self._prefixes[hint] = None
+            self._prefixes.move_to_end(hint)
+        while len(self._prefixes) > MAX_PREFIX_HINTS:
+            self._prefixes.popitem(last=False)
+
+    async def ping(self) -> None:
+        """Raises: EngineDead."""
+        self._engine.check()
+
+    async def check_health(self) -> None:
+        """Called by Serve. Raises: EngineDead, and Serve replaces this replica."""
+        self._engine.check()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Polled by Serve and handed to every router's `AdapterRequestRouter`."""
+        return {
+            "load": self._in_hand,
+            "capacity": self._capacity,
+            "resident": self._adapters.names_of(self._engine.stats().resident_adapters),
+            "host": self._adapters.names,
+            "prefixes": list(self._prefixes),
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """For GET /stats."""
+        stats = self._engine.stats()
+        return {
+            "replica": self._id,
+            "pid": os.getpid(),
+            "in_hand": self._in_hand,
+            "resident": self._adapters.names_of(stats.resident_adapters),
+            "host": self._adapters.names,
+            "pinned": self._warmer.pinned,
+            "engine": dataclasses.asdict(stats),
+        }
+
+    async def _beat(self) -> None:
+        """Keeps the leases of this replica alive. A missed beat costs nothing: there is time for two more."""
+        while True:
+            try:
+                await self._store.heartbeat(self._adapters.versions)
+            except Exception as error:  # whatever it is: without beats the leases would run out
+                logger.warning("no heartbeat to the adapter store: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(self._lease_ttl_s / 3)
+
+    async def __del__(self) -> None:
+        """Called by Serve after it has drained this replica."""
+        tasks = getattr(self, "_tasks", None)
+        if tasks is not None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.to_thread(self._engine.close)
+
+
+def _request(call: Call, version: str | None) -> Request:
+    return Request(
+        request_id=call.request_id,
+        prompt_token_ids=call.prompt_token_ids,
+        params=call.params,
+        seed=call.seed,
+        adapter=version,
+        tenant=call.tenant,
+        cache_salt=call.cache_salt,
+        sample_index=call.sample_index,
+        resumed_output_token_ids=call.resumed_output_token_ids,
+    )
+
+
+def _exit_soon(reason: str) -> None:
+    """A dead engine cannot be revived: the process goes, after its streams have been told, and Serve starts another."""
+    logger.critical("this replica exits, its engine is dead: %s", reason)
+    timer = threading.Timer(LAST_WORDS_S, os._exit, (EXIT_CODE,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,1 @@
+"""Who answers a request: prompts to tokens, the choice of a replica, streams and their resumption."""

@@ -1,0 +1,138 @@
+"""One request's way through a router: allow-list, prefetch, tokenise, place, first item. No HTTP in here."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
+from deployments.asks import Ask
+from deployments.calls import Call, Fault, Refused, prefix_hints
+from deployments.router.prompts import Prompts
+from deployments.router.streams import Backend, Primed, all_primed, answer
+from deployments.settings.app import is_allowed
+from engine.errors import InvalidRequest
+from engine.request import OutputDelta
+
+logger = logging.getLogger("ray.serve")
+
+FIRST_CURSOR = "0:"  # of the store's listing
+MAX_STORE_PAGES = 8  # that one page of ours is made of: sources may give short ones
+
+
+class Adapters(Protocol):
+    """The adapter store, as a router uses it."""
+
+    def expect(self, name: str, source: str | None) -> None:
+        """A request for `name` is on its way; returns at once."""
+        ...
+
+    async def resolve(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def refresh(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def prefetch(self, name: str, source: str | None = None) -> None: ...
+
+    async def pin(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def unpin(self, name: str, source: str | None = None) -> AdapterRecord: ...
+
+    async def register(self, rows: tuple[Registration, ...]) -> None: ...
+
+    async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]: ...
+
+    async def list_adapters(self, cursor: str | None, limit: int) -> AdapterPage: ...
+
+    async def status(self) -> StoreStatus: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A request that a replica has begun to answer: one stream per prompt."""
+
+    request_id: str
+    seed: int
+    prompts: tuple[tuple[int, ...], ...]
+    streams: Sequence[Primed[OutputDelta]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """What the routes of all APIs share."""
+
+    backend: Backend
+    adapters: Adapters
+    prompts: Prompts
+    model_id: str
+    sources: tuple[str, ...] = ()  # names that adapter_source may say
+    allowed: tuple[str, ...] | None = None  # shell patterns of adapter names
+    max_resumes: int = 8
+
+    def allows(self, name: str) -> bool:
+        """Whether the allow-list has the adapter `name`."""
+        return is_allowed(name, self.allowed)
+
+    def check_adapter(self, name: str, param: str) -> None:
+        """Raises: AdapterNameInvalid; Refused (`model_not_found`) when the allow-list has no such name."""
+        check_name(name)
+        if not self.allows(name):
+            raise Refused(Fault(code="model_not_found", message=f"adapter {name!r} is not served here", param=param))
+
+    def check_source(self, source: str | None, param: str) -> None:
+        """Raises: InvalidRequest when there is no source of that name."""
+        if source is not None and source not in self.sources:
+            known = ", ".join(self.sources) or "none"
+            raise InvalidRequest(param, f"{source!r} is not configured; known: {known}")
+
+    async def list_adapters(self, after: str | None, limit: int) -> AdapterPage:
+        """Those of at most `limit` names behind `after` that the allow-list has: a page may be short, even empty.
+
+        However many names there are, and however few of them are allowed, a page costs no more than a page.
+        """
+        cursor: str | None = after or FIRST_CURSOR
+        found: list[AdapterRecord] = []
+        num_seen = 0
+        for _ in range(MAX_STORE_PAGES):
+            if cursor is None or num_seen >= limit:
+                break
+            page = await self.adapters.list_adapters(cursor, limit - num_seen)
+            num_seen += len(page.records)
+            found += [record for record in page.records if self.allows(record.name)]
+            cursor = page.next_cursor
+        return AdapterPage(records=tuple(found), next_cursor=cursor)
+
+    async def open(self, ask: Ask, tenant: str) -> Opened:
+        """Starts all prompts of `ask`; returns when each has its first tokens.
+
+        Raises: Refused, or an error of the engine's or the store's tree. Then nothing of the request runs on.
+        """
+        if ask.adapter is not None:
+            self.check_adapter(ask.adapter, ask.model_param)
+            self.check_source(ask.adapter_source, "adapter_source")
+            self.adapters.expect(ask.adapter, ask.adapter_source)
+        prompts = await self.prompts.encode(ask)
+        request_id = uuid.uuid4().hex
+        seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
+        # Between keys nothing is shared, not even the time that a cached prefix saves.
+        salt = f"{tenant}/{ask.cache_salt}" if tenant or ask.cache_salt else ""
+        calls = [
+            Call(
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+                prompt_token_ids=ids,
+                params=ask.params,
+                seed=seed,
+                adapter=ask.adapter,
+                adapter_source=ask.adapter_source,
+                tenant=tenant or ask.user,
+                cache_salt=salt,
+                prefix_hints=prefix_hints(ask.adapter, salt, ids),
+            )
+            for index, ids in enumerate(prompts)
+        ]
+        logger.info("request %s tenant=%r user=%r adapter=%r", request_id, tenant, ask.user, ask.adapter)
+        streams = await all_primed([answer(self.backend, call, max_resumes=self.max_resumes) for call in calls])
+        return Opened(request_id=request_id, seed=seed, prompts=tuple(prompts), streams=streams)

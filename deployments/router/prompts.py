@@ -1,0 +1,122 @@
+"""Text to token ids in a thread pool, with the limits of one request; and tokens back to text for log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deployments.asks import Ask, Chat, Prompt
+from deployments.calls import Fault, Refused
+from deployments.settings.app import LimitSettings
+from engine.errors import ConfigError, InvalidRequest
+from engine.text.detokenizer import Detokenizer, DetokenizerFactory
+from engine.text.tokenizer import Tokenizer
+
+NUM_THREADS = 2
+
+
+class Prompts:
+    """Tokenises for a router. The Rust tokenizer releases the interpreter lock, so the event loop goes on."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: LimitSettings) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._limits = limits
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._pieces = DetokenizerFactory(tokenizer)
+
+    @classmethod
+    def load(cls, model: str, tokenizer: str | None, limits: LimitSettings) -> Prompts:
+        """Raises: ConfigError when the folder has no tokenizer or no vocabulary size."""
+        return cls(Tokenizer.load(tokenizer or model), _vocab_size(model), limits)
+
+    async def encode(self, ask: Ask) -> list[tuple[int, ...]]:
+        """Token ids of each prompt. Raises: InvalidRequest naming the field; Refused when there is too much."""
+        if len(ask.prompts) > self._limits.max_prompts:
+            raise InvalidRequest(
+                ask.prompt_param, f"{len(ask.prompts)} prompts, the limit is {self._limits.max_prompts}; send fewer"
+            )
+        if len(ask.prompts) * ask.params.n > self._limits.max_samples:
+            raise InvalidRequest(
+                "n",
+                f"{len(ask.prompts)} prompts times n={ask.params.n} is over the limit of {self._limits.max_samples}",
+            )
+        for token_id in ask.params.logit_bias:
+            self._check_id("logit_bias", token_id)
+        encoded = await asyncio.gather(*(self._encode_one(prompt, ask) for prompt in ask.prompts))
+        return [ids[-ask.truncate :] if ask.truncate else ids for ids in encoded]
+
+    async def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            for token_id in prompt:
+                self._check_id(ask.prompt_param, token_id)
+            ids: Sequence[int] = prompt
+        elif isinstance(prompt, Chat):
+            self._check_size(_num_bytes(prompt), ask.prompt_param)
+            ids = await self._run(lambda: self._tokenizer.apply_chat_template(prompt.messages))
+        else:
+            self._check_size(len(prompt.encode(errors="replace")), ask.prompt_param)
+            ids = await self._run(lambda: self._tokenizer.encode(_valid(prompt, ask.prompt_param)))
+        if not ids:
+            raise InvalidRequest(ask.prompt_param, "the prompt has no tokens; send at least one")
+        return tuple(ids)
+
+    async def _run(self, encode: Callable[[], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+
+    def _check_id(self, param: str, token_id: int) -> None:
+        if not 0 <= token_id < self._vocab_size:
+            raise InvalidRequest(param, f"token id {token_id} is outside [0, {self._vocab_size})")
+
+    def _check_size(self, num_bytes: int, param: str) -> None:
+        limit = self._limits.max_prompt_bytes
+        if num_bytes > limit:
+            message = f"{param} has {num_bytes} bytes, the limit is {limit}; send a shorter one"
+            raise Refused(Fault(code="prompt_too_large", message=message, param=param))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, without special tokens."""
+        return self._tokenizer.decode(token_ids)
+
+    def detokenizer(self) -> Detokenizer:
+        """Text of one sequence, token by token."""
+        return self._pieces.new()
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._pieces.special_ids
+
+    def token_bytes(self, previous: int | None, token_id: int) -> bytes:
+        """What `token_id` adds to the text after `previous`; a special token is its name."""
+        if self.is_special(token_id):
+            return (self._tokenizer.id_to_token(token_id) or "").encode()
+        if self._tokenizer.id_to_token(token_id) is None:
+            return b""
+        return self._pieces.piece(previous, token_id)
+
+
+def _valid(text: str, param: str) -> str:
+    """JSON can carry half a surrogate pair, which no encoding of text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(param, f"it is not valid Unicode at character {error.start}") from error
+    return text
+
+
+def _num_bytes(chat: Chat) -> int:
+    return sum(len(json.dumps(message, ensure_ascii=False).encode(errors="replace")) for message in chat.messages)
+
+
+def _vocab_size(model: str) -> int:
+    path = Path(model) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise ConfigError(f"{str(path)!r} names no vocab_size; give a folder with a transformers checkpoint")
+    return size

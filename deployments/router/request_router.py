@@ -1,0 +1,52 @@
+"""Serve's request router for the replicas: reads what they report and asks `placement.rank`.
+
+Serve pickles this module by value into every process that holds a handle, so it imports little. What it knows is
+advisory: each router has its own copy, at most a poll period old, and a wrong choice costs time, never an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from deployments.calls import Call
+from deployments.router.placement import ReplicaView, Weights, rank
+
+
+class AdapterRequestRouter(RequestRouter):
+    """Ranks replicas by adapter residency, cached prefix and load. `request_router_kwargs` are those of `Weights`."""
+
+    def initialize_state(self, **weights: float) -> None:
+        """Called by Serve with `request_router_kwargs`."""
+        self._weights = Weights(**weights)  # type: ignore[arg-type]
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Groups of one replica each, best first: Serve tries them in this order and backs off when all are full."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        views = [self._view(replica) for replica in candidate_replicas]
+        call = pending_request.args[0] if pending_request.args else None
+        if isinstance(call, Call):
+            avoid = frozenset(call.avoid)
+            order = rank(views, call.adapter, call.prefix_hints, avoid=avoid, weights=self._weights)
+        else:
+            order = rank(views, None, weights=self._weights)
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        return [[by_id[replica_id]] for replica_id in order]
+
+    def _view(self, replica: RunningReplica) -> ReplicaView:
+        stats: dict[str, Any] = replica.routing_stats or {}
+        # The cache counts what this router sent since the last report; it forgets after ten quiet seconds.
+        queued = self.replica_queue_len_cache.get(replica.replica_id)
+        return ReplicaView(
+            replica_id=replica.replica_id.unique_id,
+            load=int(stats.get("load", 0)) if queued is None else queued,
+            capacity=int(stats.get("capacity", 1)),
+            resident=frozenset(stats.get("resident", ())),
+            host=frozenset(stats.get("host", ())),
+            prefixes=frozenset(stats.get("prefixes", ())),
+        )

@@ -1,0 +1,1 @@
+"""What serve_config.yaml may say."""

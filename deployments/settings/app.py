@@ -1,0 +1,156 @@
+"""What `args` of serve_config.yaml may say. Strict: an unknown name or a wrong type stops the start and is named.
+
+Secrets are never settings: settings name the environment variables that hold them, on every node where a router or a
+replica may run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
+from pydantic import model_validator as check
+
+from adapter_store.errors import AdapterNameInvalid
+from adapter_store.records import check_name
+from deployments.settings.sources import CATALOG, Settings, Source, VariableName
+from engine.config import MIB, EngineConfig
+from engine.errors import ConfigError
+
+GIB = 1024 * MIB
+
+
+def is_allowed(name: str, patterns: tuple[str, ...] | None) -> bool:
+    """Whether one of the shell `patterns` has the adapter `name`; None has all."""
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+class AdapterSettings(Settings):
+    """Where adapters come from and how the store keeps them."""
+
+    sources: tuple[Source, ...] = Field(default=(), strict=False)  # in order: the first that knows a name has it
+    allowed: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns of names; None: all
+    pinned: tuple[str, ...] = Field(default=(), strict=False)  # names that every replica keeps on its device
+    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of adapter_bytes
+    host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
+    disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
+    disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
+    max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as uploaded and as packed
+    max_rank: PositiveInt = 512
+    fetch_bytes_per_s: PositiveInt | None = None  # of all downloads together; None: as fast as they go
+    niceness: int = Field(default=10, ge=0, le=19)  # of the threads that fetch and pack: 19 runs only when all is idle
+    traffic_half_life_s: PositiveFloat = 600.0  # what is kept and warmed goes by requests; one counts half after
+    refresh_s: PositiveFloat = 10.0  # a re-uploaded adapter is seen within
+    store_wait_s: PositiveFloat = 20.0  # a request waits so long for a restarting store, then 503
+    lease_ttl_s: PositiveFloat = 30.0  # a replica that stays silent so long loses its leases
+    namespace: str = Field(default="chorus", min_length=1)  # Ray namespace of the store actor
+    store_name: str = Field(default="adapter-store", min_length=1)
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        names = [source.name for source in sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources have one name: {names}; give each a name of its own")
+        if CATALOG in names:
+            raise ValueError(f"{CATALOG!r} is the name of what is registered by POST /adapters; choose another")
+        return sources
+
+    @field_validator("disk_path")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).resolve())
+
+    @check(mode="after")
+    def _pinned_is_served(self) -> Self:
+        for name in self.pinned:
+            try:
+                check_name(name)
+            except AdapterNameInvalid as error:
+                raise ValueError(f"pinned: {error}") from error
+            if not is_allowed(name, self.allowed):
+                raise ValueError(f"pinned: the patterns of `allowed` leave out {name!r}; pin what may be served")
+        return self
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What a request's adapter_source may say."""
+        return (CATALOG, *(source.name for source in self.sources))
+
+
+class LimitSettings(Settings):
+    """What one HTTP request may ask for."""
+
+    max_body_bytes: PositiveInt = 4 * MIB
+    max_prompt_bytes: PositiveInt = MIB  # text of one prompt or conversation
+    max_prompts: PositiveInt = 64  # in a list of prompts
+    max_samples: PositiveInt = 128  # prompts times n
+
+
+def _engine_settings() -> type[BaseModel]:
+    """A model of EngineConfig's fields without `model`, which is a setting of its own."""
+    hints = typing.get_type_hints(EngineConfig)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], field.default)
+        for field in dataclasses.fields(EngineConfig)
+        if field.name != "model"
+    }
+    return create_model("EngineSettings", __base__=Settings, **fields)
+
+
+_EngineSettings = _engine_settings()
+
+
+class AppArgs(Settings):
+    """The arguments of `deployments.app:build`."""
+
+    model: str  # folder with a transformers checkpoint
+    model_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)  # name of the base in the API
+    engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
+    num_replicas: PositiveInt = 1
+    num_routers: PositiveInt = 1
+    replica_num_cpus: float = Field(default=1.0, ge=0.0)
+    replica_num_gpus: float = Field(default=0.0, ge=0.0)
+    router_num_cpus: float = Field(default=0.25, ge=0.0)
+    adapters: AdapterSettings = AdapterSettings()
+    limits: LimitSettings = LimitSettings()
+    api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: anyone may ask
+    admin_keys_env: VariableName | None = (
+        None  # keys that may change adapters; None: nobody, or anyone without api_keys
+    )
+    replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
+    max_resumes: int = Field(default=8, ge=0)  # an answer moves to another replica so often
+    drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
+
+    @field_validator("model")
+    @classmethod
+    def _absolute(cls, model: str) -> str:
+        if not Path(model).is_dir():
+            raise ValueError(f"model folder {model!r} does not exist under {str(Path.cwd())!r}")
+        return str(Path(model).resolve())
+
+    @check(mode="after")
+    def _engine_is_valid(self) -> Self:
+        _EngineSettings.model_validate(self.engine)
+        try:
+            self.engine_config().validate()
+        except ConfigError as error:
+            raise ValueError(f"engine: {error}") from error
+        return self
+
+    @property
+    def warm_bytes(self) -> int:
+        """How many bytes of adapters a new replica brings in before anybody asks for them."""
+        given = self.adapters.warm_bytes
+        return self.engine_config().adapter_bytes // 2 if given is None else given
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's settings, paths absolute."""
+        fields = dict(self.engine)
+        if fields.get("tokenizer") is not None:
+            fields["tokenizer"] = str(Path(fields["tokenizer"]).resolve())
+        return EngineConfig(model=self.model, **fields)

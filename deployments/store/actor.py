@@ -1,0 +1,93 @@
+"""From settings to the adapter store's actor: found, or created if nobody has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from adapter_store.actor import get_or_create_store
+from adapter_store.records import StoreConfig
+from adapter_store.sources.base import SourceConfig
+from deployments.settings.app import AdapterSettings
+from deployments.settings.sources import FileSource, HttpSource, S3Source, Source
+
+
+def store_config(settings: AdapterSettings) -> StoreConfig:
+    """The store's settings. It looks at its sources within half of `refresh_s`; replicas ask it in the other half."""
+    return StoreConfig(
+        host_bytes=settings.host_bytes,
+        max_adapter_bytes=settings.max_adapter_bytes,
+        max_rank=settings.max_rank,
+        lease_ttl_s=settings.lease_ttl_s,
+        refresh_s=settings.refresh_s / 2,
+        fetch_bytes_per_s=settings.fetch_bytes_per_s,
+        niceness=settings.niceness,
+        disk_path=settings.disk_path,
+        disk_bytes=settings.disk_bytes,
+        traffic_half_life_s=settings.traffic_half_life_s,
+    )
+
+
+def source_config(source: Source, environment: Mapping[str, str] = os.environ) -> SourceConfig:
+    """The source as the store opens it, with its secrets.
+
+    Raises: ValueError naming a variable that should hold one and does not.
+    """
+
+    def secret(setting: str) -> str | None:
+        variable = getattr(source, setting)
+        if variable is None:
+            return None
+        if not environment.get(variable):
+            raise ValueError(
+                f"source {source.name!r}: {setting} names {variable!r}, but that environment variable is not set here; "
+                "set it on every node, or leave the setting out"
+            )
+        return environment[variable]
+
+    if isinstance(source, FileSource):
+        return SourceConfig(uri=Path(source.path).as_uri(), name=source.name)
+    if isinstance(source, HttpSource):
+        token = secret("token_env")
+        return SourceConfig(uri=source.base_url, name=source.name, token=token, verify_tls=source.verify_tls)
+    if isinstance(source, S3Source):
+        return SourceConfig(
+            uri=f"s3://{source.bucket}/{source.prefix}",
+            name=source.name,
+            endpoint_url=source.endpoint_url,
+            region=source.region,
+            addressing_style=source.addressing_style,
+            request_checksums=source.request_checksums,
+            response_checksums=source.response_checksums,
+            requester_pays=source.requester_pays,
+            verify_tls=source.verify_tls,
+            access_key_id=secret("access_key_id_env"),
+            secret_access_key=secret("secret_access_key_env"),
+            session_token=secret("session_token_env"),
+        )
+    return SourceConfig(
+        uri=f"hub://{urlsplit(source.endpoint).netloc}",
+        name=source.name,
+        endpoint_url=source.endpoint,
+        token=secret("token_env"),
+        verify_tls=source.verify_tls,
+        revision=source.revision,
+        repos=source.repos,
+    )
+
+
+def connector(settings: AdapterSettings) -> Callable[[], Any]:
+    """Gives a handle of the store's actor, which lives in Ray namespace `settings.namespace`. Blocks for a moment.
+
+    Secrets are read now, so that a missing one is told at start. Raises: ValueError; StoreConfigInvalid.
+    """
+    sources = tuple(source_config(source) for source in settings.sources)
+    config = store_config(settings)
+
+    def connect() -> Any:
+        return get_or_create_store(sources, config, namespace=settings.namespace, name=settings.store_name)
+
+    return connect

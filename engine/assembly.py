@@ -1,0 +1,93 @@
+"""What an engine is made of, and the limits that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+from engine.core.limits import SchedulerConfig
+from engine.gc_pause import garbage_collection_paused
+from engine.runner.protocol import Runner
+from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.image_spec import ImageSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineParts:
+    """What an engine is made of, once the model is loaded."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    image_spec: ImageSpec
+    num_blocks: int  # of the KV cache
+    max_model_len: int  # tokens of prompt and output
+    vocab_size: int  # columns of the logits: ids beyond it are refused
+    eos_token_ids: tuple[int, ...]
+    cache_namespace: str  # base revision, KV scheme and element type of adapters
+    quantized_bytes: int = 0  # of weights; see EngineStats
+    quantized_16bit_bytes: int = 0
+    block_bytes: int = 0  # of the KV cache: the pages of adapters that lie in it; 0: none do
+
+
+def load_parts(config: EngineConfig) -> EngineParts:
+    """Load the model and size what depends on it. Imports torch. Raises: ConfigError, ModelNotSupported."""
+    with garbage_collection_paused():
+        return _load_parts(config)
+
+
+def _load_parts(config: EngineConfig) -> EngineParts:
+    from engine.checkpoint.folder import check_folder
+    from engine.model.loader import load_model
+    from engine.runner.memory import kv_shape, num_kv_blocks
+    from engine.runner.runner import TorchRunner
+
+    check_folder(Path(config.model))
+    tokenizer = Tokenizer.load(config.tokenizer or config.model)
+    loaded = load_model(config)
+    num_blocks, shape = num_kv_blocks(loaded, config), kv_shape(loaded, config)
+    spec = loaded.image_spec(config.adapter_dtype)
+    return EngineParts(
+        runner=TorchRunner(loaded, config, num_blocks),
+        tokenizer=tokenizer,
+        image_spec=spec,
+        num_blocks=num_blocks,
+        max_model_len=loaded.max_model_len,
+        vocab_size=loaded.capabilities.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}/{spec.dtype}",
+        quantized_bytes=loaded.footprint.num_bytes if loaded.footprint else 0,
+        quantized_16bit_bytes=loaded.footprint.num_bytes_16bit if loaded.footprint else 0,
+        block_bytes=shape.block_bytes,
+    )
+
+
+def limits_of(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
+    """Raises: ConfigError for limits that exclude each other."""
+    max_pages, min_pages = None, 0
+    if config.has_adapter_pages():
+        # What adapters never get is room for one sequence of any length.
+        num_left = parts.num_blocks - 1 - -(-parts.max_model_len // config.block_size)
+        min_pages, max_pages = config.adapter_pages(parts.block_bytes)
+        max_pages = min(max_pages, max(0, num_left))
+    return SchedulerConfig(
+        num_blocks=parts.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=parts.max_model_len,
+        max_queued_requests=config.max_queued_requests,
+        adapter_bytes=config.adapter_bytes,
+        max_adapter_pages=max_pages,
+        min_adapter_pages=min_pages,
+        adapters_load_at_once=not config.has_adapter_pages(),
+        max_resident_adapters=config.max_resident_adapters,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        pipeline_depth=config.plans_in_flight(),
+        eos_token_ids=parts.eos_token_ids,
+        cache_namespace=parts.cache_namespace,
+    )
