@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI
@@ -41,7 +41,7 @@ _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_lar
 def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAPI:
     """The application in front of `gateway`."""
     # The page's scripts and styles come from here: a browser without the internet would see nothing else.
-    app = FastAPIOffline(title="Chorus", version=version("chorus-serve"), redoc_url=None, static_url=DOCS_FILES)
+    app = FastAPIOffline(title="Chorus", version=_version(), redoc_url=None, static_url=DOCS_FILES)
     app.include_router(openai_routes.routes(gateway))
     app.include_router(lorax_routes.routes(gateway))
     app.include_router(adapters_routes.routes(gateway))
@@ -53,6 +53,13 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAP
     app.add_exception_handler(HTTPException, _on_http)
     app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond)
     return app
+
+
+def _version() -> str:
+    try:
+        return version("chorus-serve")
+    except PackageNotFoundError:  # run from a folder that was copied, not installed
+        return "unknown"
 
 
 def _add_operation(app: FastAPI, gateway: Gateway) -> None:
