@@ -46,7 +46,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # per occurrence in the output
     seed: int | None = None  # None: the engine draws one
     n: int = 1  # samples of the same prompt
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # also of special tokens' names, e.g. "<|im_end|>"
+    skip_special_tokens: bool = True  # False: their names are part of the text
     include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -87,6 +88,7 @@ class SamplingParams:
         _whole("stop", len(self.stop), 0, MAX_STOP_STRINGS, what="number of stop strings")
         for name, flag in (
             ("ignore_eos", self.ignore_eos),
+            ("skip_special_tokens", self.skip_special_tokens),
             ("include_stop_str_in_output", self.include_stop_str_in_output),
         ):
             if not isinstance(flag, bool):
