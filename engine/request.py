@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,7 +16,7 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024  # of one stop string
-MAX_STOP_TOKEN_IDS = 1024
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024  # tokens
 MAX_NAME_CHARS = 1024  # of request ids, tenants, salts and adapter keys
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary
@@ -63,6 +64,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most likely
     prompt_lookup_num_tokens: int = 0  # guessed ahead from earlier text, at most: speed, never text. Not with penalties
+    # What logit_bias says as int64 ids and float32 biases, written once, where a request is made: not on a step.
+    packed_bias: tuple[array[int], array[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -74,7 +77,9 @@ class SamplingParams:
         _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
         self._check_reals()
         self._check_counts()
-        object.__setattr__(self, "logit_bias", {i: float(bias) for i, bias in self.logit_bias.items()})
+        biases = {i: float(bias) for i, bias in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
+        object.__setattr__(self, "packed_bias", (array("q", biases), array("f", biases.values())))
 
     def _check_counts(self) -> None:
         if self.max_tokens is not None:

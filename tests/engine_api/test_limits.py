@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -64,13 +65,15 @@ def test_what_is_over_its_limit_is_refused_with_the_value_the_limit_and_the_reme
 
 @pytest.mark.parametrize("field", ["request_id", "tenant", "cache_salt", "adapter"])
 def test_names_of_a_request_have_a_longest(field: str) -> None:
-    fields: dict[str, Any] = {"request_id": "r", "prompt_token_ids": (1,), "params": SamplingParams(), "seed": 0}
-    Request(**{**fields, field: "x" * MAX_NAME_CHARS})
+    fine: dict[str, Any] = {"request_id": "r", "prompt_token_ids": (1,), "params": SamplingParams(), "seed": 0}
+    Request(**{**fine, field: "x" * MAX_NAME_CHARS})
     with pytest.raises(InvalidRequest, match=f"{MAX_NAME_CHARS + 1} characters, the limit is {MAX_NAME_CHARS}"):
-        Request(**{**fields, field: "x" * (MAX_NAME_CHARS + 1)})
+        Request(**{**fine, field: "x" * (MAX_NAME_CHARS + 1)})
 
 
-@pytest.mark.parametrize(("field", "item", "limit"), [("stop", "a", MAX_STOP_STRINGS), ("stop_token_ids", 1, 1024)])
+@pytest.mark.parametrize(
+    ("field", "item", "limit"), [("stop", "a", MAX_STOP_STRINGS), ("stop_token_ids", 1, MAX_STOP_TOKEN_IDS)]
+)
 def test_of_a_list_without_an_end_no_more_is_read_than_could_be_taken(field: str, item: Any, limit: int) -> None:
     taken = [0]
     with pytest.raises(InvalidRequest, match=f"more than {limit}"):
@@ -78,11 +81,12 @@ def test_of_a_list_without_an_end_no_more_is_read_than_could_be_taken(field: str
     assert taken == [limit + 1]
 
 
+FIELDS = [field.name for field in fields(SamplingParams) if field.init and field.name != "max_tokens"]
 WRONG: list[Any] = ["x" * 1_000_000, {str(i): i for i in range(10_000)}, ["y" * 1000] * 1000, 10**5000, b"z" * 100_000]
 
 
 @pytest.mark.parametrize("value", WRONG, ids=["text", "mapping", "list", "number", "bytes"])
-@pytest.mark.parametrize("field", [name for name in SamplingParams.__dataclass_fields__ if name != "max_tokens"])
+@pytest.mark.parametrize("field", FIELDS)
 def test_no_message_grows_with_what_was_sent(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**{"max_tokens": 5, field: value})
