@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.core.adapter_room import ByteRoom
 from engine.core.adapter_slots import AdapterSlots
 from engine.core.plan import StepEvents, StepPlan
-from engine.core.refusals import check_request
+from engine.core.refusals import check_lengths, check_request
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
@@ -97,6 +97,7 @@ class Engine:
         )
 
     def _check_token_ids(self, request: Request) -> None:
+        check_lengths(request, self.limits)
         params = request.params
         for param, token_ids in (
             ("prompt_token_ids", request.prompt_token_ids),

@@ -19,7 +19,9 @@ SampleKey = tuple[str, int]  # (request id, sample index)
 class OutputProcessor:
     """Turns `SequenceUpdate`s into `OutputDelta`s. Not thread-safe: one thread owns it.
 
+    - The text is what the tokens say behind the prompt: prompt and text together read as all tokens at once.
     - Text of the first `min_tokens` tokens takes no part in stop strings: none may begin or end in it.
+    - Special tokens have no text, but a stop string that spells one ends the text there (see `engine.text.stop`).
     - The token that completes a stop string is the last one delivered; what the model produced beyond it is dropped.
     - A stop token (end-of-sequence or `stop_token_ids`) is delivered as a token; its text is shown only with
       `include_stop_str_in_output` (and never if it is a special token).
@@ -37,7 +39,7 @@ class OutputProcessor:
         they were cut. Returns the terminal delta if they hold a stop string already.
         """
         for index in range(request.sample_index, request.sample_index + request.params.n):
-            self._samples[(request.request_id, index)] = _Sample(request, self._detokenizers.new())
+            self._samples[(request.request_id, index)] = _Sample(request, self._detokenizers)
         if not request.resumed_output_token_ids:
             return None
         key = (request.request_id, request.sample_index)
@@ -97,10 +99,12 @@ class _Sample:
 
     __slots__ = ("detokenizer", "include_stop", "matcher", "min_tokens", "num_tokens")
 
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+    def __init__(self, request: Request, detokenizers: DetokenizerFactory) -> None:
         params = request.params
-        self.detokenizer = detokenizer
-        self.matcher = StopMatcher(params.stop, params.include_stop_str_in_output)
+        skip = params.skip_special_tokens
+        self.detokenizer: Detokenizer = detokenizers.new(request.prompt_token_ids, skip_special_tokens=skip)
+        hidden = detokenizers.special_texts if skip else ()
+        self.matcher = StopMatcher(params.stop, params.include_stop_str_in_output, hidden)
         self.include_stop = params.include_stop_str_in_output
         self.min_tokens = params.min_tokens
         self.num_tokens = 0
@@ -112,20 +116,24 @@ class _Sample:
         """
         if finish_reason is None and len(token_ids) == 1:  # nearly always
             self.num_tokens += 1
-            return self._show(self.detokenizer.push(token_ids[0])), 1
+            return self._take(token_ids[0]), 1
         shown: list[str] = []
         for num_read, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
             is_stop_token = finish_reason is FinishReason.STOP and num_read == len(token_ids)
-            if is_stop_token and not self.include_stop:
-                continue
-            shown.append(self._show(self.detokenizer.push(token_id)))
+            shown.append(self._take(token_id, is_silent=is_stop_token and not self.include_stop))
             if self.matcher.matched is not None:
                 return "".join(shown), num_read
         if finish_reason is not None:
             shown.append(self._show(self.detokenizer.finish()))
             shown.append(self.matcher.finish())
         return "".join(shown), len(token_ids)
+
+    def _take(self, token_id: int, *, is_silent: bool = False) -> str:
+        shown = "" if is_silent else self._show(self.detokenizer.push(token_id))
+        if self.matcher.sees_hidden and self.num_tokens > self.min_tokens:
+            shown += self.matcher.push_hidden(self.detokenizer.hidden_text(token_id))
+        return shown
 
     def _show(self, text: str) -> str:
         return text if self.num_tokens <= self.min_tokens else self.matcher.push(text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
+from reprlib import Repr
 from typing import Any, NamedTuple
 
 from engine.errors import InvalidRequest
@@ -12,10 +15,17 @@ from engine.errors import InvalidRequest
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024  # of one stop string
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024  # tokens
+MAX_NAME_CHARS = 1024  # of request ids, tenants, salts and adapter keys
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary
 MAX_SEED = 2**64 - 1
 MAX_LOOKUP_TOKENS = 64
 MAX_REPETITION_PENALTY = 1e6  # a float32 logit times it is finite
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 80
 
 
 class FinishReason(StrEnum):
@@ -46,26 +56,30 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # per occurrence in the output
     seed: int | None = None  # None: the engine draws one
     n: int = 1  # samples of the same prompt
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # also of special tokens' names, e.g. "<|im_end|>"
+    skip_special_tokens: bool = True  # False: their names are part of the text
     include_stop_str_in_output: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most likely
     prompt_lookup_num_tokens: int = 0  # guessed ahead from earlier text, at most: speed, never text. Not with penalties
+    # What logit_bias says as int64 ids and float32 biases, written once, where a request is made: not on a step.
+    packed_bias: tuple[array[int], array[float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise InvalidRequest("stop", "a stop string must be a non-empty string")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if not isinstance(self.logit_bias, Mapping):
-            raise InvalidRequest("logit_bias", f"{self.logit_bias!r} does not map token ids to numbers")
-        _token_ids("logit_bias", tuple(self.logit_bias))
+            raise InvalidRequest("logit_bias", f"{_brief(self.logit_bias)} does not map token ids to numbers")
+        _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "tokens")
+        _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
         self._check_reals()
         self._check_counts()
-        object.__setattr__(self, "logit_bias", {i: float(bias) for i, bias in self.logit_bias.items()})
+        biases = {i: float(bias) for i, bias in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
+        object.__setattr__(self, "packed_bias", (array("q", biases), array("f", biases.values())))
 
     def _check_counts(self) -> None:
         if self.max_tokens is not None:
@@ -84,13 +98,13 @@ class SamplingParams:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
             _whole("seed", self.seed, 0, MAX_SEED)
-        _whole("stop", len(self.stop), 0, MAX_STOP_STRINGS, what="number of stop strings")
         for name, flag in (
             ("ignore_eos", self.ignore_eos),
+            ("skip_special_tokens", self.skip_special_tokens),
             ("include_stop_str_in_output", self.include_stop_str_in_output),
         ):
             if not isinstance(flag, bool):
-                raise InvalidRequest(name, f"{flag!r} is neither True nor False")
+                raise InvalidRequest(name, f"{_brief(flag)} is neither True nor False")
 
     def _check_reals(self) -> None:
         _real("temperature", self.temperature, 0.0, 100.0)
@@ -111,44 +125,75 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-def _whole(param: str, value: object, low: int, high: int | None, *, what: str = "value") -> None:
+def _whole(param: str, value: object, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(param, f"{what} {value!r} is not a whole number")
+        raise InvalidRequest(param, f"value {_brief(value)} is not a whole number")
     if value < low or (high is not None and value > high):
-        closing = "inf)" if high is None else f"{high}]"
-        raise InvalidRequest(param, f"{what} {_shown(value)} is outside [{low}, {closing}")
+        closing = "inf)" if high is None else f"{_brief(high)}]"
+        raise InvalidRequest(param, f"value {_brief(value)} is outside [{low}, {closing}")
 
 
 def _real(
     param: str, value: object, low: float, high: float, *, exclusive_low: bool = False, what: str = "value"
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise InvalidRequest(param, f"{what} {value!r} is not a number")
+        raise InvalidRequest(param, f"{what} {_brief(value)} is not a number")
     if not low <= value <= high or (exclusive_low and value == low):
         opening = "(" if exclusive_low else "["
-        raise InvalidRequest(param, f"{what} {_shown(value)} is outside {opening}{low}, {high}]")
+        raise InvalidRequest(param, f"{what} {_brief(value)} is outside {opening}{low}, {high}]")
 
 
-def _shown(value: float) -> str:
-    """The number, unless it has more digits than anyone would read (Python refuses to write out the largest)."""
-    return f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 128 else str(value)
+def _brief(value: object) -> str:
+    """The value as it is written, cut where nobody would read on (Python refuses to write out the largest numbers)."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"of {value.bit_length()} bits"
+    return str(value) if isinstance(value, int | float) else _REPR.repr(value)
 
 
-def _items(param: str, values: object) -> tuple[Any, ...]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise InvalidRequest(param, f"{values!r} is not a list")
-    return tuple(values)
+def _at_most(param: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise InvalidRequest(param, f"{count} {what}, the limit is {limit}; send fewer")
 
 
-def _token_ids(param: str, values: object) -> tuple[int, ...]:
+def _items(param: str, values: object, limit: int | None = None, what: str = "entries") -> tuple[Any, ...]:
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidRequest(param, f"{_brief(values)} is not a list")
+    if limit is not None and isinstance(values, Sized):
+        _at_most(param, len(values), limit, what)
+    items = tuple(values if limit is None else islice(values, limit + 1))
+    if limit is not None and len(items) > limit:
+        raise InvalidRequest(param, f"more than {limit} {what}, which is the limit; send fewer")
+    return items
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else _items("stop", stop, MAX_STOP_STRINGS, "stop strings")
+    for text in strings:
+        if not isinstance(text, str) or not text:
+            raise InvalidRequest("stop", f"{_brief(text)} is not a stop string: it must be a non-empty string")
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                "stop", f"a stop string has {len(text)} characters, the limit is {MAX_STOP_CHARS}; send a shorter one"
+            )
+    return strings
+
+
+def _token_ids(param: str, values: object, limit: int | None = None) -> tuple[int, ...]:
     """A tuple of ints; whether the model has such tokens is the engine's to say."""
-    token_ids = _items(param, values)
+    token_ids = _items(param, values, limit, "token ids")
     if not set(map(type, token_ids)) <= {int}:
         wrong = next(i for i in token_ids if type(i) is not int)
-        raise InvalidRequest(param, f"{wrong!r} is a {type(wrong).__name__}, not a token id")
+        raise InvalidRequest(param, f"{_brief(wrong)} is a {type(wrong).__name__}, not a token id")
     if token_ids and max(max(token_ids), -min(token_ids)).bit_length() > 63:
         raise InvalidRequest(param, "a number of more than 63 bits is no token id of any model")
     return token_ids
+
+
+def _name(param: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(param, f"{_brief(value)} is not a string")
+    if len(value) > MAX_NAME_CHARS:
+        raise InvalidRequest(param, f"{len(value)} characters, the limit is {MAX_NAME_CHARS}; send a shorter one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,14 +220,17 @@ class Request:
         for name in ("prompt_token_ids", "resumed_output_token_ids"):
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         if not isinstance(self.params, SamplingParams):
-            raise InvalidRequest("params", f"{self.params!r} is not a SamplingParams")
+            raise InvalidRequest("params", f"{_brief(self.params)} is not a SamplingParams")
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("sample_index", self.sample_index, 0, 2**32 - 1)
         for name in ("request_id", "tenant", "cache_salt"):
-            if not isinstance(getattr(self, name), str):
-                raise InvalidRequest(name, f"{getattr(self, name)!r} is not a string")
-        if self.adapter is not None and not (isinstance(self.adapter, str) and self.adapter):
-            raise InvalidRequest("adapter", f"{self.adapter!r} is not the key of an adapter version; None: the base")
+            _name(name, getattr(self, name))
+        if self.adapter is not None:
+            if not (isinstance(self.adapter, str) and self.adapter):
+                raise InvalidRequest(
+                    "adapter", f"{_brief(self.adapter)} is not the key of an adapter version; None: the base"
+                )
+            _name("adapter", self.adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("store",), 80),
     (("checkpoint", "model", "runner", "lora", "quant", "quantize", "kv", "native"), 90),
     (("triton_kernels",), 120),
-    (("text", "engine_api"), 15),
+    (("text", "engine_api"), 20),
     (("manifests", "."), 50),
     (("equality",), 80),
     (("demo",), 60),

@@ -81,9 +81,14 @@ class Prompts:
         """Text of `token_ids`, without special tokens."""
         return self._tokenizer.decode(token_ids)
 
-    def detokenizer(self) -> Detokenizer:
-        """Text of one sequence, token by token."""
-        return self._pieces.new()
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """Text of one sequence behind its prompt, token by token."""
+        return self._pieces.new(prompt)
+
+    def last_with_text(self, prompt: Sequence[int]) -> int | None:
+        """The token of a prompt that the first of its output is read behind."""
+        context = self._pieces.context_of(prompt)
+        return context[-1] if context else None
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._pieces.special_ids

@@ -41,10 +41,14 @@ class Admission:
         self._claims = claims
         self._queue = queue
         self._roster = roster
+        self._families: dict[str, tuple[bool, Sequence | None]] = {}  # by request, as they are in this step
+        self.lacks_room = False  # somebody waited for blocks in the last step
 
     def run(self, draft: PlanDraft) -> None:
         """Add slices, adapter operations and block copies to the draft."""
         self._claims.begin_step()
+        self.lacks_room = False
+        self._families.clear()
         turns = self._queue.turns()
         lookahead = LOOKAHEAD
         is_open = self._has_seat(draft)
@@ -59,6 +63,7 @@ class Admission:
             lookahead -= 1
             if not (is_loaded and is_open and self._is_ready(seq, draft)):  # else it joins the step that loads it
                 turns.skip_current()
+        self.lacks_room = self.lacks_room or (self._config.max_adapter_pages is not None and self._claims.has_refused)
 
     def _has_seat(self, draft: PlanDraft) -> bool:
         return draft.rows_left > 0 and self._roster.num_seats_taken < self._config.max_num_seqs
@@ -75,32 +80,43 @@ class Admission:
     def _is_ready(self, seq: Sequence, draft: PlanDraft) -> bool:
         if seq.num_in_flight or not self._claims.is_runnable(seq):
             return False
-        siblings_run = any(sibling.state is SequenceState.RUNNING for sibling in seq.siblings)
-        return not siblings_run or self._source(seq, draft) is not None
+        siblings_run, source = self._family(seq, draft)
+        return not siblings_run or source is not None
 
-    @staticmethod
-    def _source(seq: Sequence, draft: PlanDraft) -> Sequence | None:
-        """A sibling from which `seq` can fork: an earlier plan leaves its prompt's KV in its blocks.
+    def _family(self, seq: Sequence, draft: PlanDraft) -> tuple[bool, Sequence | None]:
+        """Whether a sibling of `seq` runs, and one from which it can fork: an earlier plan leaves its prompt's KV in
+        its blocks.
 
         Not one that joins in this step: even if it has all of the prompt, its own block copy has not happened yet.
         """
-        computed = (sibling for sibling in seq.siblings if sibling.has_prompt_computed)
-        return next((sibling for sibling in computed if not draft.has_start_of(sibling)), None)
+        if len(seq.siblings) == 1:
+            return False, None
+        found = self._families.get(seq.request.request_id)
+        if found is None:
+            running = [sibling for sibling in seq.siblings if sibling.state is SequenceState.RUNNING]
+            computed = (sibling for sibling in running if sibling.has_prompt_computed)
+            source = next((sibling for sibling in computed if not draft.has_start_of(sibling)), None)
+            found = self._families[seq.request.request_id] = (bool(running), source)
+        return found
 
     def _admit(self, seq: Sequence, draft: PlanDraft) -> bool:
-        placement = self._kv.place(seq, self._source(seq, draft))
+        placement = self._kv.place(seq, self._family(seq, draft)[1])
         num_rows = seq.num_known_tokens - placement.num_computed_tokens
         may_split = self._config.enable_chunked_prefill or num_rows > self._config.max_num_batched_tokens
         if num_rows > draft.rows_left:
             if not may_split:
+                self._kv.expect(seq)
                 return False
             num_rows = draft.rows_left
         if not self._make_room(seq, placement, draft):
+            self._kv.expect(seq)
+            self.lacks_room = True
             return False
         copy = self._kv.take(seq, placement)
         if copy is not None:
             draft.block_copies.append(copy)
         self._start(seq, placement.num_cached_tokens)
+        self._families.pop(seq.request.request_id, None)
         draft.add(seq, num_rows)
         return True
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
+from typing import Protocol
 
 NULL_BLOCK = 0  # padding rows of a runner write here; no sequence ever gets it
 
 _HELD, _EMPTY, _CACHED = 0, 1, 2  # what a block is, to those who look for neighbours
 _AS_EMPTY = bytes((_HELD, _EMPTY, _EMPTY)) + bytes(253)
+
+
+class Watch(Protocol):
+    """Wants to know of blocks that change hands or content."""
+
+    def note(self, block: int) -> None: ...
 
 
 class BlockPool:
@@ -32,6 +39,7 @@ class BlockPool:
         self._kinds = bytearray([_HELD, *[_EMPTY] * (num_blocks - 1)])
         self._content: list[Hashable | None] = [None] * num_blocks
         self._block_of: dict[Hashable, int] = {}
+        self.watches: list[Watch] = []
 
     @property
     def num_free(self) -> int:
@@ -90,6 +98,7 @@ class BlockPool:
             assert self._content[block] is not None, f"block {block} is free and holds nothing"
             del self._cached[block]
             self._kinds[block] = _HELD
+            self._note(block)
         self._ref_counts[block] += 1
 
     def release(self, block: int) -> None:
@@ -105,6 +114,7 @@ class BlockPool:
             else:
                 self._cached[block] = None
                 self._kinds[block] = _CACHED
+                self._note(block)
 
     def hand_out_early(self, block: int) -> None:
         """A free block's content is of no use any more; it stays findable until the block is handed out."""
@@ -120,15 +130,21 @@ class BlockPool:
             del self._block_of[former]
         self._content[block] = content
         self._block_of[content] = block
+        self._note(block)
 
     def find(self, content: Hashable) -> int | None:
         return self._block_of.get(content)
+
+    def _note(self, block: int) -> None:
+        for watch in self.watches:
+            watch.note(block)
 
     def _hand_out(self, block: int) -> None:
         content = self._content[block]
         if content is not None:
             del self._block_of[content]
             self._content[block] = None
+            self._note(block)
         self._ref_counts[block] = 1
         self._kinds[block] = _HELD
 

@@ -33,6 +33,11 @@ class AdapterClaims:
         if starving is not None and (starving.has_pin or starving.state is SequenceState.FINISHED):
             self._starving, self._drained = None, frozenset()
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether an adapter found no room in this step."""
+        return self._refused is not None
+
     def is_runnable(self, seq: Sequence) -> bool:
         """The adapter is there and may be pinned."""
         key = seq.request.adapter

@@ -50,15 +50,25 @@ class PlanDraft:
     def has_start_of(self, seq: Sequence) -> bool:
         return any(start.seq_id == seq.seq_id for start in self._starts)
 
-    def add(self, seq: Sequence, num_rows: int, guesses: tuple[int, ...] = ()) -> None:
-        """A slice of the next `num_rows` tokens of `seq`, and of guesses what the tokens after them are."""
-        all_rows = num_rows + len(guesses)
-        assert 0 < all_rows <= self.rows_left, f"{all_rows} rows, {self.rows_left} left"
-        self._entries.append((seq.lora_slot, seq, num_rows, guesses))
-        self.rows_left -= all_rows
+    @property
+    def num_slices(self) -> int:
+        return len(self._entries)
+
+    def add(self, seq: Sequence, num_rows: int) -> None:
+        """A slice of the next `num_rows` tokens of `seq`."""
+        assert 0 < num_rows <= self.rows_left, f"{num_rows} rows, {self.rows_left} left"
+        self._entries.append((seq.lora_slot, seq, num_rows, ()))
+        self.rows_left -= num_rows
         if not seq.is_started:
             self._starts.append(seq.start())
             seq.is_started = True
+
+    def add_guesses(self, index: int, guesses: tuple[int, ...]) -> None:
+        """Guesses behind the slice that was the `index`th to be added."""
+        assert len(guesses) <= self.rows_left, f"{len(guesses)} guesses, {self.rows_left} rows left"
+        lora_slot, seq, num_rows, _ = self._entries[index]
+        self._entries[index] = (lora_slot, seq, num_rows, guesses)
+        self.rows_left -= len(guesses)
 
     def build(self, ends: Iterable[int]) -> Flight:
         """The plan; its sequences count as computed that far from here on."""

@@ -8,7 +8,10 @@ from engine.core.block_pool import BlockPool
 from engine.core.limits import SchedulerConfig
 from engine.core.plan import BlockCopy
 from engine.core.prefix_cache import PrefixCache, PrefixMatch
+from engine.core.prefix_watch import PrefixWatch
 from engine.core.sequence import Sequence
+
+MAX_WATCHES = 8  # of sequences that wait: heads of the queue, which change with the tenant whose turn it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class KVBlocks:
         self.cache = PrefixCache(self.pool, config.block_size)
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching
+        self._watches: dict[int, PrefixWatch] = {}  # by sequence: those that wait at the head of the queue
+        self._found: tuple[int, PrefixMatch] = (-1, PrefixMatch((), -1))  # by whom, last
         self.hit_tokens = 0
         self.lookup_tokens = 0
 
@@ -49,9 +54,7 @@ class KVBlocks:
 
         Changes nothing, and holds until a block is taken.
         """
-        match = PrefixMatch((), seq.namespace)
-        if self._caching:
-            match = self.cache.match(seq.namespace, seq.tokens_between(0, seq.num_known_tokens))
+        match, num_revived = self._match(seq)
         cached_tokens = len(match.blocks) * self._block_size
         shared, computed, node = match.blocks, cached_tokens, match.node if match.blocks else None
         copy_src = None
@@ -61,12 +64,39 @@ class KVBlocks:
                 num_full, rest = divmod(forked, self._block_size)
                 shared, computed, node = tuple(source.block_table[:num_full]), forked, None
                 copy_src = source.block_table[num_full] if rest else None
-                cached_tokens = 0
+                cached_tokens = num_revived = 0  # they are its sibling's
         num_new = self.num_blocks_for(seq.num_known_tokens) - len(shared)
-        num_revived = sum(self.pool.ref_count(block) == 0 for block in shared)
         return Placement(
             shared, num_new, num_revived, computed, cached_tokens, node if isinstance(node, int) else None, copy_src
         )
+
+    def _match(self, seq: Sequence) -> tuple[PrefixMatch, int]:
+        """The longest cached prefix, and how many of its blocks are free."""
+        if not self._caching:
+            return PrefixMatch((), seq.namespace), 0
+        watch = self._watches.get(seq.seq_id)
+        if watch is not None:
+            watch.update()
+            return PrefixMatch(tuple(watch.blocks), watch.node), watch.num_free
+        match = self.cache.match(seq.namespace, seq.tokens_between(0, seq.num_known_tokens))
+        self._found = (seq.seq_id, match)
+        return match, sum(self.pool.ref_count(block) == 0 for block in match.blocks)
+
+    def expect(self, seq: Sequence) -> None:
+        """`seq` was placed just now and does not fit: from now on its cached prefix is kept up to date."""
+        found_for, match = self._found
+        if seq.seq_id != found_for or seq.seq_id in self._watches:
+            return
+        if len(self._watches) >= MAX_WATCHES:
+            self._forget(next(iter(self._watches)))
+        watch = self._watches[seq.seq_id] = PrefixWatch(self.pool, self.cache, seq, match, self._block_size)
+        self.pool.watches.append(watch)
+
+    def _forget(self, seq_id: int) -> None:
+        self._found = (-1, PrefixMatch((), -1))
+        watch = self._watches.pop(seq_id, None)
+        if watch is not None:
+            self.pool.watches.remove(watch)
 
     def num_missing(self, placement: Placement, headroom: int) -> int:
         """Blocks that must become free before it can be taken and leave `headroom` of them."""
@@ -74,6 +104,7 @@ class KVBlocks:
 
     def take(self, seq: Sequence, placement: Placement) -> BlockCopy | None:
         """Give `seq` its blocks. Returns: the copy that must happen before it writes; its source has a reference."""
+        self._forget(seq.seq_id)
         for block in placement.shared:
             self.pool.share(block)
         if placement.copy_src is not None:
@@ -121,6 +152,7 @@ class KVBlocks:
 
     def give_back(self, seq: Sequence) -> None:
         """Release all blocks of `seq`, the last first, so that a prefix outlives what hangs on it."""
+        self._forget(seq.seq_id)
         for block in reversed(seq.block_table):
             self.pool.release(block)
         seq.block_table = []

@@ -50,6 +50,14 @@ class PrefixCache:
             node = self._node_of[block]
         return PrefixMatch(tuple(blocks), node)
 
+    def find(self, parent: int | Namespace, tokens: tuple[int, ...]) -> int | None:
+        """The block with these tokens behind that prefix."""
+        return self._pool.find((parent, tokens))
+
+    def node_of(self, block: int) -> int:
+        """Of the prefix that ends with a published block."""
+        return self._node_of[block]
+
     def publish(self, parent: int | Namespace, tokens: tuple[int, ...], block: int, adapter: str | None = None) -> int:
         """Make a held block findable, whose KV has been computed; if another one holds the same, that one stays.
 

@@ -10,10 +10,15 @@ from engine.request import Request
 
 def check_request(request: Request, config: SchedulerConfig, slots: AdapterSlots) -> None:
     """Raises: InvalidRequest, PromptTooLong, AdapterError, AdapterTooLarge."""
-    _check_prompt(request, config)
-    _check_resumed(request, config)
+    check_lengths(request, config)
     if request.adapter is not None:
         _check_adapter(request.adapter, slots)
+
+
+def check_lengths(request: Request, config: SchedulerConfig) -> None:
+    """What is refused without a look at any token. Raises: InvalidRequest, PromptTooLong."""
+    _check_prompt(request, config)
+    _check_resumed(request, config)
 
 
 def max_tokens_total(request: Request, config: SchedulerConfig) -> int:

@@ -32,6 +32,7 @@ class Roster:
         self._claims = claims
         self._queue = queue
         self.requests: dict[str, tuple[Sequence, ...]] = {}  # of which a sequence has not ended yet
+        self.unserved: set[str] = set()  # requests of which no sequence has run yet
         self.running: list[Sequence] = []
         self.retiring: dict[int, Sequence] = {}
         self.ends: dict[int, None] = {}  # seq ids that the runner may forget
@@ -47,6 +48,7 @@ class Roster:
         """The samples of a request wait."""
         request = siblings[0].request
         self.requests[request.request_id] = siblings
+        self.unserved.add(request.request_id)
         for seq in siblings:
             seq.siblings = siblings
             if request.adapter is not None:
@@ -56,6 +58,7 @@ class Roster:
     def run(self, seq: Sequence) -> None:
         """A waiting sequence has got its blocks and its adapter."""
         self._queue.remove(seq)
+        self.unserved.discard(seq.request.request_id)
         seq.move_to(SequenceState.RUNNING)
         insort(self.running, seq, key=_arrival)
 
@@ -85,6 +88,7 @@ class Roster:
         self.updates.append(update or seq.update(ending=ending, error=error))
         if all(sibling.state is SequenceState.FINISHED for sibling in seq.siblings):
             del self.requests[seq.request.request_id]
+            self.unserved.discard(seq.request.request_id)
             for sibling in seq.siblings:
                 sibling.siblings = ()  # a cycle less for the garbage collector
         self.retiring[seq.seq_id] = seq
@@ -122,6 +126,8 @@ class Roster:
             assert seq.num_in_flight, seq
         for seq in [*waiting, *self.running, *self.retiring.values()]:
             seq.check_invariants(block_size)
+        served = {name for name, group in self.requests.items() if any(seq.was_admitted for seq in group)}
+        assert self.unserved == self.requests.keys() - served
         listed = sorted(seq.seq_id for seq in [*waiting, *self.running])
         alive = [seq for group in self.requests.values() for seq in group if seq.state is not SequenceState.FINISHED]
         assert sorted(seq.seq_id for seq in alive) == listed

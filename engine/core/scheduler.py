@@ -11,6 +11,7 @@ from engine.core.admission import HEADROOM_DIVISOR, Admission
 from engine.core.claims import AdapterClaims
 from engine.core.draft import Flight, PlanDraft
 from engine.core.fairness import FairQueue, token_cost
+from engine.core.guesses import Guesses
 from engine.core.intake import Intake
 from engine.core.kv_blocks import KVBlocks
 from engine.core.limits import SchedulerConfig
@@ -55,11 +56,11 @@ class Scheduler:
         self._queue = FairQueue()
         self._roster = Roster(self._kv, self._slots, self._claims, self._queue)
         self._admission = Admission(config, self._kv, self._slots, self._claims, self._queue, self._roster)
+        self._guesses = Guesses(self._kv, self._roster)
         self._intake = Intake(config.eos_token_ids, self._kv, self._queue, self._roster)
         self._in_flight: deque[Flight] = deque()
         self._num_plans = 0
         self._num_sequences = 0
-        self._num_guessed = 0
         self._time_ns = 0
 
     # --- requests --------------------------------------------------------------------------------------------------
@@ -84,9 +85,7 @@ class Scheduler:
 
     def _check_queue(self) -> None:
         limit = self.config.max_queued_requests
-        if len(self._queue) < limit:
-            return
-        num_queued = sum(not any(seq.was_admitted for seq in group) for group in self._roster.requests.values())
+        num_queued = len(self._roster.unserved)
         if num_queued >= limit:
             raise QueueFull(f"{num_queued} requests wait and max_queued_requests is {limit}; try again later")
 
@@ -163,8 +162,9 @@ class Scheduler:
             return None
         draft = PlanDraft(self._num_plans + 1, self.config.max_num_batched_tokens)
         draft.adapter_ops.extend(self._desk.ops)
-        self._continue_running(draft)
+        guessing = self._continue_running(draft)
         self._admission.run(draft)
+        self._guesses.run(guessing, draft, lacks_room=self._admission.lacks_room)
         must_poll = not self._in_flight and (
             (len(self._queue) > 0 and self._slots.is_copying) or self._desk.is_preloading()
         )
@@ -184,32 +184,26 @@ class Scheduler:
         for request_id in events.aborts:
             self._roster.abort(request_id)
 
-    def _continue_running(self, draft: PlanDraft) -> None:
-        """Decode first, then prompts under way. Oldest first: whoever is preempted has no slice in the draft yet."""
+    def _continue_running(self, draft: PlanDraft) -> list[tuple[int, Sequence]]:
+        """Decode first, then prompts under way. Oldest first: whoever is preempted has no slice in the draft yet.
+
+        Returns: sequences that could guess, with the places of their slices in the draft.
+        """
         prefills: list[Sequence] = []
-        running = tuple(self._roster.running)
-        spare_rows = draft.rows_left - len(running)
-        for seq in running:
+        guessing: list[tuple[int, Sequence]] = []
+        for seq in tuple(self._roster.running):
             num_rows = seq.num_to_compute
             if num_rows > 1:
                 prefills.append(seq)
             elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
-                guesses = self._guess(seq, spare_rows) if seq.lookup is not None else ()
-                spare_rows -= len(guesses)
-                draft.add(seq, 1, guesses)
+                if seq.lookup is not None:
+                    guessing.append((draft.num_slices, seq))
+                draft.add(seq, 1)
         for seq in prefills:
             num_rows = min(seq.num_to_compute, draft.rows_left)
             if num_rows and seq.state is SequenceState.RUNNING:
                 draft.add(seq, num_rows)
-
-    def _guess(self, seq: Sequence, max_tokens: int) -> tuple[int, ...]:
-        """Guesses for the rows and blocks that nobody else needs in this step."""
-        guesses = seq.guess(max_tokens) if max_tokens > 0 else ()
-        if not guesses:
-            return ()
-        guesses = guesses[: self._kv.grow_for_guesses(seq, len(guesses), headroom=len(self._roster.running))]
-        self._num_guessed += len(guesses)
-        return guesses
+        return guessing
 
     def _make_room(self, seq: Sequence, draft: PlanDraft) -> bool:
         """A block for the next token of `seq`: from idle adapters, or by preempting the newest. False: not now."""
@@ -310,7 +304,7 @@ class Scheduler:
             preemptions=self._roster.num_preemptions,
             prefix_hit_tokens=self._kv.hit_tokens,
             prefix_lookup_tokens=self._kv.lookup_tokens,
-            guessed_tokens=self._num_guessed,
+            guessed_tokens=self._guesses.num_guessed,
             guessed_right_tokens=self._intake.num_guessed_right,
         )
 

@@ -184,6 +184,11 @@ class Sequence:
         start = self.num_computed_tokens
         return self.tokens_between(start, start + num_rows)
 
+    def read_for_guesses(self, max_tokens: int) -> None:
+        """Take a piece of its tokens into the index that guesses are looked up in."""
+        if self.lookup is not None:
+            self.lookup.read(self.prompt, self.outputs, max_tokens)
+
     def guess(self, max_tokens: int) -> tuple[int, ...]:
         """What may follow the known tokens: at most `max_tokens`, and not so many that it could pass its LENGTH."""
         if self.lookup is None:

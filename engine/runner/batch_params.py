@@ -73,24 +73,41 @@ class BatchParams:
 
     def _gather_changes(self, sequences: list[SequenceSampling]) -> None:
         """What changes logits: biases, penalties, bans."""
-        bias = [(i, t, b) for i, p in enumerate(self._params) if i not in self.errors for t, b in p.logit_bias.items()]
-        self.bias_rows = self._ints([row for row, _, _ in bias])
-        self.bias_token_ids = self._ints([token_id for _, token_id, _ in bias])
-        self.biases = self._reals([value for _, _, value in bias])
+        packed = [(i, *p.packed_bias) for i, p in enumerate(self._params) if i not in self.errors and p.packed_bias[0]]
+        biased = [(i, torch.frombuffer(ids, dtype=torch.int64)) for i, ids, _ in packed]
+        self.bias_rows, self.bias_token_ids = self._pairs(biased)
+        biases = [torch.frombuffer(values, dtype=torch.float32) for _, _, values in packed]
+        self.biases = to_device(torch.cat(biases), self._device) if biases else self._reals([])
         punished = [sequences[i] for i in self.penalised.rows]
         self.history = self._ints([s.history for s in punished if s.history is not None])
         self.repetition = self._reals([s.params.repetition_penalty for s in punished])
         self.presence = self._reals([s.params.presence_penalty for s in punished])
         self.frequency = self._reals([s.params.frequency_penalty for s in punished])
         self._bans = [
-            (i, s.params.min_tokens, s.banned_token_ids) for i, s in enumerate(sequences) if s.params.min_tokens
+            (i, s.params.min_tokens, torch.tensor(s.banned_token_ids, dtype=torch.int64))
+            for i, s in enumerate(sequences)
+            if s.params.min_tokens and s.banned_token_ids
         ]
-        self.changes_logits = bool(bias or punished or self._bans)
+        self._banned: tuple[list[int], tuple[Tensor, Tensor]] | None = None  # the rows it is for, and the pairs
+        self.changes_logits = bool(packed or punished or self._bans)
 
-    def banned(self, positions: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Rows and token ids that min_tokens still bans, given each row's output position."""
-        pairs = [(row, i) for row, until, ids in self._bans if positions[row] < until for i in ids]
-        return [row for row, _ in pairs], [token_id for _, token_id in pairs]
+    def banned(self, positions: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Rows [N] and token ids [N] that min_tokens still bans, given each row's output position; None: nothing."""
+        bans = [(row, ids) for row, until, ids in self._bans if positions[row] < until]
+        rows = [row for row, _ in bans]
+        if not rows:
+            return None
+        if self._banned is None or self._banned[0] != rows:
+            self._banned = (rows, self._pairs(bans))
+        return self._banned[1]
+
+    def _pairs(self, ids_of_rows: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(row, token ids [n]) -> rows [N] and token ids [N]."""
+        if not ids_of_rows:
+            return self._ints([]), self._ints([])
+        counts = torch.tensor([len(ids) for _, ids in ids_of_rows])
+        rows = torch.tensor([row for row, _ in ids_of_rows]).repeat_interleave(counts)
+        return to_device(rows, self._device), to_device(torch.cat([ids for _, ids in ids_of_rows]), self._device)
 
     def pack_logprobs(self, raw: Tensor, chosen: Tensor) -> Tensor:
         """Log-probabilities of the rows that ask, for one copy to the host.

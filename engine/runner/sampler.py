@@ -149,9 +149,9 @@ class Sampler:
             self._history.penalise(
                 logits, batch.penalised.index, batch.history, batch.repetition, batch.presence, batch.frequency
             )
-        rows, token_ids = batch.banned(positions)
-        if rows:
-            logits[upload(rows, self._device), upload(token_ids, self._device)] = -torch.inf
+        banned = batch.banned(positions)
+        if banned is not None:
+            logits[banned] = -torch.inf
 
     def _banned(self, params: SamplingParams) -> tuple[int, ...]:
         ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos_token_ids))
@@ -159,10 +159,11 @@ class Sampler:
         return tuple(banned) if len(banned) < self._vocab_size else ()
 
     def _misfit(self, params: SamplingParams) -> str | None:
-        unknown = [i for i in params.logit_bias if not 0 <= i < self._vocab_size]
-        if not unknown:
+        token_ids, _ = params.packed_bias
+        if not token_ids or 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
             return None
-        return f"logit_bias names token {unknown[0]}, the model's tokens are 0 to {self._vocab_size - 1}"
+        unknown = next(i for i in token_ids if not 0 <= i < self._vocab_size)
+        return f"logit_bias names token {unknown}, the model's tokens are 0 to {self._vocab_size - 1}"
 
 
 def _choose(

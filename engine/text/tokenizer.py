@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.text.clean_up import clean_up_spaces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -35,6 +36,7 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.cleans_up_spaces = _cleans_up_spaces(hf_tokenizer)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -66,10 +68,12 @@ class Tokenizer:
             raise InvalidRequest("prompt", f"it is not text that can be encoded: {error}") from error
         return ids
 
-    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of the tokens, without the clean-up of spaces that some tokenizers ask for (it loses text)."""
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True, clean_up: bool = True) -> str:
+        """The text of the tokens, as transformers reads them: with the clean-up of spaces that some tokenizers ask for,
+        unless `clean_up` is False.
+        """
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return clean_up_spaces(text) if clean_up and self.cleans_up_spaces else text
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it; None when there is none (models pad their vocabulary)."""
@@ -110,3 +114,12 @@ class Tokenizer:
         """Token ids of a conversation, ready to be continued; arguments and errors as in `render_chat`."""
         # The template writes the special tokens itself.
         return self.encode(self.render_chat(messages, **template_args), add_special_tokens=False)
+
+
+def _cleans_up_spaces(hf_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """transformers does not do it for BPE unless it is told twice: it would take spaces out of the text."""
+    if not getattr(hf_tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    is_bpe = type(hf_tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    told_twice = getattr(hf_tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    return not is_bpe or bool(told_twice)

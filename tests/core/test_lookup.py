@@ -23,6 +23,7 @@ def test_guesses_are_those_of_a_search_however_the_text_grows() -> None:
         outputs: list[int] = []
         lookup = PromptLookup(3)
         for _ in range(12):
+            lookup.read(prompt, outputs)
             assert lookup.guess(prompt, outputs, 3) == searched(prompt + outputs, 3)
             outputs += [rng.randint(0, 2) for _ in range(rng.randint(1, 3))]
 
@@ -30,6 +31,7 @@ def test_guesses_are_those_of_a_search_however_the_text_grows() -> None:
 def test_right_guesses_grow_and_wrong_ones_shrink() -> None:
     text = [*range(100), 0, 1, 2]
     lookup = PromptLookup(16)
+    lookup.read(text, [])
     sizes = []
     for right in (True, True, True, True, False, True):
         guess = lookup.guess(text, [], 64)
@@ -40,6 +42,7 @@ def test_right_guesses_grow_and_wrong_ones_shrink() -> None:
 
 def test_no_more_is_guessed_than_there_is_room_for() -> None:
     lookup = PromptLookup(8)
+    lookup.read([1, 2, 3, 1, 2], [])
     assert lookup.guess([1, 2, 3, 1, 2], [], 1) == (3,)
     assert lookup.guess([1, 2, 3, 1, 2], [], 0) == ()
     assert PromptLookup(8).guess([1], [], 5) == ()

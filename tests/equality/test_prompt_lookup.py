@@ -39,6 +39,7 @@ def test_guessing_ahead_changes_no_token_and_no_logprob(kind: str, zoo: Zoo, pro
     asked = [(prompt * 4)[:40] for prompt in prompts]
     names = [[None, *adapters][i % (1 + len(adapters))] for i in range(len(asked))]
     plain = make_llm(base, adapters).generate(asked, params, names)
+    num_right = 0
     for pipeline_depth, max_num_batched_tokens in ((1, 1024), (2, 1024), (1, 12)):
         settings = {"pipeline_depth": pipeline_depth, "max_num_batched_tokens": max_num_batched_tokens}
         llm = make_llm(base, adapters, **settings)
@@ -51,7 +52,9 @@ def test_guessing_ahead_changes_no_token_and_no_logprob(kind: str, zoo: Zoo, pro
             for a, b in zip(one.logprobs, other.logprobs, strict=True):
                 assert abs(a.logprob - b.logprob) < 1e-4
         stats = llm.stats()
-        assert stats.total_guessed_tokens > stats.total_guessed_right_tokens > 0
+        assert stats.total_guessed_tokens > stats.total_guessed_right_tokens
+        num_right += stats.total_guessed_right_tokens
+    assert num_right > 0, "where prompts leave few rows it may be none"
 
 
 @pytest.fixture(scope="module")

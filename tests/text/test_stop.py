@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.text import stop
 from engine.text.stop import StopMatcher
 
 ALPHABET = "ab"  # two letters: repetitions and overlaps are the rule
@@ -61,3 +63,31 @@ def test_nothing_is_shown_after_a_stop_string() -> None:
 def test_without_stop_strings_text_passes_at_once() -> None:
     matcher = StopMatcher([])
     assert (matcher.push("any"), matcher.finish(), matcher.matched) == ("any", "", None)
+
+
+def test_only_stop_strings_that_have_begun_cost_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    advanced = [0]
+    advance = stop._Automaton.advance
+
+    def counted(self: stop._Automaton, character: str) -> int:
+        advanced[0] += 1
+        return advance(self, character)
+
+    monkeypatch.setattr(stop._Automaton, "advance", counted)
+    stops = [chr(ord("A") + i) + "b" * 1000 for i in range(16)]
+    matcher = StopMatcher(stops)
+    assert matcher.push("no capital letter here " * 100) != ""
+    assert advanced[0] == 0
+    assert matcher.push("A" + "b" * 500) == ""
+    assert advanced[0] == 500, "one of them has begun"
+    assert matcher.push("x") == "A" + "b" * 500 + "x"
+    assert matcher.push("b" * 100) == "b" * 100
+    assert advanced[0] == 501
+
+
+def test_a_failure_table_is_that_of_the_definition() -> None:
+    text = "abababaababababb"
+    automaton = stop._Automaton(text, is_written=False)
+    for length in range(1, len(text) + 1):
+        borders = [k for k in range(length) if text[:length].endswith(text[:k])]
+        assert automaton.failure(length) == max(borders)

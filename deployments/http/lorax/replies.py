@@ -15,11 +15,11 @@ from engine.request import FinishReason, TokenLogprobs
 class TokenWriter:
     """Tokens of one sample with their texts: put together, the texts are the sample's text."""
 
-    def __init__(self, prompts: Prompts, *, alternatives: bool) -> None:
+    def __init__(self, prompts: Prompts, prompt: Sequence[int], *, alternatives: bool) -> None:
         self._prompts = prompts
-        self._detokenizer = prompts.detokenizer()
+        self._detokenizer = prompts.detokenizer(prompt)
         self._alternatives = alternatives
-        self._previous: int | None = None
+        self._previous = prompts.last_with_text(prompt)
 
     def tokens(self, items: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
         """One body per token. A character spread over tokens belongs to its last one."""
@@ -38,7 +38,7 @@ class TokenWriter:
                     {"id": token_id, "text": self._text(token_id), "logprob": logprob} for token_id, logprob in item.top
                 ]
             bodies.append(body)
-            self._previous = item.token_id
+            self._previous = self._previous if special else item.token_id
         return bodies
 
     def _text(self, token_id: int) -> str:

@@ -44,7 +44,8 @@ def routes(gateway: Gateway) -> APIRouter:
 async def _stream(gateway: Gateway, body: GenerateRequest, request: Request) -> Response:
     asked = body.parameters or Parameters()
     opened = await gateway.open(generate_ask(body, gateway.model_id, stream=True), request.state.caller.tenant)
-    writer = replies.TokenWriter(gateway.prompts, alternatives=asked.return_k_alternatives is not None)
+    alternatives = asked.return_k_alternatives is not None
+    writer = replies.TokenWriter(gateway.prompts, opened.prompts[0], alternatives=alternatives)
     seed = opened.seed if samples(asked) else None
     prefix = body.inputs if asked.return_full_text else ""
     events = sse.events(opened, writer, prefix, seed, with_details=bool(asked.details))
@@ -66,7 +67,8 @@ def _details(gateway: Gateway, asked: Parameters, opened: Opened, ranked: list[S
     seed = opened.seed if samples(asked) else None
 
     def tokens(sample: Sample) -> list[dict[str, Any]]:
-        writer = replies.TokenWriter(gateway.prompts, alternatives=asked.return_k_alternatives is not None)
+        alternatives = asked.return_k_alternatives is not None
+        writer = replies.TokenWriter(gateway.prompts, opened.prompts[0], alternatives=alternatives)
         return writer.tokens(sample.logprobs)
 
     best, *others = ranked

@@ -12,9 +12,9 @@ from engine.request import TokenLogprobs
 class LogprobWriter:
     """Writes the log-probabilities of one sample, delta by delta."""
 
-    def __init__(self, prompts: Prompts, text_offset: int = 0) -> None:
+    def __init__(self, prompts: Prompts, prompt: Sequence[int], text_offset: int = 0) -> None:
         self._prompts = prompts
-        self._previous: int | None = None
+        self._previous = prompts.last_with_text(prompt)
         self._offset = text_offset  # characters of text before the next token, for completions
 
     def chat(self, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ class LogprobWriter:
             entry = self._entry(item.token_id, item.logprob)
             entry["top_logprobs"] = [self._entry(token_id, logprob) for token_id, logprob in item.top]
             content.append(entry)
-            self._previous = item.token_id
+            self._note(item.token_id)
         return {"content": content, "refusal": None}
 
     def completion(self, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
@@ -36,13 +36,17 @@ class LogprobWriter:
             offsets.append(self._offset)
             tops.append({self._text(token_id): logprob for token_id, logprob in item.top})
             self._offset += len(token)
-            self._previous = item.token_id
+            self._note(item.token_id)
         return {
             "tokens": tokens,
             "token_logprobs": [item.logprob for item in items],
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+    def _note(self, token_id: int) -> None:
+        if not self._prompts.is_special(token_id):
+            self._previous = token_id
 
     def _text(self, token_id: int) -> str:
         return self._prompts.token_bytes(self._previous, token_id).decode(errors="replace")

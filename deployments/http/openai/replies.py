@@ -39,19 +39,24 @@ class Head:
 
 
 def whole(
-    head: Head, samples: Sequence[dict[int, Sample]], usage: Usage, prompts: Prompts, echoes: Sequence[str]
+    head: Head,
+    samples: Sequence[dict[int, Sample]],
+    usage: Usage,
+    prompts: Prompts,
+    prompt_ids: Sequence[Sequence[int]],
+    echoes: Sequence[str],
 ) -> dict[str, Any]:
     """The reply of a request that does not stream. `echoes`: text in front of each prompt's samples."""
     choices: list[dict[str, Any]] = []
     for prompt, by_index in enumerate(samples):
         for _, sample in sorted(by_index.items()):
-            choices.append(_choice(head.kind, len(choices), sample, prompts, echoes[prompt]))
+            writer = LogprobWriter(prompts, prompt_ids[prompt], len(echoes[prompt]))
+            choices.append(_choice(head.kind, len(choices), sample, writer, echoes[prompt]))
     return {**head.body(), "choices": choices, "usage": usage_body(usage)}
 
 
-def _choice(kind: Kind, index: int, sample: Sample, prompts: Prompts, echo: str) -> dict[str, Any]:
+def _choice(kind: Kind, index: int, sample: Sample, writer: LogprobWriter, echo: str) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index, "finish_reason": str(sample.finish_reason), "logprobs": None}
-    writer = LogprobWriter(prompts, len(echo))
     if kind == "chat":
         choice["message"] = {"role": "assistant", "content": sample.text, "refusal": None}
         if sample.logprobs:

@@ -69,7 +69,7 @@ async def _serve(
         return EventResponse(events, opened)
     async with closing(opened):
         samples, usage = await collect(opened)
-    return JSONResponse(replies.whole(head, samples, usage, gateway.prompts, echoes))
+    return JSONResponse(replies.whole(head, samples, usage, gateway.prompts, opened.prompts, echoes))
 
 
 def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:

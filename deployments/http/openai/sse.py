@@ -38,7 +38,8 @@ async def events(
     """The events of `opened`. A failure after the first token becomes an error event: the status is long sent."""
     usage = usage_of(opened)
     num_choices = num_samples * len(opened.prompts)
-    writers = [LogprobWriter(prompts, len(echoes[choice // num_samples])) for choice in range(num_choices)]
+    prompt_of = [choice // num_samples for choice in range(num_choices)]
+    writers = [LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])) for prompt in prompt_of]
     for choice in range(num_choices):
         echo = echoes[choice // num_samples]
         if head.kind == "chat":
