@@ -32,7 +32,9 @@ class AdapterRequestRouter(RequestRouter):
         call = pending_request.args[0] if pending_request.args else None
         if isinstance(call, Call):
             avoid = frozenset(call.avoid)
-            order = rank(views, call.adapter, call.prefix_hints, avoid=avoid, weights=self._weights)
+            # One that must be served alone had better meet a replica that has nothing to finish first.
+            adapter, hints = (None, ()) if call.alone_tokens else (call.adapter, call.prefix_hints)
+            order = rank(views, adapter, hints, avoid=avoid, weights=self._weights)
         else:
             order = rank(views, None, weights=self._weights)
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}

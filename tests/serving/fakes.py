@@ -17,6 +17,7 @@ from adapter_store.records import AdapterPage, AdapterRecord, Registration, Stor
 from deployments.calls import Call, Fault, Refused, StreamItem
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
+from deployments.losses import Meaning
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.streams import ReplicaLost
@@ -65,11 +66,15 @@ def last_line(call: Call) -> str:
 
 @dataclass
 class FakeBackend:
-    """Answers like a replica, `per_item` tokens at a time; `deaths` kills it after so many tokens, once each."""
+    """Answers like a replica, `per_item` tokens at a time; `deaths` kills it after so many tokens, once each.
+
+    `lost` is what Ray tells of these deaths.
+    """
 
     reply: Reply = last_line
     per_item: int = 1
     deaths: list[int] = field(default_factory=list)
+    lost: Meaning = Meaning.DIED
     fault: Fault | None = None
     fault_after: int = 0
     pause_s: float = 0.0
@@ -89,7 +94,7 @@ class FakeBackend:
             for deltas in self._deltas(call):
                 await asyncio.sleep(self.pause_s)
                 if die_after is not None and sent >= die_after:
-                    raise ReplicaLost(name)
+                    raise ReplicaLost(name, meaning=self.lost)
                 if self.fault is not None and sent >= self.fault_after:
                     yield StreamItem(replica=name, fault=self.fault)
                     return
@@ -97,7 +102,7 @@ class FakeBackend:
                 version = call.adapter_version or (self.version if call.adapter else None)
                 yield StreamItem(replica=name, adapter_version=version, deltas=deltas)
             if die_after is not None:
-                raise ReplicaLost(name)
+                raise ReplicaLost(name, meaning=self.lost)
         finally:
             self.open_streams -= 1
 

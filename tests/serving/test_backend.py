@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
 from deployments.calls import Call, Refused, StreamItem
-from deployments.ingress import ServeBackend
+from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
 from engine.request import SamplingParams
 

@@ -1,0 +1,252 @@
+"""A request that ends the process of its replica costs three of them; one that was only there loses time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+
+from deployments.calls import Call, Refused
+from deployments.losses import Meaning
+from deployments.router.streams import answer
+from deployments.router.suspects import SUSPECT_DEATHS, Suspects, fingerprint
+from engine.request import SamplingParams
+from tests.serving.fakes import FakeBackend
+from tests.serving.fleet import Fleet, Kills
+
+DEADLINE_S = 60.0
+REFUSED = "request_ends_replicas"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.router.streams.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("deployments.router.streams.MAX_WAITS", 1_000_000)  # waits of no length
+
+
+def call_of(text: str, **fields: object) -> Call:
+    params = SamplingParams(max_tokens=None)
+    return Call(**{"request_id": text, "prompt_token_ids": tuple(text.encode()), "params": params, "seed": 1} | fields)  # type: ignore[arg-type]
+
+
+async def outcome(fleet: Fleet, suspects: Suspects, call: Call, max_resumes: int = 50) -> str:
+    """The text, or the code of the refusal."""
+    parts = []
+    try:
+        async for delta in answer(fleet, call, max_resumes=max_resumes, suspects=suspects):
+            parts.append(delta.text)
+    except Refused as error:
+        return error.fault.code
+    return "".join(parts)
+
+
+async def outcomes(fleet: Fleet, routers: list[Suspects], texts: list[str], rng: random.Random) -> dict[str, str]:
+    """Of all `texts`, each sent by one of the routers, a little apart."""
+
+    async def one(text: str, suspects: Suspects) -> str:
+        for _ in range(rng.randrange(30)):
+            await asyncio.sleep(0)
+        return await outcome(fleet, suspects, call_of(text))
+
+    async with asyncio.timeout(DEADLINE_S):
+        found = await asyncio.gather(*(one(text, rng.choice(routers)) for text in texts))
+    return dict(zip(texts, found, strict=True))
+
+
+def innocents(rng: random.Random, number: int) -> list[str]:
+    return [f"innocent {i} " + "x" * rng.randrange(5, 30) for i in range(number)]
+
+
+def is_guilty(call: Call) -> bool:
+    return bytes(call.prompt_token_ids).startswith(b"guilty")
+
+
+def position(call: Call, life: int) -> int:
+    return len(call.resumed_output_token_ids) + life
+
+
+SCHEDULES: dict[str, Kills] = {
+    "before its first token": lambda call, life: is_guilty(call),
+    "after one token of each life": lambda call, life: is_guilty(call) and life == 1,
+    "after five tokens of each life": lambda call, life: is_guilty(call) and life == 5,
+    "at one position": lambda call, life: is_guilty(call) and position(call, life) == 7,
+    "from one position on": lambda call, life: is_guilty(call) and position(call, life) >= 4,
+    "later each time": lambda call, life: is_guilty(call) and life == 1 + len(call.avoid) * 2,
+}
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_request_that_ends_replicas_costs_three_and_takes_no_other_with_it(
+    schedule: str, num_replicas: int, seed: int
+):
+    async def run() -> None:
+        rng = random.Random(seed)
+        fleet = Fleet(num_replicas, seed=seed, kills=SCHEDULES[schedule])
+        suspects = Suspects()
+        texts = [*innocents(rng, 8), "guilty " + "y" * 40]
+        rng.shuffle(texts)
+        found = await outcomes(fleet, [suspects], texts, rng)
+        assert found == {text: REFUSED if text.startswith("guilty") else text for text in texts}
+        assert len(fleet.deaths) == 3
+        assert all(any(text.startswith("guilty") for text in there) for there in fleet.deaths)
+        assert await outcome(fleet, suspects, call_of("guilty " + "y" * 40)) == REFUSED
+        assert len(fleet.deaths) == 3, "sent again, it costs nothing"
+        assert all(replica.calls == [] for replica in fleet.replicas)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("num_routers", [1, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_several_such_requests_cost_three_each_however_they_meet(num_routers: int, seed: int):
+    async def run() -> None:
+        rng = random.Random(seed)
+        kills = rng.choice(list(SCHEDULES.values()))
+        fleet = Fleet(rng.choice([1, 2, 3]), seed=seed, kills=kills)
+        guilty = [f"guilty {i} " + "y" * 40 for i in range(3)]
+        texts = [*innocents(rng, 8), *guilty]
+        rng.shuffle(texts)
+        found = await outcomes(fleet, [Suspects() for _ in range(num_routers)], texts, rng)
+        assert found == {text: REFUSED if text in guilty else text for text in texts}
+        assert len(fleet.deaths) <= 3 * len(guilty)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_replicas_are_stopped_twenty_times_and_no_stream_is_refused(seed: int):
+    async def run() -> None:
+        rng = random.Random(seed)
+        fleet = Fleet(2, seed=seed)
+        texts = [f"innocent {i} " + "x" * 60 for i in range(6)]
+        answers = asyncio.ensure_future(outcomes(fleet, [Suspects()], texts, rng))
+        stopped = 0
+        while not answers.done():
+            for _ in range(rng.randrange(1, 5)):
+                await asyncio.sleep(0)
+            if any(replica.calls for replica in fleet.replicas) and stopped < 20:
+                fleet.lose_one(Meaning.KILLED)
+                stopped += 1
+        assert await answers == {text: text for text in texts}
+        assert stopped == 20
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("lost", [Meaning.AWAY, Meaning.KILLED])
+def test_a_lost_connection_and_an_ordered_death_are_held_against_nobody(lost: Meaning):
+    suspects = Suspects()
+    backend = FakeBackend(deaths=[1] * 6, lost=lost)
+
+    async def run() -> str:
+        found = await outcome(backend, suspects, call_of("hello there"))  # type: ignore[arg-type]
+        assert all(call.alone_tokens == 0 for call in backend.calls)
+        return found
+
+    assert asyncio.run(run()) == "hello there"
+
+
+def test_a_request_that_its_caller_sends_again_is_still_the_same():
+    """Whoever hangs up after each death, or sends it ten times at once, gets no more replicas for it."""
+
+    async def run() -> None:
+        fleet = Fleet(3, seed=1, kills=SCHEDULES["before its first token"])
+        suspects = Suspects()
+        for _ in range(2):
+            stream = answer(fleet, call_of("guilty"), max_resumes=0, suspects=suspects)
+            with suppress(Refused):
+                await anext(stream)
+            await stream.aclose()
+        found = await asyncio.gather(*(outcome(fleet, suspects, call_of("guilty")) for _ in range(10)))
+        assert Counter(found) == {REFUSED: 10}
+        assert len(fleet.deaths) == 3
+
+    asyncio.run(run())
+
+
+def test_what_ends_well_is_held_responsible_for_nothing():
+    """A prompt that is sent all the time is there at many deaths; between them it is answered."""
+
+    async def run() -> None:
+        suspects = Suspects()
+        for _ in range(5):
+            backend = FakeBackend(deaths=[2, 2])
+            assert await outcome(backend, suspects, call_of("hello")) == "hello"  # type: ignore[arg-type]
+
+    asyncio.run(run())
+
+
+def test_suspects_go_on_one_at_a_time_and_others_meanwhile_elsewhere():
+    async def run() -> None:
+        fleet = Fleet(3, seed=3)
+        suspects = Suspects()
+        texts = [f"innocent {i} " + "x" * 20 for i in range(6)]
+        tasks = [asyncio.ensure_future(outcome(fleet, suspects, call_of(text))) for text in texts]
+        peak, calls_alone = 0, 0
+        for _ in range(SUSPECT_DEATHS):
+            for _ in range(6):
+                await asyncio.sleep(0)
+            for replica in list(fleet.replicas):
+                fleet.lose(replica, Meaning.DIED)
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            alone = [r for r in fleet.replicas if any(call.alone_tokens for call in r.calls)]
+            peak = max(peak, len(alone))
+            calls_alone += len(alone)
+            assert all(len(replica.calls) == 1 for replica in alone)
+        assert [task.result() for task in tasks] == texts
+        assert peak == 1
+        assert calls_alone
+
+    asyncio.run(run())
+
+
+def test_a_suspect_whose_reader_is_slow_does_not_keep_others_waiting_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deployments.router.suspects.TURN_S", 0.01)
+
+    async def run() -> None:
+        suspects = Suspects()
+        slow = answer(FakeBackend(deaths=[1, 1]), call_of("slow reader"), max_resumes=8, suspects=suspects)
+        for _ in range(3):
+            await anext(slow)  # it is a suspect now, has its turn, and nobody reads on
+        backend = FakeBackend(deaths=[1, 1])
+        async with asyncio.timeout(DEADLINE_S):
+            assert await outcome(backend, suspects, call_of("hello")) == "hello"  # type: ignore[arg-type]
+        await slow.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_refusal_is_forgotten_after_an_hour():
+    now = [0.0]
+    suspects = Suspects(clock=lambda: now[0])
+
+    async def run() -> None:
+        assert await outcome(FakeBackend(deaths=[0] * 9), suspects, call_of("x")) == REFUSED  # type: ignore[arg-type]
+        assert await outcome(FakeBackend(), suspects, call_of("x")) == REFUSED  # type: ignore[arg-type]
+        now[0] = 3600.0
+        assert await outcome(FakeBackend(), suspects, call_of("x")) == "x"  # type: ignore[arg-type]
+
+    asyncio.run(run())
+
+
+def test_a_request_is_what_it_asks_for_and_not_who_sent_it_when():
+    base = call_of("text")
+    same = [
+        call_of("text", request_id="other"),
+        call_of("text", seed=2, tenant="t", cache_salt="s", avoid=("r1",)),
+        call_of("text", resumed_output_token_ids=(1, 2), sample_index=1),
+        call_of("text", params=SamplingParams(max_tokens=None, n=3)),
+    ]
+    other = [
+        call_of("texts"),
+        call_of("text", adapter="alpha"),
+        call_of("text", params=SamplingParams(max_tokens=3)),
+    ]
+    assert {fingerprint(call) for call in same} == {fingerprint(base)}
+    assert len({fingerprint(call) for call in (base, *other)}) == 4
