@@ -110,7 +110,9 @@ class Replica:
         except EngineDead as error:
             return Fault(code=STOPPED_CODE, message=str(error))
         if not self._door.admits(call, self._in_hand):
-            return Fault(code=RESERVED_CODE, message="a request is served alone after replicas were lost; try again later")
+            return Fault(
+                code=RESERVED_CODE, message="a request is served alone after replicas were lost; try again later"
+            )
         return None
 
     def _fault_of(self, error: Exception) -> Fault:

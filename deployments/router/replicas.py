@@ -25,6 +25,7 @@ logger = logging.getLogger("ray.serve")
 PING_TIMEOUT_S = 2.0
 FIRST_PING_S = 0.5  # then every replica is asked
 STATS_TIMEOUT_S = 5.0
+_CANCELLED = Fault(code="request_cancelled", message="the request was taken back while it ran; send it again")
 
 
 class ServeBackend:
@@ -45,10 +46,17 @@ class ServeBackend:
             yield await self._accepted(response)
             async for item in response:
                 yield item
-        except (Refused, ReplicaLost, asyncio.CancelledError, GeneratorExit):
+        except (Refused, ReplicaLost):
             raise
-        except BaseException as error:
-            raise _told(error, call.request_id) from error
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise Refused(_CANCELLED) from error  # Serve's word for a call that was cancelled over there
+        except Exception as error:
+            told = _told(error, call.request_id)
+            if told is error:
+                raise
+            raise told from error
         finally:
             response.cancel()  # aborts what still runs; nothing to a finished call
 
@@ -115,7 +123,7 @@ class ServeBackend:
         """The replicas that this router knows of now. Serve has no public name for it."""
         router: Any = getattr(self._handle, "_router", None)
         router = getattr(router, "_asyncio_router", router)
-        known: dict[Any, Any] = getattr(getattr(router, "_request_router", None), "curr_replicas", None) or {}
+        known: dict[Any, Any] = getattr(getattr(router, "request_router", None), "curr_replicas", None) or {}
         return {str(replica_id.unique_id) for replica_id in list(known)}
 
 
@@ -148,7 +156,7 @@ async def _within(member: Any, timeout_s: float) -> object:
         return f"it is gone: {found.value}" if found in LOST else f"{type(error).__name__} in the replica"
 
 
-def _told(error: BaseException, request_id: str) -> BaseException:
+def _told(error: Exception, request_id: str) -> Exception:
     """`error` of Ray in this layer's words."""
     found = meaning(error)
     if found in LOST:
@@ -158,6 +166,6 @@ def _told(error: BaseException, request_id: str) -> BaseException:
         code = "queue_full" if "BackPressure" in type(error).__name__ else "replica_overloaded"
         return Refused(Fault(code=code, message="all replicas are full; try again later"))
     if found is Meaning.CANCELLED:
-        return Refused(Fault(code="request_cancelled", message="the request was taken back while it ran; send it again"))
+        return Refused(_CANCELLED)
     cause = getattr(error, "cause", None)  # of a RayTaskError, whose own text is a traceback
     return cause if isinstance(cause, EngineError | StoreError | Refused) else error

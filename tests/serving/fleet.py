@@ -85,7 +85,9 @@ class Fleet:
             if replica.lost is not None:
                 raise ReplicaLost(replica.name, meaning=replica.lost)
             last = life + 1 == len(text)
-            yield OutputDelta(call.request_id, call.sample_index, (token,), chr(token), None, FinishReason.STOP if last else None)
+            yield OutputDelta(
+                call.request_id, call.sample_index, (token,), chr(token), None, FinishReason.STOP if last else None
+            )
 
     async def ping(self) -> None:
         """Always well."""

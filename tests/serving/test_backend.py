@@ -22,7 +22,7 @@ ITEMS = (StreamItem(replica="a"), StreamItem(replica="a", adapter_version="v"))
 class FakeResponse:
     """Items in turn; an exception is raised, None never comes."""
 
-    def __init__(self, items: Sequence[StreamItem | Exception | None]) -> None:
+    def __init__(self, items: Sequence[StreamItem | BaseException | None]) -> None:
         self._items = list(items)
         self.cancelled = False
 
@@ -35,7 +35,7 @@ class FakeResponse:
         item = self._items.pop(0)
         if item is None:
             await asyncio.Event().wait()
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         assert item is not None
         return item
@@ -45,7 +45,7 @@ class FakeResponse:
 
 
 class FakeHandle:
-    def __init__(self, *items: StreamItem | Exception | None) -> None:
+    def __init__(self, *items: StreamItem | BaseException | None) -> None:
         self.response = FakeResponse(items)
         self.generate = self
 
@@ -58,20 +58,20 @@ class FakeHandle:
         return self.response
 
 
-async def _items(handle: Any, wait_s: float = 60.0) -> list[StreamItem]:
+async def items_of(handle: Any, wait_s: float = 60.0) -> list[StreamItem]:
     stream: AsyncGenerator[StreamItem] = ServeBackend(handle, wait_s=wait_s).stream(CALL)
     return [item async for item in stream]
 
 
 def test_items_are_handed_on():
     handle = FakeHandle(*ITEMS)
-    assert asyncio.run(_items(handle)) == list(ITEMS)
+    assert asyncio.run(items_of(handle)) == list(ITEMS)
 
 
 def test_a_call_that_no_replica_takes_is_refused_and_taken_back():
     handle = FakeHandle(None)
     with pytest.raises(Refused, match=r"no_replica: no replica took the request within 0\.01 s") as caught:
-        asyncio.run(_items(handle, wait_s=0.01))
+        asyncio.run(items_of(handle, wait_s=0.01))
     assert caught.value.fault.code == "no_replica"
     assert handle.response.cancelled
 
@@ -79,15 +79,15 @@ def test_a_call_that_no_replica_takes_is_refused_and_taken_back():
 @pytest.mark.parametrize("before", [(), ITEMS])
 def test_a_replica_that_dies_is_lost_whenever_it_dies(before: tuple[StreamItem, ...]):
     with pytest.raises(ReplicaLost):
-        asyncio.run(_items(FakeHandle(*before, ActorDiedError())))
+        asyncio.run(items_of(FakeHandle(*before, ActorDiedError())))
 
 
 def test_a_stream_without_items_is_of_a_lost_replica():
     with pytest.raises(ReplicaLost):
-        asyncio.run(_items(FakeHandle()))
+        asyncio.run(items_of(FakeHandle()))
 
 
 def test_back_pressure_of_serve_is_a_full_queue():
     with pytest.raises(Refused) as caught:
-        asyncio.run(_items(FakeHandle(BackPressureError(1, 1))))
+        asyncio.run(items_of(FakeHandle(BackPressureError(1, 1))))
     assert caught.value.fault.code == "queue_full"
