@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
+from deployments.listener import listening_host
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.replicas import ServeBackend
@@ -27,8 +28,9 @@ class Router:
     """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
 
     async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Raises: ConfigError; ValueError when keys or other secrets are missing."""
-        self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env)
+        """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where this server listens."""
+        host = await asyncio.to_thread(listening_host)
+        self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
         self._limits = args.limits
         tokenizer = args.engine_config().tokenizer
         prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)

@@ -70,6 +70,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "deployments.asks": (*SEAMS, "deployments.calls"),
     "deployments.errors": (*SEAMS, *STORE_SEAMS, "deployments.calls"),
     "deployments.losses": (),
+    "deployments.listener": (),
     "deployments.settings": (*SEAMS, "adapter_store", "deployments.settings"),
     "deployments.store": ("adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store"),
     "deployments.router": (

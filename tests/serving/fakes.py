@@ -28,6 +28,7 @@ from engine.text.tokenizer import Tokenizer
 EOS = 256
 VOCAB_SIZE = 257
 KEY = "a-key-of-sixteen-or-more"
+URL = "http://127.0.0.1:8000"
 ADMIN_KEY = "an-admin-key-of-sixteen-or-more"
 
 
@@ -235,6 +236,6 @@ def serve(
         allowed=allowed,
         max_resumes=max_resumes,
     )
-    app = create_api(gateway, keys or ApiKeys(), limits)
+    app = create_api(gateway, keys or ApiKeys(is_local=True), limits)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    return Served(backend, adapters, app, httpx.AsyncClient(transport=transport, base_url="http://chorus"))
+    return Served(backend, adapters, app, httpx.AsyncClient(transport=transport, base_url=URL))

@@ -10,22 +10,30 @@ from adapter_store.records import AdapterRecord
 from deployments.calls import Fault, Refused
 from deployments.http.adapters import examples
 from deployments.http.adapters.schema import NamedRequest, RegisterRequest
+from deployments.http.auth import Caller
 from deployments.http.documented import answers, failures
 from deployments.http.openai.replies import error_body
+from deployments.http.origin import check_is_json, check_is_local
 from deployments.router.gateway import Gateway
 
 MAX_PAGE = 1000
 DEFAULT_PAGE = 100
 
 
-async def _check_admin(request: Request) -> None:
-    if not request.state.caller.may_change:
+async def _check_may_change(request: Request) -> None:
+    caller: Caller = request.state.caller
+    if not caller.may_change:
         what = f"{request.method} {request.url.path} changes what is served"
         remedy = "send a key of the environment variable that the server's setting admin_keys_env names"
         raise Refused(Fault(code="admin_key_required", message=f"{what}; {remedy}"))
+    if not caller.has_admin_key:
+        check_is_local(request.headers)
+    if request.method == "POST":
+        check_is_json(request.headers)
 
 
-ADMIN = [Depends(_check_admin)]
+CHANGES = [Depends(_check_may_change)]
+"""Of every route that changes what is served, or makes the server fetch something."""
 
 
 def routes(gateway: Gateway) -> APIRouter:
@@ -45,7 +53,7 @@ def routes(gateway: Gateway) -> APIRouter:
         page = await gateway.list_adapters(after, limit)
         return {"adapters": [_told(record) for record in page.records], "next": page.next_cursor}
 
-    @router.post("", responses=answers(examples.REGISTERED), dependencies=ADMIN)
+    @router.post("", responses=answers(examples.REGISTERED), dependencies=CHANGES)
     async def register(body: RegisterRequest) -> dict[str, Any]:
         """Register one adapter or a list of up to 1000: all of them or none. A known name is replaced.
 
@@ -61,7 +69,7 @@ def routes(gateway: Gateway) -> APIRouter:
         await gateway.adapters.register(tuple(row.registration() for row in rows))
         return {"registered": len(rows)}
 
-    @router.delete("/{name:path}", responses=answers(examples.UNREGISTERED), dependencies=ADMIN)
+    @router.delete("/{name:path}", responses=answers(examples.UNREGISTERED), dependencies=CHANGES)
     async def unregister(name: str) -> dict[str, Any]:
         """Take back what was registered. Running requests end as they began, new ones hear of it within `refresh_s`."""
         gateway.check_adapter(name, "name")
@@ -79,26 +87,26 @@ def _add_actions(router: APIRouter, gateway: Gateway) -> None:
     store = gateway.adapters
     record = answers(examples.RECORD)
 
-    @router.post("/refresh", responses=record, dependencies=ADMIN)
+    @router.post("/refresh", responses=record, dependencies=CHANGES)
     async def refresh(body: NamedRequest) -> dict[str, Any]:
         """Look into its source now, whatever is remembered; a refused adapter may be tried again."""
         _check(gateway, body)
         return _told(await store.refresh(body.name, body.source))
 
-    @router.post("/prefetch", responses=record, dependencies=ADMIN)
+    @router.post("/prefetch", responses=record, dependencies=CHANGES)
     async def prefetch(body: NamedRequest) -> dict[str, Any]:
         """Begin to bring an adapter to host memory, and answer at once."""
         _check(gateway, body)
         await store.prefetch(body.name, body.source)
         return _told(await store.resolve(body.name, body.source))
 
-    @router.post("/pin", responses=record, dependencies=ADMIN)
+    @router.post("/pin", responses=record, dependencies=CHANGES)
     async def pin(body: NamedRequest) -> dict[str, Any]:
         """Keep an adapter on disk and in host memory, over restarts too. Devices: the setting `adapters.pinned`."""
         _check(gateway, body)
         return _told(await store.pin(body.name, body.source))
 
-    @router.post("/unpin", responses=record, dependencies=ADMIN)
+    @router.post("/unpin", responses=record, dependencies=CHANGES)
     async def unpin(body: NamedRequest) -> dict[str, Any]:
         """Let an adapter go when its room is needed."""
         _check(gateway, body)
