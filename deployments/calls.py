@@ -15,6 +15,9 @@ PREFIX_TOKENS = (64, 256, 1024)
 """Prompt lengths, in tokens, at which a hint is taken for cache-aware placement."""
 
 
+REPORT_S = 2.0
+"""A replica that answers when it is polled gives its reports a new number so often, though nothing else is new."""
+
 RESERVED_CODE = "replica_reserved"
 """Of a replica that takes no call, or not this one, because one must be served alone."""
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -15,7 +16,7 @@ from typing import Any, cast
 from ray import serve
 
 from adapter_store.errors import StoreError
-from deployments.calls import RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
+from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
 from deployments.errors import fault_of
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
@@ -146,6 +147,7 @@ class Replica:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Polled by Serve and handed to every router's `AdapterRequestRouter`."""
         return {
+            "report": int(time.monotonic() / REPORT_S),  # one that stays away for long tells of a replica that hangs
             "load": self._in_hand,
             "capacity": self._capacity,
             "resident": self._adapters.names_of(self._engine.stats().resident_adapters),

@@ -97,15 +97,17 @@ class Gateway:
         """
         cursor: str | None = after or FIRST_CURSOR
         found: list[AdapterRecord] = []
+        away: dict[str, None] = {}
         num_seen = 0
         for _ in range(MAX_STORE_PAGES):
             if cursor is None or num_seen >= limit:
                 break
             page = await self.adapters.list_adapters(cursor, limit - num_seen)
             num_seen += len(page.records)
+            away |= dict.fromkeys(page.unavailable)
             found += [record for record in page.records if self.allows(record.name)]
             cursor = page.next_cursor
-        return AdapterPage(records=tuple(found), next_cursor=cursor)
+        return AdapterPage(records=tuple(found), next_cursor=cursor, unavailable=tuple(away))
 
     async def open(self, ask: Ask, tenant: str) -> Opened:
         """Starts all prompts of `ask`; returns when each has its first tokens.

@@ -96,12 +96,12 @@ class ServeBackend:
         raise Refused(Fault(code="engine_dead", message=message))
 
     async def stats(self) -> list[dict[str, object]]:
-        """What each replica says within `STATS_TIMEOUT_S`; of one that says nothing `{"replica": id, "missing": why}`."""
+        """What each replica says within `STATS_TIMEOUT_S`; one that says nothing has the field `missing`: why."""
         try:
             async with asyncio.timeout(STATS_TIMEOUT_S):
                 members = await self._members("stats")
         except Exception as error:
-            return [{"replica": None, "missing": f"no replica could be asked ({type(error).__name__})"}]
+            return [{"part": "replica", "replica": None, "missing": f"no replica could be asked ({type(error).__name__})"}]
         answers = await asyncio.gather(*(_within(member, STATS_TIMEOUT_S) for member in members))
         said = [answer for answer in answers if isinstance(answer, dict)]
         unheard = self._replica_ids() - {str(answer.get("replica")) for answer in said}
@@ -109,7 +109,7 @@ class ServeBackend:
         # More silent calls than names: a replica that is no longer counted; more names: one that could not be asked.
         names = [*sorted(unheard), *[None] * (len(silence) - len(unheard))]
         why = [*silence, *["it could not be asked"] * (len(names) - len(silence))]
-        return [*said, *({"replica": name, "missing": text} for name, text in zip(names, why, strict=True))]
+        return [*said, *({"part": "replica", "replica": name, "missing": text} for name, text in zip(names, why, strict=True))]
 
     async def _members(self, method: str) -> list[Any]:
         """One pending answer for each replica.

@@ -65,7 +65,7 @@ class Backend(Protocol):
         ...
 
     async def stats(self) -> list[dict[str, object]]:
-        """What each replica says of itself."""
+        """What each replica says of itself; of one that says nothing in time its id and, as `missing`, why."""
         ...
 
 

@@ -48,10 +48,11 @@ def routes(gateway: Gateway) -> APIRouter:
     ) -> dict[str, Any]:
         """The adapters, a page at a time: give what a page says as `next` as the next one's `after`, until it is null.
 
-        A page may be short. `requests` counts those of late, `num_bytes` and `rank` are known once it was packed.
+        A page may be short. What the sources of `unavailable`, which are away, have is left out. `requests` counts those of late, `num_bytes` and `rank` are known once it was packed.
         """
         page = await gateway.list_adapters(after, limit)
-        return {"adapters": [_told(record) for record in page.records], "next": page.next_cursor}
+        adapters = [_told(record) for record in page.records]
+        return {"adapters": adapters, "next": page.next_cursor, "unavailable": list(page.unavailable)}
 
     @router.post("", responses=answers(examples.REGISTERED), dependencies=CHANGES)
     async def register(body: RegisterRequest) -> dict[str, Any]:
