@@ -28,7 +28,7 @@ class Router:
     """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
 
     async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where this server listens."""
+        """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where it listens."""
         host = await asyncio.to_thread(listening_host)
         self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
         self._limits = args.limits

@@ -38,7 +38,9 @@ def check_is_local(headers: Headers) -> None:
     hosts = headers.getlist("host")
     host = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if host is None or not is_loopback(host[1]):
-        raise _refused(f"the header Host is {', '.join(hosts)!r:.100}, which is not localhost or a loopback address", remedy)
+        raise _refused(
+            f"the header Host is {', '.join(hosts)!r:.100}, which is not localhost or a loopback address", remedy
+        )
     told = next((name for name in PROXY_HEADERS if name in headers), None)
     if told is not None:
         raise _refused(f"the header {told} says that a proxy passed the request on", remedy)

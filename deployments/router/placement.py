@@ -75,7 +75,7 @@ class Heard:
         return self._queues.get(replica_id, float("-inf")) > reported_s
 
     def silent(self, now_s: float) -> frozenset[str]:
-        """Replicas without a new report for `SILENT_S`, unless that is true of all: then it is the messenger's fault."""
+        """Replicas without a new report for `SILENT_S`, but not if that is true of all: it is the messenger's fault."""
         silent = {replica_id for replica_id, (_, at_s) in self._reports.items() if now_s - at_s > SILENT_S}
         return frozenset(silent) if len(silent) < len(self._reports) else frozenset()
 
@@ -90,7 +90,7 @@ def rank(
 ) -> tuple[str, ...]:
     """Replica ids, best first: a total order that does not depend on the order of `replicas`.
 
-    `avoid` holds replicas that just failed this request: they come last, but they do come. Silent ones come before them.
+    `avoid` holds replicas that just failed this request: they come last, but they do come. Before them the silent ones.
     """
     key = adapter if adapter is not None else str(prefix_hints[0]) if prefix_hints else ""
 
@@ -99,7 +99,14 @@ def rank(
         score -= _load(view, weights.load_steps if key else 0)
         # A request that prefers no replica goes by exact load; one that does, by its key first.
         exact_load = 0 if key else view.load
-        return (view.replica_id in avoid, view.is_silent, -score, exact_load, _rendezvous(key, view.replica_id), view.replica_id)
+        return (
+            view.replica_id in avoid,
+            view.is_silent,
+            -score,
+            exact_load,
+            _rendezvous(key, view.replica_id),
+            view.replica_id,
+        )
 
     return tuple(view.replica_id for view in sorted(replicas, key=order))
 

@@ -101,7 +101,9 @@ class ServeBackend:
             async with asyncio.timeout(STATS_TIMEOUT_S):
                 members = await self._members("stats")
         except Exception as error:
-            return [{"part": "replica", "replica": None, "missing": f"no replica could be asked ({type(error).__name__})"}]
+            return [
+                {"part": "replica", "replica": None, "missing": f"no replica could be asked ({type(error).__name__})"}
+            ]
         answers = await asyncio.gather(*(_within(member, STATS_TIMEOUT_S) for member in members))
         said = [answer for answer in answers if isinstance(answer, dict)]
         unheard = self._replica_ids() - {str(answer.get("replica")) for answer in said}
@@ -109,7 +111,10 @@ class ServeBackend:
         # More silent calls than names: a replica that is no longer counted; more names: one that could not be asked.
         names = [*sorted(unheard), *[None] * (len(silence) - len(unheard))]
         why = [*silence, *["it could not be asked"] * (len(names) - len(silence))]
-        return [*said, *({"part": "replica", "replica": name, "missing": text} for name, text in zip(names, why, strict=True))]
+        return [
+            *said,
+            *({"part": "replica", "replica": name, "missing": text} for name, text in zip(names, why, strict=True)),
+        ]
 
     async def _members(self, method: str) -> list[Any]:
         """One pending answer for each replica.

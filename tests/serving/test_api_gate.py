@@ -165,7 +165,9 @@ def test_stats_show_every_replica_and_the_store():
     assert body["store"]["sources"] == ["local"]
 
 
-@pytest.mark.parametrize("outcome", [SourceUnavailable("s3", "down"), RuntimeError("x"), TimeoutError(), None], ids=repr)
+@pytest.mark.parametrize(
+    "outcome", [SourceUnavailable("s3", "down"), RuntimeError("x"), TimeoutError(), None], ids=repr
+)
 def test_what_is_away_is_missing_from_the_statistics_and_named(
     outcome: Exception | None, monkeypatch: pytest.MonkeyPatch
 ):

@@ -119,7 +119,9 @@ class FleetHandle:
     def __init__(self, replicas: dict[str, object], first: object = None, broadcast: object = ()) -> None:
         self._replicas, self._first, self._broadcast = replicas, first, broadcast
         ids = {ReplicaId(name): None for name in replicas}
-        self._router = SimpleNamespace(_asyncio_router=SimpleNamespace(request_router=SimpleNamespace(curr_replicas=ids)))
+        self._router = SimpleNamespace(
+            _asyncio_router=SimpleNamespace(request_router=SimpleNamespace(curr_replicas=ids))
+        )
         self.ping = SimpleNamespace(remote=lambda: Member(first).get_async())
         self.num_broadcasts = 0
 

@@ -89,14 +89,14 @@ WORKER = "The actor is dead because its worker process has died. Worker exit typ
 DEATHS = {
     CRASH: Meaning.DIED,
     f"{WORKER}SYSTEM_ERROR Worker exit detail: Worker exits with an exit code 70.": Meaning.DIED,
-    f"{WORKER}NODE_OUT_OF_MEMORY Worker exit detail: Task was killed due to the node running low on memory.": Meaning.DIED,
+    f"{WORKER}NODE_OUT_OF_MEMORY Worker exit detail: Task was killed, low on memory.": Meaning.DIED,
     f"{WORKER}USER_ERROR Worker exit detail: Worker exits unexpectedly.": Meaning.DIED,
     "": Meaning.DIED,
     "The actor is dead because it was killed by `ray.kill`.": Meaning.KILLED,
     f"{WORKER}INTENDED_USER_EXIT Worker exit detail: Worker exits by an user request.": Meaning.KILLED,
     f"{WORKER}INTENDED_SYSTEM_EXIT Worker exit detail: Worker exits because the actor is killed.": Meaning.KILLED,
-    f"{WORKER}SYSTEM_ERROR Worker exit detail: Worker exits unexpectedly by a signal. SystemExit is raised (sys.exit is "
-    "called). Exit code: 1. The process receives a SIGTERM.": Meaning.KILLED,
+    f"{WORKER}SYSTEM_ERROR Worker exit detail: Worker exits unexpectedly by a signal. SystemExit is raised (sys.exit "
+    "is called). Exit code: 1. The process receives a SIGTERM.": Meaning.KILLED,
     "The actor died because its node has died. Node Id: 0123\n\tthe actor's node was terminated expectedly: drained": (
         Meaning.KILLED
     ),

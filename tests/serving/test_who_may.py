@@ -171,7 +171,9 @@ def allowed_all(headers: dict[str, str], keys: ApiKeys | None = None) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "127.8.9.1", "LocalHost:1"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "127.8.9.1", "LocalHost:1"]
+)
 def test_the_own_machines_user_may_change_under_its_names(host: str):
     allowed_all({"host": host})
     allowed_all({"host": host, "origin": f"http://{host}".lower()})
@@ -315,7 +317,7 @@ def test_a_server_without_keys_starts_on_a_loopback_address(host: str):
 def test_a_server_that_others_reach_starts_with_keys_or_when_it_is_said_to_be_open(
     host: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(ValueError, match="api_keys_env is not set.* 127.0.0.1.* open: true"):
+    with pytest.raises(ValueError, match=r"api_keys_env is not set.* 127\.0\.0\.1.* open: true"):
         ApiKeys.from_env(None, host=host)
     monkeypatch.setenv("CHORUS_TEST_ADMINS", ADMIN_KEY)
     with pytest.raises(ValueError, match="api_keys_env"):

@@ -234,7 +234,9 @@ def test_the_first_source_that_has_a_name_has_it_and_one_that_is_down_is_not_pas
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("away", [("one",), ("two",), ("three",), ("one", "three"), ("two", "three"), ("one", "two", "three")])
+@pytest.mark.parametrize(
+    "away", [("one",), ("two",), ("three",), ("one", "three"), ("two", "three"), ("one", "two", "three")]
+)
 @pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
 @pytest.mark.parametrize("limit", [1, 2, 10])
 def test_a_source_that_is_away_is_named_and_hides_no_other(
@@ -247,7 +249,9 @@ def test_a_source_that_is_away_is_named_and_hides_no_other(
         await asyncio.Event().wait()
 
     async def main():
-        sources = [FakeSource({f"{name}-{n}": small_adapter() for n in range(2)}, name) for name in ("one", "two", "three")]
+        sources = [
+            FakeSource({f"{name}-{n}": small_adapter() for n in range(2)}, name) for name in ("one", "two", "three")
+        ]
         for source in sources:
             if source.name in away:
                 source.down = "no route to host"
