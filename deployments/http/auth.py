@@ -75,13 +75,13 @@ class ApiKeys:
 
 
 def check_closed(name: str | None, host: str | None, *, is_open: bool) -> None:
-    """Raises: ValueError when a server without keys (`name` None) listens where others reach it and is not `is_open`."""
+    """Raises: ValueError when others reach a server without keys (`name` None) that is not `is_open`."""
     if name is None and not is_open and not is_loopback(host):
         where = f"http_options.host is {host!r}" if host is not None else "the HTTP address is not known"
         raise ValueError(
             f"{where}, which others may reach, and api_keys_env is not set: set api_keys_env to the name of an "
-            "environment variable with keys; or http_options.host: 127.0.0.1; or, if everyone who reaches it may use this "
-            "server, open: true"
+            "environment variable with keys; or http_options.host: 127.0.0.1; or, if everyone who reaches it may use "
+            "this server, open: true"
         )
 
 

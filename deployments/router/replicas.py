@@ -97,6 +97,7 @@ class ServeBackend:
 
     async def stats(self) -> list[dict[str, object]]:
         """What each replica says within `STATS_TIMEOUT_S`; one that says nothing has the field `missing`: why."""
+        known = self._replica_ids()  # before one that died is taken off
         try:
             async with asyncio.timeout(STATS_TIMEOUT_S):
                 members = await self._members("stats")
@@ -106,7 +107,7 @@ class ServeBackend:
             ]
         answers = await asyncio.gather(*(_within(member, STATS_TIMEOUT_S) for member in members))
         said = [answer for answer in answers if isinstance(answer, dict)]
-        unheard = self._replica_ids() - {str(answer.get("replica")) for answer in said}
+        unheard = known - {str(answer.get("replica")) for answer in said}
         silence = [str(answer) for answer in answers if not isinstance(answer, dict)]
         # More silent calls than names: a replica that is no longer counted; more names: one that could not be asked.
         names = [*sorted(unheard), *[None] * (len(silence) - len(unheard))]

@@ -16,7 +16,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from deployments.calls import Call, Fault, Refused
 
@@ -40,7 +40,7 @@ class Run:
     """One call on its way to or on one replica."""
 
     fingerprint: str
-    is_alone: bool = False  # the replica was told to serve nothing beside it
+    is_alone: bool = False  # a replica that takes it serves nothing beside it
     replica: str = ""  # "": nothing was heard of it yet
     num_tokens: int = 0  # that this run has brought
 
@@ -55,11 +55,6 @@ class _Record:
     until_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Death:
-    present: set[str] = field(default_factory=set)  # fingerprints
-
-
 class Suspects:
     """Lives on one event loop."""
 
@@ -67,7 +62,8 @@ class Suspects:
         self._clock = clock
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._on: dict[str, set[Run]] = {}  # by replica
-        self._deaths: OrderedDict[str, _Death] = OrderedDict()
+        self._deaths: OrderedDict[str, set[str]] = OrderedDict()  # the fingerprints that were there
+        self._named: OrderedDict[str, str] = OrderedDict()  # the replica of a death
         self._numbers = itertools.count()
         self._turn = asyncio.Lock()
         self._holder: Run | None = None  # of the turn
@@ -116,32 +112,33 @@ class Suspects:
             del self._records[run.fingerprint]
 
     def died(self, run: Run, death: str) -> None:
-        """The replica of `run` died, and nobody ordered it. `death` tells deaths apart ("": by the replica's id).
+        """The replica of `run` died, and nobody ordered it. `death` tells deaths apart where the replica is not known.
 
         All that this router had there were present, whenever they hear of it.
         """
-        name = death or run.replica or f"#{next(self._numbers)}"
-        seen = self._deaths.get(name)
-        if seen is None:
-            seen = self._deaths[name] = _Death()
-            if len(self._deaths) > MAX_DEATHS:
-                self._deaths.popitem(last=False)
+        name = run.replica or death or f"#{next(self._numbers)}"
+        if run.replica and death:
+            self._named[death] = run.replica
+        seen = self._deaths.setdefault(name, set())
         for other in (run, *self._on.get(run.replica, ())):
             self._count(other, seen)
+        for known in (self._deaths, self._named):
+            if len(known) > MAX_DEATHS:
+                known.popitem(last=False)  # type: ignore[attr-defined]
 
     def judge(self, run: Run, death: str) -> None:
         """To be called once all that were there can have heard. Raises: Refused (`request_ends_replicas`)."""
-        seen = self._deaths.get(death or run.replica)
-        was_alone = run.is_alone if run.is_alone and run.replica else seen is None or seen.present == {run.fingerprint}
+        there = set().union(*(self._deaths.get(name, ()) for name in (run.replica, self._named.get(death, ""), death)))
+        was_alone = (run.is_alone and run.replica) or there <= {run.fingerprint}
         record = self._records.get(run.fingerprint)
         if record is not None and record.deaths > SUSPECT_DEATHS and was_alone:
             record.is_refused = True
         self._check(run.fingerprint)
 
-    def _count(self, run: Run, death: _Death) -> None:
-        if run.fingerprint in death.present:
+    def _count(self, run: Run, there: set[str]) -> None:
+        if run.fingerprint in there:
             return
-        death.present.add(run.fingerprint)
+        there.add(run.fingerprint)
         record = self._records.setdefault(run.fingerprint, _Record())
         record.deaths += 1
         record.last_life_tokens = run.num_tokens

@@ -222,6 +222,45 @@ def test_a_suspect_whose_reader_is_slow_does_not_keep_others_waiting_for_ever(mo
     asyncio.run(run())
 
 
+def test_a_death_that_is_told_in_two_ways_is_one():
+    """A dying engine tells some of its streams so; of others Ray says that the actor died; one was not heard of yet."""
+
+    async def run() -> None:
+        suspects = Suspects()
+        calls = [call_of(text) for text in ("a", "b", "c")]
+        for number in range(SUSPECT_DEATHS + 1):
+            async with suspects.run(calls[0]) as (a, _), suspects.run(calls[1]) as (b, _):
+                assert not a.is_alone
+                assert not b.is_alone
+                if number == SUSPECT_DEATHS - 1:
+                    break
+                for known in (a, b):
+                    suspects.heard_from(known, f"r{number}")
+                async with suspects.run(calls[2]) as (c, _):
+                    suspects.died(a, "")
+                    suspects.died(c, f"actor {number}")
+                    suspects.died(b, f"actor {number}")
+                    for there, death in ((a, ""), (b, f"actor {number}"), (c, f"actor {number}")):
+                        suspects.judge(there, death)
+
+    async def alone_in_flight() -> None:
+        """A suspect on its way to a replica that others' doing ends is not the one."""
+        suspects = Suspects()
+        call = call_of("suspect")
+        for number in range(SUSPECT_DEATHS):
+            async with suspects.run(call) as (run, _):
+                suspects.died(run, f"first {number}")
+        async with suspects.run(call) as (run, sent), suspects.run(call_of("other")) as (other, _):
+            assert sent.alone_tokens
+            suspects.heard_from(other, "r1")
+            suspects.died(run, "actor")
+            suspects.died(other, "actor")
+            suspects.judge(run, "actor")
+
+    asyncio.run(run())
+    asyncio.run(alone_in_flight())
+
+
 def test_a_refusal_is_forgotten_after_an_hour():
     now = [0.0]
     suspects = Suspects(clock=lambda: now[0])

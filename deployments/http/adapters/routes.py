@@ -48,8 +48,8 @@ def routes(gateway: Gateway) -> APIRouter:
     ) -> dict[str, Any]:
         """The adapters, a page at a time: give what a page says as `next` as the next one's `after`, until it is null.
 
-        A page may be short. What the sources of `unavailable`, which are away, have is left out. `requests` counts those
-        of late, `num_bytes` and `rank` are known once it was packed.
+        A page may be short. `unavailable` names sources that are away: what they have is left out. `requests` counts
+        those of late, `num_bytes` and `rank` are known once it was packed.
         """
         page = await gateway.list_adapters(after, limit)
         adapters = [_told(record) for record in page.records]
