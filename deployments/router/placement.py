@@ -65,9 +65,9 @@ class Heard:
 
     def keep(self, replica_ids: Collection[str]) -> None:
         """Forgets all others."""
-        for known in (self._reports, self._queues):
-            for replica_id in known.keys() - set(replica_ids):
-                del known[replica_id]  # type: ignore[attr-defined]
+        kept = set(replica_ids)
+        self._reports = {name: report for name, report in self._reports.items() if name in kept}
+        self._queues = {name: at_s for name, at_s in self._queues.items() if name in kept}
 
     def believes_queue(self, replica_id: str) -> bool:
         """Whether the queue's length is younger than the report."""

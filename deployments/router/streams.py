@@ -166,6 +166,8 @@ async def _one_replicas(backend: Backend, attempt: _Attempt, suspects: Suspects)
                 raise ReplicaLost(message, meaning=Meaning.AWAY)
             suspects.ended_well(run)
         except ReplicaLost as error:
+            if error.meaning is Meaning.KILLED and suspects.hung(run):
+                error.meaning = Meaning.DIED
             if error.meaning is Meaning.DIED:
                 await _blame(run, error, suspects, is_told=bool(progress))
             raise
@@ -193,7 +195,7 @@ def _resumes_left(max_resumes: int, error: ReplicaLost) -> int:
 
 
 def _pause_s(tries: int) -> float:
-    return min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(tries, 10))
+    return min(LAST_PAUSE_S, FIRST_PAUSE_S * (1 << min(tries, 10)))
 
 
 def _must_wait(call: Call) -> bool:

@@ -25,6 +25,7 @@ REMEMBERED_S = 3600.0  # a request that ended replicas is refused, and a suspect
 MAX_REMEMBERED = 10_000  # requests; the ones that were seen longest ago are forgotten first
 SPARE_TOKENS = 64  # beyond twice those of its last life, until a suspect need not be alone any more
 TURN_S = 60.0  # that a suspect is alone at most: others wait
+HUNG_S = 30.0  # without an item; Serve waits longer before it stops a replica
 MAX_DEATHS = 1024  # that are remembered, for streams that hear of them late
 
 
@@ -43,6 +44,7 @@ class Run:
     is_alone: bool = False  # a replica that takes it serves nothing beside it
     replica: str = ""  # "": nothing was heard of it yet
     num_tokens: int = 0  # that this run has brought
+    heard_s: float = 0.0  # when, by the clock
 
 
 @dataclass(slots=True)
@@ -62,8 +64,8 @@ class Suspects:
         self._clock = clock
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._on: dict[str, set[Run]] = {}  # by replica
-        self._deaths: OrderedDict[str, set[str]] = OrderedDict()  # the fingerprints that were there
-        self._named: OrderedDict[str, str] = OrderedDict()  # the replica of a death
+        self._deaths: dict[str, set[str]] = {}  # the fingerprints that were there
+        self._named: dict[str, str] = {}  # the replica of a death
         self._numbers = itertools.count()
         self._turn = asyncio.Lock()
         self._holder: Run | None = None  # of the turn
@@ -76,7 +78,7 @@ class Suspects:
         Raises: Refused (`request_ends_replicas`).
         """
         key = fingerprint(call)
-        run = Run(key)
+        run = Run(key, heard_s=self._clock())
         self._check(key)
         if self._is_suspect(key):
             await self._turn.acquire()
@@ -93,11 +95,20 @@ class Suspects:
             self._leave(run)
 
     def heard_from(self, run: Run, replica: str) -> None:
-        """The call of `run` is on `replica`."""
+        """An item of the call of `run` came, from `replica`."""
+        run.heard_s = self._clock()
         if run.replica != replica:
             self._leave(run)
             run.replica = replica
             self._on.setdefault(replica, set()).add(run)
+
+    def hung(self, run: Run) -> bool:
+        """Whether nothing of this router's calls moved on the replica of `run` for long.
+
+        Serve stops a replica that does not answer: that looks like an order, and is not.
+        """
+        heard_s = max(other.heard_s for other in (run, *self._on.get(run.replica, ())))
+        return self._clock() - heard_s >= HUNG_S
 
     def brought(self, run: Run, num_tokens: int) -> None:
         """`run` has produced so many more tokens: a suspect that outlives its last life lets others in."""
@@ -122,9 +133,10 @@ class Suspects:
         seen = self._deaths.setdefault(name, set())
         for other in (run, *self._on.get(run.replica, ())):
             self._count(other, seen)
-        for known in (self._deaths, self._named):
-            if len(known) > MAX_DEATHS:
-                known.popitem(last=False)  # type: ignore[attr-defined]
+        if len(self._deaths) > MAX_DEATHS:
+            del self._deaths[next(iter(self._deaths))]
+        if len(self._named) > MAX_DEATHS:
+            del self._named[next(iter(self._named))]
 
     def judge(self, run: Run, death: str) -> None:
         """To be called once all that were there can have heard. Raises: Refused (`request_ends_replicas`)."""

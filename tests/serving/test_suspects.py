@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 
 import pytest
 
-from deployments.calls import Call, Refused
+from deployments.calls import Call, Refused, StreamItem
 from deployments.losses import Meaning
-from deployments.router.streams import answer
+from deployments.router.streams import ReplicaLost, answer
 from deployments.router.suspects import SUSPECT_DEATHS, Suspects, fingerprint
 from engine.request import SamplingParams
 from tests.serving.fakes import FakeBackend
@@ -149,6 +150,27 @@ def test_a_lost_connection_and_an_ordered_death_are_held_against_nobody(lost: Me
         return found
 
     assert asyncio.run(run()) == "hello there"
+
+
+@pytest.mark.parametrize(("silence_s", "expected"), [(5.0, "hello there"), (29.0, "hello there"), (40.0, REFUSED)])
+def test_a_replica_that_hangs_is_stopped_by_serve_and_the_request_is_to_blame(silence_s: float, expected: str):
+    now = [0.0]
+
+    class Hanging(FakeBackend):
+        async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
+            try:
+                async with aclosing(super().stream(call)) as items:
+                    async for item in items:
+                        now[0] += 1.0
+                        yield item
+            except ReplicaLost:
+                now[0] += silence_s  # until Serve has lost its patience
+                raise
+
+    backend = Hanging(deaths=[1] * 8, lost=Meaning.KILLED)
+    found = outcome(backend, Suspects(clock=lambda: now[0]), call_of("hello there"))  # type: ignore[arg-type]
+    assert asyncio.run(found) == expected
+    assert len(backend.calls) == (3 if expected == REFUSED else 9)
 
 
 def test_a_request_that_its_caller_sends_again_is_still_the_same():
