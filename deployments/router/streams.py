@@ -81,39 +81,42 @@ async def answer(
     """
     suspects = suspects or Suspects()
     num_tries = num_waits = 0
-    while True:
-        attempt = _Attempt(call)
-        is_reserved = False
-        try:
-            async with aclosing(_one_replicas(backend, attempt, suspects)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            return
-        except _ReplicaFull as error:
-            logger.info("request %s tries another replica than %s: %s", call.request_id, attempt.replica, error)
-        except _ReplicaReserved as error:
-            if num_waits >= MAX_WAITS and not _must_wait(call):
-                raise Refused(Fault(code=RESERVED_CODE, message=str(error))) from error
-            logger.info("request %s waits or goes elsewhere than %s: %s", call.request_id, attempt.replica, error)
-            await asyncio.sleep(_pause_s(num_waits))
-            num_waits += 1
-            is_reserved = True
-        except ReplicaLost as error:
-            if not attempt.progress:
-                return  # only the end of the stream was lost
-            max_resumes = _resumes_left(max_resumes, error)
-            ids = sorted(attempt.progress)
-            logger.warning("request %s goes on elsewhere, samples %s: %s", call.request_id, ids, error)
-            await asyncio.sleep(_pause_s(num_tries))
-        num_tries += 1
-        calls = _continuations(attempt, is_reserved=is_reserved)
-        if len(calls) > 1:
-            break
-        (call,) = calls
-    rest = [answer(backend, c, max_resumes=max_resumes, suspects=suspects) for c in calls]
-    async with aclosing(merge(rest)) as merged:
-        async for _, delta in merged:
-            yield delta
+    with suspects.asked(call) as asked:
+        while True:
+            attempt = _Attempt(call)
+            is_reserved = False
+            try:
+                async with aclosing(_one_replicas(backend, attempt, suspects)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                asked.is_well = True
+                return
+            except _ReplicaFull as error:
+                logger.info("request %s tries another replica than %s: %s", call.request_id, attempt.replica, error)
+            except _ReplicaReserved as error:
+                if num_waits >= MAX_WAITS and not _must_wait(call):
+                    raise Refused(Fault(code=RESERVED_CODE, message=str(error))) from error
+                logger.info("request %s waits or goes elsewhere than %s: %s", call.request_id, attempt.replica, error)
+                await asyncio.sleep(_pause_s(num_waits))
+                num_waits += 1
+                is_reserved = True
+            except ReplicaLost as error:
+                if not attempt.progress:
+                    return  # only the end of the stream was lost
+                max_resumes = _resumes_left(max_resumes, error)
+                ids = sorted(attempt.progress)
+                logger.warning("request %s goes on elsewhere, samples %s: %s", call.request_id, ids, error)
+                await asyncio.sleep(_pause_s(num_tries))
+            num_tries += 1
+            calls = _continuations(attempt, is_reserved=is_reserved)
+            if len(calls) > 1:
+                break
+            (call,) = calls
+        rest = [answer(backend, c, max_resumes=max_resumes, suspects=suspects) for c in calls]
+        async with aclosing(merge(rest)) as merged:
+            async for _, delta in merged:
+                yield delta
+        asked.is_well = True
 
 
 class _Attempt:
@@ -164,7 +167,6 @@ async def _one_replicas(backend: Backend, attempt: _Attempt, suspects: Suspects)
             if progress:
                 message = f"the stream of request {call.request_id} ended before its samples {sorted(progress)}"
                 raise ReplicaLost(message, meaning=Meaning.AWAY)
-            suspects.ended_well(run)
         except ReplicaLost as error:
             if error.meaning is Meaning.KILLED and suspects.hung(run):
                 error.meaning = Meaning.DIED

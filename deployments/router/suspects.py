@@ -13,9 +13,9 @@ import hashlib
 import itertools
 import time
 from array import array
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 
 from deployments.calls import Call, Fault, Refused
@@ -48,6 +48,13 @@ class Run:
 
 
 @dataclass(slots=True)
+class Asked:
+    """How an answer ended."""
+
+    is_well: bool = False
+
+
+@dataclass(slots=True)
 class _Record:
     """What is held against one request."""
 
@@ -66,10 +73,30 @@ class Suspects:
         self._on: dict[str, set[Run]] = {}  # by replica
         self._deaths: dict[str, set[str]] = {}  # the fingerprints that were there
         self._named: dict[str, str] = {}  # the replica of a death
+        self._num_asked: Counter[str] = Counter()  # answers under way, by fingerprint
         self._numbers = itertools.count()
         self._turn = asyncio.Lock()
         self._holder: Run | None = None  # of the turn
         self._timer: asyncio.TimerHandle | None = None
+
+    @contextmanager
+    def asked(self, call: Call) -> Iterator[Asked]:
+        """While `call` is answered, or a part of it. What ends well is held responsible for nothing.
+
+        That is the whole of a request: of its samples, one may end replicas and the others not.
+        """
+        key = fingerprint(call)
+        asked = Asked()
+        self._num_asked[key] += 1
+        try:
+            yield asked
+        finally:
+            self._num_asked[key] -= 1
+            if not self._num_asked[key]:
+                del self._num_asked[key]
+                record = self._records.get(key)
+                if asked.is_well and record is not None and not record.is_refused:
+                    del self._records[key]
 
     @asynccontextmanager
     async def run(self, call: Call) -> AsyncIterator[tuple[Run, Call]]:
@@ -89,6 +116,8 @@ class Suspects:
                 run.is_alone = True
                 self._timer = asyncio.get_running_loop().call_later(TURN_S, self._let_others_in, run)
                 call = replace(call, alone_tokens=self._alone_tokens(key))
+            else:
+                self._give_turn_back(run)
             yield run, call
         finally:
             self._give_turn_back(run)
@@ -115,12 +144,6 @@ class Suspects:
         run.num_tokens += num_tokens
         if self._holder is run and run.num_tokens >= self._alone_tokens(run.fingerprint):
             self._let_others_in(run)
-
-    def ended_well(self, run: Run) -> None:
-        """A request that ends as it should is held responsible for nothing."""
-        record = self._records.get(run.fingerprint)
-        if record is not None and not record.is_refused:
-            del self._records[run.fingerprint]
 
     def died(self, run: Run, death: str) -> None:
         """The replica of `run` died, and nobody ordered it. `death` tells deaths apart where the replica is not known.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -12,11 +13,11 @@ import pytest
 
 from deployments.calls import Call, Refused, StreamItem
 from deployments.losses import Meaning
-from deployments.router.streams import ReplicaLost, answer
+from deployments.router.streams import ReplicaLost, answer, merge
 from deployments.router.suspects import SUSPECT_DEATHS, Suspects, fingerprint
-from engine.request import SamplingParams
+from engine.request import OutputDelta, SamplingParams
 from tests.serving.fakes import FakeBackend
-from tests.serving.fleet import Fleet, Kills
+from tests.serving.fleet import FakeReplica, Fleet, Kills
 
 DEADLINE_S = 60.0
 REFUSED = "request_ends_replicas"
@@ -196,9 +197,56 @@ def test_what_ends_well_is_held_responsible_for_nothing():
 
     async def run() -> None:
         suspects = Suspects()
+        backend = FakeBackend()
         for _ in range(5):
-            backend = FakeBackend(deaths=[2, 2])
+            backend.deaths += [2, 2]
             assert await outcome(backend, suspects, call_of("hello")) == "hello"  # type: ignore[arg-type]
+        assert len(backend.calls) == 15
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_deadly_sample_of_many_costs_three(seed: int):
+    """The others end well, one after the other, and acquit it of nothing."""
+
+    def kills(call: Call, life: int) -> bool:
+        return call.sample_index == 2 and position(call, life) >= 5
+
+    class Samples(Fleet):
+        """A call of n samples is n streams of one."""
+
+        async def _deltas(self, replica: FakeReplica, call: Call) -> AsyncGenerator[OutputDelta]:
+            single = [
+                super(Samples, self)._deltas(
+                    replica,
+                    dataclasses.replace(
+                        call, sample_index=call.sample_index + i, params=SamplingParams(max_tokens=None)
+                    ),
+                )
+                for i in range(call.params.n)
+            ]
+            async with aclosing(merge(single)) as merged:
+                async for _, delta in merged:
+                    yield delta
+
+    async def run() -> None:
+        fleet = Samples(2, seed=seed, kills=kills)
+        call = call_of("a text of some length", params=SamplingParams(max_tokens=None, n=5))
+        async with asyncio.timeout(DEADLINE_S):
+            assert await outcome(fleet, Suspects(), call) == REFUSED
+        assert len(fleet.deaths) == 3
+
+    asyncio.run(run())
+
+
+def test_an_answer_whose_end_is_lost_each_time_is_whole_and_costs_three():
+    async def run() -> None:
+        suspects = Suspects()
+        backend = FakeBackend(deaths=[6] * 9)
+        found = [await outcome(backend, suspects, call_of("hello")) for _ in range(5)]  # type: ignore[arg-type]
+        assert found == ["hello"] * 3 + [REFUSED] * 2
+        assert len(backend.calls) == 3
 
     asyncio.run(run())
 
