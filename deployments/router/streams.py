@@ -26,6 +26,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 2.0
+LAST_ALONE_PAUSE_S = 0.5  # less than `deployments.replica.alone.DRAIN_LEASE_S`
 MAX_FULL_REPLICAS = 3  # that are asked before a caller hears of full queues: overload must not multiply calls
 MAX_AVOIDED = 16
 MAX_WAITS = 34  # a minute, for a replica that serves one request alone
@@ -149,30 +150,47 @@ async def _one_replicas(backend: Backend, attempt: _Attempt, suspects: Suspects)
 
     Raises: ReplicaLost, also for a stream that ends early; _ReplicaFull, _ReplicaReserved, Refused.
     """
-    progress = attempt.progress
     async with suspects.run(attempt.call) as (run, call):
         attempt.is_alone = run.is_alone
-        try:
-            async with aclosing(backend.stream(call)) as items:
-                async for item in items:
-                    suspects.heard_from(run, item.replica)
-                    attempt.take(item)
-                    for delta in item.deltas:
-                        _refuse_failed(delta)
-                        progress[delta.sample_index].extend(delta.token_ids)
-                        suspects.brought(run, len(delta.token_ids))
-                        if delta.finish_reason is not None:
-                            del progress[delta.sample_index]
+        num_waits = 0
+        while True:
+            try:
+                async with aclosing(_deltas(backend.stream(call), attempt, run, suspects)) as deltas:
+                    async for delta in deltas:
                         yield delta
-            if progress:
-                message = f"the stream of request {call.request_id} ended before its samples {sorted(progress)}"
-                raise ReplicaLost(message, meaning=Meaning.AWAY)
-        except ReplicaLost as error:
-            if error.meaning is Meaning.KILLED and suspects.hung(run):
-                error.meaning = Meaning.DIED
-            if error.meaning is Meaning.DIED:
-                await _blame(run, error, suspects, is_told=bool(progress))
-            raise
+                return
+            except _ReplicaReserved:
+                if not run.is_alone:
+                    raise
+                # It has its turn, and the replica that it asked takes no others: soon it is the only one there.
+                await asyncio.sleep(min(LAST_ALONE_PAUSE_S, _pause_s(num_waits)))
+                num_waits += 1
+            except ReplicaLost as error:
+                if error.meaning is Meaning.KILLED and suspects.hung(run):
+                    error.meaning = Meaning.DIED
+                if error.meaning is Meaning.DIED:
+                    await _blame(run, error, suspects, is_told=bool(attempt.progress))
+                raise
+
+
+async def _deltas(
+    stream: AsyncGenerator[StreamItem], attempt: _Attempt, run: Run, suspects: Suspects
+) -> AsyncGenerator[OutputDelta]:
+    progress = attempt.progress
+    async with aclosing(stream) as items:
+        async for item in items:
+            suspects.heard_from(run, item.replica)
+            attempt.take(item)
+            for delta in item.deltas:
+                _refuse_failed(delta)
+                progress[delta.sample_index].extend(delta.token_ids)
+                suspects.brought(run, len(delta.token_ids))
+                if delta.finish_reason is not None:
+                    del progress[delta.sample_index]
+                yield delta
+    if progress:
+        message = f"the stream of request {attempt.call.request_id} ended before its samples {sorted(progress)}"
+        raise ReplicaLost(message, meaning=Meaning.AWAY)
 
 
 async def _blame(run: Run, error: ReplicaLost, suspects: Suspects, *, is_told: bool) -> None:
