@@ -14,10 +14,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Generic, Protocol, Self, TypeVar
 
-from deployments.calls import RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
+from deployments.calls import RESERVED_CODE, Call, Fault, Refused
 from deployments.losses import Meaning
-from deployments.router.suspects import Run, Suspects
-from engine.request import FinishReason, OutputDelta
+from deployments.router.attempt import Attempt, ReplicaFull, ReplicaReserved, deltas_of
+from deployments.router.attempt import Backend as Backend
+from deployments.router.attempt import ReplicaLost as ReplicaLost
+from deployments.router.suspects import Suspects
+from engine.request import OutputDelta
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,48 +29,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 2.0
-LAST_ALONE_PAUSE_S = 0.5  # less than `deployments.replica.alone.DRAIN_LEASE_S`
-MAX_FULL_REPLICAS = 3  # that are asked before a caller hears of full queues: overload must not multiply calls
 MAX_AVOIDED = 16
 MAX_WAITS = 34  # a minute, for a replica that serves one request alone
-_FULL_CODE = "queue_full"
-_LOST_CODES = {"engine_dead": Meaning.DIED, STOPPED_CODE: Meaning.KILLED}
-
-
-class ReplicaLost(Exception):
-    """The replica that served a request is gone; what it had sent stays valid.
-
-    `meaning` is one of `deployments.losses.LOST`. `death` tells this death from others ("": not known).
-    """
-
-    def __init__(self, message: str, *, meaning: Meaning = Meaning.DIED, death: str = "") -> None:
-        super().__init__(message)
-        self.meaning = meaning
-        self.death = death
-
-
-class _ReplicaFull(Exception):
-    """The queue of the replica that was chosen is full, or it drains; another may have room."""
-
-
-class _ReplicaReserved(Exception):
-    """The replica that was chosen serves one request alone for a while."""
-
-
-class Backend(Protocol):
-    """The replicas, as a router sees them."""
-
-    def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """Items of one call. Closing it aborts the call. Raises: ReplicaLost; Refused when all queues are full."""
-        ...
-
-    async def ping(self) -> None:
-        """Returns when some replica answered. Raises: Refused when it cannot serve."""
-        ...
-
-    async def stats(self) -> list[dict[str, object]]:
-        """What each replica says of itself; of one that says nothing in time its id and, as `missing`, why."""
-        ...
 
 
 async def answer(
@@ -84,17 +47,17 @@ async def answer(
     num_tries = num_waits = 0
     with suspects.asked(call) as asked:
         while True:
-            attempt = _Attempt(call)
+            attempt = Attempt(call)
             is_reserved = False
             try:
-                async with aclosing(_one_replicas(backend, attempt, suspects)) as deltas:
+                async with aclosing(deltas_of(backend, attempt, suspects)) as deltas:
                     async for delta in deltas:
                         yield delta
                 asked.is_well = True
                 return
-            except _ReplicaFull as error:
+            except ReplicaFull as error:
                 logger.info("request %s tries another replica than %s: %s", call.request_id, attempt.replica, error)
-            except _ReplicaReserved as error:
+            except ReplicaReserved as error:
                 if num_waits >= MAX_WAITS and not _must_wait(call):
                     raise Refused(Fault(code=RESERVED_CODE, message=str(error))) from error
                 logger.info("request %s waits or goes elsewhere than %s: %s", call.request_id, attempt.replica, error)
@@ -120,91 +83,6 @@ async def answer(
         asked.is_well = True
 
 
-class _Attempt:
-    """What became of one call on one replica."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call  # with the adapter version that the replica named
-        self.replica = ""
-        self.is_alone = False  # it was to be served with nothing beside it
-        self.progress: dict[int, list[int]] = {call.sample_index + i: [] for i in range(call.params.n)}
-
-    def take(self, item: StreamItem) -> None:
-        """Raises: ReplicaLost, _ReplicaFull, _ReplicaReserved, Refused."""
-        self.replica = item.replica
-        self.call = replace(self.call, adapter_version=item.adapter_version or self.call.adapter_version)
-        fault = item.fault
-        if fault is None:
-            return
-        if fault.code in _LOST_CODES:
-            raise ReplicaLost(fault.message, meaning=_LOST_CODES[fault.code])
-        if fault.code == _FULL_CODE and _may_try_another(self.call, item.replica):
-            raise _ReplicaFull(fault.message)
-        if fault.code == RESERVED_CODE:
-            raise _ReplicaReserved(fault.message)
-        raise Refused(fault)
-
-
-async def _one_replicas(backend: Backend, attempt: _Attempt, suspects: Suspects) -> AsyncGenerator[OutputDelta]:
-    """The deltas that one replica sends.
-
-    Raises: ReplicaLost, also for a stream that ends early; _ReplicaFull, _ReplicaReserved, Refused.
-    """
-    async with suspects.run(attempt.call) as (run, call):
-        attempt.is_alone = run.is_alone
-        num_waits = 0
-        while True:
-            try:
-                async with aclosing(_deltas(backend.stream(call), attempt, run, suspects)) as deltas:
-                    async for delta in deltas:
-                        yield delta
-                return
-            except _ReplicaReserved:
-                if not run.is_alone:
-                    raise
-                # It has its turn, and the replica that it asked takes no others: soon it is the only one there.
-                await asyncio.sleep(min(LAST_ALONE_PAUSE_S, _pause_s(num_waits)))
-                num_waits += 1
-            except ReplicaLost as error:
-                if error.meaning is Meaning.KILLED and suspects.hung(run):
-                    error.meaning = Meaning.DIED
-                if error.meaning is Meaning.DIED:
-                    await _blame(run, error, suspects, is_told=bool(attempt.progress))
-                raise
-
-
-async def _deltas(
-    stream: AsyncGenerator[StreamItem], attempt: _Attempt, run: Run, suspects: Suspects
-) -> AsyncGenerator[OutputDelta]:
-    progress = attempt.progress
-    async with aclosing(stream) as items:
-        async for item in items:
-            suspects.heard_from(run, item.replica)
-            attempt.take(item)
-            for delta in item.deltas:
-                _refuse_failed(delta)
-                progress[delta.sample_index].extend(delta.token_ids)
-                suspects.brought(run, len(delta.token_ids))
-                if delta.finish_reason is not None:
-                    del progress[delta.sample_index]
-                yield delta
-    if progress:
-        message = f"the stream of request {attempt.call.request_id} ended before its samples {sorted(progress)}"
-        raise ReplicaLost(message, meaning=Meaning.AWAY)
-
-
-async def _blame(run: Run, error: ReplicaLost, suspects: Suspects, *, is_told: bool) -> None:
-    """Raises: Refused (`request_ends_replicas`), if `is_told`: a caller that has its whole answer needs no error."""
-    suspects.died(run, error.death)
-    await asyncio.sleep(FIRST_PAUSE_S)  # until the others that were there have heard of it
-    try:
-        suspects.judge(run, error.death)
-    except Refused as refused:
-        logger.error("request on replica %s is not tried again: %s", run.replica, refused)
-        if is_told:
-            raise refused from error
-
-
 def _resumes_left(max_resumes: int, error: ReplicaLost) -> int:
     if error.meaning is Meaning.KILLED:
         return max_resumes  # whoever stops replicas may stop as many as they like
@@ -223,22 +101,7 @@ def _must_wait(call: Call) -> bool:
     return bool(call.resumed_output_token_ids)
 
 
-def _may_try_another(call: Call, replica: str) -> bool:
-    """Replicas to avoid are ranked last: one that comes again means that there is no other."""
-    has_reader = bool(call.resumed_output_token_ids)
-    return replica not in call.avoid and (has_reader or len(call.avoid) + 1 < MAX_FULL_REPLICAS)
-
-
-def _refuse_failed(delta: OutputDelta) -> None:
-    if delta.finish_reason is FinishReason.ERROR:
-        error = delta.error
-        code, message = (error.code, error.message) if error else ("request_failed", "the sequence failed")
-        raise Refused(Fault(code=code, message=message))
-    if delta.finish_reason is FinishReason.ABORT:
-        raise Refused(Fault(code="request_failed", message="the server gave up this request; send it again"))
-
-
-def _continuations(attempt: _Attempt, *, is_reserved: bool) -> list[Call]:
+def _continuations(attempt: Attempt, *, is_reserved: bool) -> list[Call]:
     """What is left of a call: itself if nothing was produced, else one call per unfinished sample."""
     call, progress = attempt.call, attempt.progress
     # A new id each time: an unreachable replica may still be running the old one.

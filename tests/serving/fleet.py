@@ -7,13 +7,14 @@ import random
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from deployments.calls import RESERVED_CODE, Call, Fault, StreamItem
+from deployments.calls import RESERVED_CODE, Call, Fault, Refused, StreamItem
 from deployments.losses import Meaning
 from deployments.replica.alone import Door
-from deployments.router.streams import ReplicaLost
-from engine.request import FinishReason, OutputDelta
+from deployments.router.streams import ReplicaLost, answer
+from deployments.router.suspects import Suspects
+from engine.request import FinishReason, OutputDelta, SamplingParams
 
-END = "."
+DEADLINE_S = 60.0
 Kills = Callable[[Call, int], bool]
 """Whether a request ends its replica now: (its call, tokens that this life brought)."""
 
@@ -94,3 +95,32 @@ class Fleet:
 
     async def stats(self) -> list[dict[str, object]]:
         return []
+
+
+def call_of(text: str, **fields: object) -> Call:
+    params = SamplingParams(max_tokens=None)
+    return Call(**{"request_id": text, "prompt_token_ids": tuple(text.encode()), "params": params, "seed": 1} | fields)  # type: ignore[arg-type]
+
+
+async def outcome(fleet: Fleet, suspects: Suspects, call: Call, max_resumes: int = 50) -> str:
+    """The text, or the code of the refusal."""
+    parts = []
+    try:
+        async for delta in answer(fleet, call, max_resumes=max_resumes, suspects=suspects):
+            parts.append(delta.text)
+    except Refused as error:
+        return error.fault.code
+    return "".join(parts)
+
+
+async def outcomes(fleet: Fleet, routers: list[Suspects], texts: list[str], rng: random.Random) -> dict[str, str]:
+    """Of all `texts`, each sent by one of the routers, a little apart."""
+
+    async def one(text: str, suspects: Suspects) -> str:
+        for _ in range(rng.randrange(30)):
+            await asyncio.sleep(0)
+        return await outcome(fleet, suspects, call_of(text))
+
+    async with asyncio.timeout(DEADLINE_S):
+        found = await asyncio.gather(*(one(text, rng.choice(routers)) for text in texts))
+    return dict(zip(texts, found, strict=True))

@@ -17,45 +17,17 @@ from deployments.router.streams import ReplicaLost, answer, merge
 from deployments.router.suspects import SUSPECT_DEATHS, Suspects, fingerprint
 from engine.request import OutputDelta, SamplingParams
 from tests.serving.fakes import FakeBackend
-from tests.serving.fleet import FakeReplica, Fleet, Kills
+from tests.serving.fleet import DEADLINE_S, FakeReplica, Fleet, Kills, call_of, outcome, outcomes
 
-DEADLINE_S = 60.0
 REFUSED = "request_ends_replicas"
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.router.streams.FIRST_PAUSE_S", 0.0)
+    for name in ("HEARSAY_S", "FIRST_ALONE_PAUSE_S"):
+        monkeypatch.setattr(f"deployments.router.attempt.{name}", 0.0)
     monkeypatch.setattr("deployments.router.streams.MAX_WAITS", 1_000_000)  # waits of no length
-
-
-def call_of(text: str, **fields: object) -> Call:
-    params = SamplingParams(max_tokens=None)
-    return Call(**{"request_id": text, "prompt_token_ids": tuple(text.encode()), "params": params, "seed": 1} | fields)  # type: ignore[arg-type]
-
-
-async def outcome(fleet: Fleet, suspects: Suspects, call: Call, max_resumes: int = 50) -> str:
-    """The text, or the code of the refusal."""
-    parts = []
-    try:
-        async for delta in answer(fleet, call, max_resumes=max_resumes, suspects=suspects):
-            parts.append(delta.text)
-    except Refused as error:
-        return error.fault.code
-    return "".join(parts)
-
-
-async def outcomes(fleet: Fleet, routers: list[Suspects], texts: list[str], rng: random.Random) -> dict[str, str]:
-    """Of all `texts`, each sent by one of the routers, a little apart."""
-
-    async def one(text: str, suspects: Suspects) -> str:
-        for _ in range(rng.randrange(30)):
-            await asyncio.sleep(0)
-        return await outcome(fleet, suspects, call_of(text))
-
-    async with asyncio.timeout(DEADLINE_S):
-        found = await asyncio.gather(*(one(text, rng.choice(routers)) for text in texts))
-    return dict(zip(texts, found, strict=True))
 
 
 def innocents(rng: random.Random, number: int) -> list[str]:

@@ -32,7 +32,7 @@ async def _check_may_change(request: Request) -> None:
         check_is_json(request.headers)
 
 
-CHANGES = [Depends(_check_may_change)]
+ADMIN = [Depends(_check_may_change)]
 """Of every route that changes what is served, or makes the server fetch something."""
 
 
@@ -55,7 +55,7 @@ def routes(gateway: Gateway) -> APIRouter:
         adapters = [_told(record) for record in page.records]
         return {"adapters": adapters, "next": page.next_cursor, "unavailable": list(page.unavailable)}
 
-    @router.post("", responses=answers(examples.REGISTERED), dependencies=CHANGES)
+    @router.post("", responses=answers(examples.REGISTERED), dependencies=ADMIN)
     async def register(body: RegisterRequest) -> dict[str, Any]:
         """Register one adapter or a list of up to 1000: all of them or none. A known name is replaced.
 
@@ -71,7 +71,7 @@ def routes(gateway: Gateway) -> APIRouter:
         await gateway.adapters.register(tuple(row.registration() for row in rows))
         return {"registered": len(rows)}
 
-    @router.delete("/{name:path}", responses=answers(examples.UNREGISTERED), dependencies=CHANGES)
+    @router.delete("/{name:path}", responses=answers(examples.UNREGISTERED), dependencies=ADMIN)
     async def unregister(name: str) -> dict[str, Any]:
         """Take back what was registered. Running requests end as they began, new ones hear of it within `refresh_s`."""
         gateway.check_adapter(name, "name")
@@ -89,26 +89,26 @@ def _add_actions(router: APIRouter, gateway: Gateway) -> None:
     store = gateway.adapters
     record = answers(examples.RECORD)
 
-    @router.post("/refresh", responses=record, dependencies=CHANGES)
+    @router.post("/refresh", responses=record, dependencies=ADMIN)
     async def refresh(body: NamedRequest) -> dict[str, Any]:
         """Look into its source now, whatever is remembered; a refused adapter may be tried again."""
         _check(gateway, body)
         return _told(await store.refresh(body.name, body.source))
 
-    @router.post("/prefetch", responses=record, dependencies=CHANGES)
+    @router.post("/prefetch", responses=record, dependencies=ADMIN)
     async def prefetch(body: NamedRequest) -> dict[str, Any]:
         """Begin to bring an adapter to host memory, and answer at once."""
         _check(gateway, body)
         await store.prefetch(body.name, body.source)
         return _told(await store.resolve(body.name, body.source))
 
-    @router.post("/pin", responses=record, dependencies=CHANGES)
+    @router.post("/pin", responses=record, dependencies=ADMIN)
     async def pin(body: NamedRequest) -> dict[str, Any]:
         """Keep an adapter on disk and in host memory, over restarts too. Devices: the setting `adapters.pinned`."""
         _check(gateway, body)
         return _told(await store.pin(body.name, body.source))
 
-    @router.post("/unpin", responses=record, dependencies=CHANGES)
+    @router.post("/unpin", responses=record, dependencies=ADMIN)
     async def unpin(body: NamedRequest) -> dict[str, Any]:
         """Let an adapter go when its room is needed."""
         _check(gateway, body)
