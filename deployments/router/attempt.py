@@ -119,7 +119,8 @@ async def _deltas(
     progress = attempt.progress
     async with aclosing(stream) as items:
         async for item in items:
-            suspects.heard_from(run, item.replica)
+            if item.fault is None or item.fault.code != RESERVED_CODE:  # else it was turned away, and is not there
+                suspects.heard_from(run, item.replica)
             attempt.take(item)
             for delta in item.deltas:
                 _refuse_failed(delta)

@@ -136,7 +136,7 @@ class Suspects:
 
         Serve stops a replica that does not answer: that looks like an order, and is not.
         """
-        heard_s = max(other.heard_s for other in (run, *self._on.get(run.replica, ())))
+        heard_s: float = max(other.heard_s for other in (run, *self._on.get(run.replica, ())))
         return self._clock() - heard_s >= HUNG_S
 
     def brought(self, run: Run, num_tokens: int) -> None:
@@ -164,9 +164,8 @@ class Suspects:
     def judge(self, run: Run, death: str) -> None:
         """To be called once all that were there can have heard. Raises: Refused (`request_ends_replicas`)."""
         there = set().union(*(self._deaths.get(name, ()) for name in (run.replica, self._named.get(death, ""), death)))
-        was_alone = (run.is_alone and run.replica) or there <= {run.fingerprint}
         record = self._records.get(run.fingerprint)
-        if record is not None and record.deaths > SUSPECT_DEATHS and was_alone:
+        if record is not None and record.deaths > SUSPECT_DEATHS and there <= {run.fingerprint}:
             record.is_refused = True
         self._check(run.fingerprint)
 
