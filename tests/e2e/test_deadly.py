@@ -1,9 +1,13 @@
-"""A request that ends its replicas, on real ones: it costs three, and the streams beside it are whole."""
+"""The demo without keys, on real replicas: who may change it, one that hangs, and a request that ends three."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,16 +43,42 @@ class DeadlyServer(Server):
         return len(self.deaths.read_text().splitlines()) if self.deaths.exists() else 0
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeadlyServer]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[DeadlyServer]:
     running = DeadlyServer()
-    monkeypatch.setenv(LOG, str(running.deaths))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LOG, str(running.deaths))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        try:
+            running.start()
+            yield running
+        finally:
+            running.remove()
+
+
+def test_on_a_loopback_address_this_machines_user_may_change_without_a_key(server: DeadlyServer):
+    """Where it listens the server has from Serve itself."""
+    row = {"name": "shout", "source": "local", "location": "upper"}
+    assert server.client.post("/adapters", json=row).json() == {"registered": 1}
+    refused = server.client.post("/adapters", json=row, headers={"origin": "http://evil.example"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "cross_origin")
+    assert server.client.post("/adapters", json=row, headers={"host": "evil.example"}).status_code == 403
+    as_text = {"content-type": "text/plain"}
+    assert server.client.post("/adapters", content=json.dumps(row), headers=as_text).status_code == 415
+
+
+def test_a_frozen_replica_is_named_and_the_server_is_well(server: DeadlyServer):
+    frozen = server.stats()["replicas"][0]
+    os.kill(frozen["pid"], signal.SIGSTOP)
     try:
-        running.start()
-        yield running
+        stats = server.stats()
+        assert len(stats["replicas"]) == 1
+        assert [part["replica"] for part in stats["missing"]] == [frozen["replica"]]
+        for _ in range(3):
+            time.sleep(1.1)  # what /health said is remembered for a second
+            assert server.client.get("/health").status_code == 200
     finally:
-        running.remove()
+        os.kill(frozen["pid"], signal.SIGCONT)
 
 
 def test_a_deadly_request_costs_three_replicas_and_no_other_stream(server: DeadlyServer):

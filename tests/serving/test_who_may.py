@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from adapter_store.records import Registration
+from deployments.app import build
 from deployments.http.auth import ApiKeys
 from deployments.http.origin import PROXY_HEADERS, is_loopback
 from deployments.settings.app import AppArgs
@@ -325,6 +326,17 @@ def test_a_server_that_others_reach_starts_with_keys_or_when_it_is_said_to_be_op
     assert not ApiKeys.from_env(None, host=host, is_open=True).caller(None).may_change
     monkeypatch.setenv("CHORUS_TEST_KEYS", KEY)
     assert not ApiKeys.from_env("CHORUS_TEST_KEYS", host=host).caller(f"Bearer {KEY}").may_change
+
+
+def test_an_application_is_not_built_for_a_serve_that_others_reach(monkeypatch: pytest.MonkeyPatch):
+    args = AppArgs.model_validate({"model": str(ROOT / "demo"), "model_id": "demo"})
+    monkeypatch.setattr("deployments.app.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("deployments.app.listening_host", lambda: "0.0.0.0")
+    with pytest.raises(ValueError, match=r"http_options\.host is '0\.0\.0\.0'"):
+        build(args)
+    assert build(args.model_copy(update={"open": True}))
+    monkeypatch.setattr("deployments.app.listening_host", lambda: "127.0.0.1")
+    assert build(args)
 
 
 def test_keys_and_open_contradict_each_other():
