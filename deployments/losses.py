@@ -7,12 +7,22 @@ exceptions of the installed Ray: a new one fails it until it is placed here.
 from __future__ import annotations
 
 import enum
+import logging
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import grpc
+import ray
+import ray._private.state
 from ray import exceptions as ray_errors
 from ray.serve import exceptions as serve_errors
+
+logger = logging.getLogger("ray.serve")
+
+FATE_WAIT_S = 2.0
+FATE_POLL_S = 0.05
 
 
 class Meaning(enum.Enum):
@@ -162,9 +172,38 @@ def actor_of(error: BaseException) -> str | None:
     return error.actor_id if isinstance(error, ray_errors.RayActorError) else None
 
 
+def fate(actor_id: str, wait_s: float = FATE_WAIT_S) -> Meaning:
+    """What became of an actor that could not be reached: calls over gRPC hear of a death as of a broken connection.
+
+    Ray's control store is asked until it knows of a death, for `wait_s` at most. Blocks. AWAY: it lives, or who knows.
+    """
+    deadline = time.monotonic() + wait_s
+    while ray.is_initialized():
+        try:
+            known = _actor_table(actor_id)
+        except Exception as error:
+            logger.info("Ray does not say what became of actor %s: %s", actor_id, error)
+            break
+        if known.get("State") == "DEAD":
+            context = getattr(known.get("DeathCause"), "actor_died_error_context", None)
+            is_ordered = _tells_of_an_order(str(getattr(context, "error_message", "")))
+            return Meaning.KILLED if is_ordered else Meaning.DIED
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(FATE_POLL_S)
+    return Meaning.AWAY
+
+
+def _actor_table(actor_id: str) -> Mapping[str, Any]:
+    return ray._private.state.actors(actor_id) or {}
+
+
 def _is_ordered(error: ray_errors.RayActorError) -> bool:
-    told = str(error.error_msg).lower()
-    return bool(error.preempted) or any(words in told for words in _ORDERED)
+    return bool(error.preempted) or _tells_of_an_order(str(error.error_msg))
+
+
+def _tells_of_an_order(text: str) -> bool:
+    return any(words in text.lower() for words in _ORDERED)
 
 
 def _grpc_meaning(error: grpc.RpcError) -> Meaning:

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from adapter_store.errors import StoreError
 from deployments.calls import Call, Fault, Refused, StreamItem
-from deployments.losses import LOST, Meaning, actor_of, meaning
+from deployments.losses import LOST, Meaning, actor_of, fate, meaning
 from deployments.router.streams import ReplicaLost
 from engine.errors import EngineError
 
@@ -53,7 +53,10 @@ class ServeBackend:
                 raise
             raise Refused(_CANCELLED) from error  # Serve's word for a call that was cancelled over there
         except Exception as error:
-            told = _told(error, call.request_id)
+            found = meaning(error)
+            if found is Meaning.AWAY and (actor := actor_of(error)) is not None:
+                found = await asyncio.to_thread(fate, actor)
+            told = _told(error, found, call.request_id)
             if told is error:
                 raise
             raise told from error
@@ -162,9 +165,8 @@ async def _within(member: Any, timeout_s: float) -> object:
         return f"it is gone: {found.value}" if found in LOST else f"{type(error).__name__} in the replica"
 
 
-def _told(error: Exception, request_id: str) -> Exception:
+def _told(error: Exception, found: Meaning, request_id: str) -> Exception:
     """`error` of Ray in this layer's words."""
-    found = meaning(error)
     if found in LOST:
         what = f"{type(error).__name__} in request {request_id} ({found.value})"
         return ReplicaLost(what, meaning=found, death=actor_of(error) or "")

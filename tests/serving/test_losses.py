@@ -117,6 +117,45 @@ def test_a_preempted_node_is_nobodys_fault():
     assert actor_of(error) == (b"a" * 16).hex()
 
 
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (["ALIVE", "ALIVE", CRASH], Meaning.DIED),
+        ([CRASH], Meaning.DIED),
+        (["RESTARTING", "The actor is dead because it was killed by `ray.kill`."], Meaning.KILLED),
+        (["The actor died because its node has died."], Meaning.KILLED),
+        (["ALIVE"], Meaning.AWAY),
+        ([], Meaning.AWAY),
+        ([OSError("no control store")], Meaning.AWAY),
+    ],
+    ids=str,
+)
+def test_a_broken_connection_is_a_death_when_ray_knows_of_one(
+    states: list[object], expected: Meaning, monkeypatch: pytest.MonkeyPatch
+):
+    """With calls over gRPC every death is told as a broken connection first."""
+    waiting = list(states)
+
+    def table(actor_id: str) -> dict[str, object]:
+        assert actor_id == (b"a" * 16).hex()
+        state = waiting.pop(0) if len(waiting) > 1 else waiting[0] if waiting else None
+        if isinstance(state, Exception):
+            raise state
+        if state in ("ALIVE", "RESTARTING", None):
+            return {"State": state} if state else {}
+        context = common_pb2.ActorDiedErrorContext(error_message=str(state))
+        return {"State": "DEAD", "DeathCause": common_pb2.ActorDeathCause(actor_died_error_context=context)}
+
+    monkeypatch.setattr("deployments.losses.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("deployments.losses._actor_table", table)
+    monkeypatch.setattr("deployments.losses.FATE_POLL_S", 0.0)
+    monkeypatch.setattr("deployments.losses.fate.__defaults__", (0.05,))
+    error = ray.exceptions.ActorUnavailableError("connection lost", b"a" * 16)
+    with pytest.raises(ReplicaLost) as caught:
+        asyncio.run(items_of(FakeHandle(*ITEMS, error)))
+    assert caught.value.meaning is expected
+
+
 def raised_there(cause: Exception) -> ray.exceptions.RayTaskError:
     error = ray.exceptions.RayTaskError("generate", "a traceback", cause, "title", 1, "127.0.0.1")
     return error.as_instanceof_cause()
