@@ -96,10 +96,11 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPage:
-    """One page of a listing; `next_cursor` None means the end."""
+    """One page of a listing; `next_cursor` None means the end. What `unavailable` sources have is left out."""
 
     records: tuple[AdapterRecord, ...]
     next_cursor: str | None
+    unavailable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

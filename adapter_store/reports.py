@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from adapter_store.errors import SourceUnavailable
 from adapter_store.names.catalog import ImageKey, NameKey, Version
 from adapter_store.names.database import IndexUnavailable
 from adapter_store.names.index import ImageRow
 from adapter_store.records import AdapterPage, AdapterRecord, AdapterState, StoreConfig, StoreStatus
+from adapter_store.sources.base import SourcePage
 from adapter_store.tiers.assembly import Tiers
 from adapter_store.tiers.host import Held
 
+LIST_TIMEOUT_S = 10.0  # for one page of one source: beside others it is left out then
 _STATE_ORDER = (
     AdapterState.HOST,
     AdapterState.FETCHING,
@@ -70,15 +74,36 @@ class Reports:
         sources = self._tiers.resolver.source_names
         index, _, inner = (cursor or "0:").partition(":")
         position = int(index) if index in map(str, range(len(sources))) else len(sources)
+        away: dict[str, SourceUnavailable] = {}
+        num_asked = 0
         while position < len(sources):
-            page = await self._tiers.resolver.source(sources[position]).list(inner or None, max(1, limit))
-            records = tuple(self.named(NameKey(sources[position], name)) for name in page.names)
+            name, num_asked = sources[position], num_asked + 1
+            try:
+                page = await self._list(name, inner or None, limit)
+            except SourceUnavailable as error:
+                away[name] = error
+                page = SourcePage(names=(), next_cursor=None)
+            records = tuple(self.named(NameKey(name, found)) for found in page.names)
             if page.next_cursor is not None:
-                return AdapterPage(records=records, next_cursor=f"{position}:{page.next_cursor}")
+                return self._page(records, f"{position}:{page.next_cursor}", away)
             position, inner = position + 1, ""
             if records:
-                return AdapterPage(records=records, next_cursor=f"{position}:" if position < len(sources) else None)
-        return AdapterPage(records=(), next_cursor=None)
+                return self._page(records, f"{position}:" if position < len(sources) else None, away)
+        if away and len(away) == num_asked == len(sources):
+            raise next(iter(away.values()))
+        return self._page((), None, away)
+
+    @staticmethod
+    def _page(records: tuple[AdapterRecord, ...], cursor: str | None, away: Iterable[str]) -> AdapterPage:
+        return AdapterPage(records=records, next_cursor=cursor, unavailable=tuple(away))
+
+    async def _list(self, source: str, cursor: str | None, limit: int) -> SourcePage:
+        """Raises: SourceUnavailable, also when it says nothing for long."""
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                return await self._tiers.resolver.source(source).list(cursor, max(1, limit))
+        except TimeoutError as error:
+            raise SourceUnavailable(source, f"no list within {LIST_TIMEOUT_S:g} s") from error
 
     async def status(self) -> StoreStatus:
         """See `AdapterStore.status`."""

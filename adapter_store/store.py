@@ -234,7 +234,7 @@ class AdapterStore:
     async def list_adapters(self, cursor: str | None = None, limit: int = 100) -> AdapterPage:
         """At most `limit` adapters, registered ones first, then source by source; `next_cursor` None is the end.
 
-        A page may be short. Raises: SourceUnavailable.
+        A page may be short. A source that is away is named and left out. Raises: SourceUnavailable when all are.
         """
         return await self._reports.page(cursor, limit)
 

@@ -4,11 +4,14 @@ Start: `serve run serve_config.yaml`. A `deployments:` entry there overrides wha
 """
 
 # No `from __future__ import annotations` here: Serve reads the real annotation of `build` to validate its arguments.
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from deployments.http.auth import check_closed
 from deployments.ingress import Router
+from deployments.listener import listening_host
 from deployments.replica.replica import Replica
 from deployments.settings.app import AppArgs
 
@@ -19,7 +22,12 @@ MAX_ONGOING = 4096  # the engine's own queue says no, by name, long before
 
 
 def build(args: AppArgs) -> Application:
-    """The application: `Router` (ingress) in front of `Replica`s."""
+    """The application: `Router` (ingress) in front of `Replica`s.
+
+    Raises: ValueError when the Serve that runs listens where others reach it, and nothing says who may ask.
+    """
+    if ray.is_initialized() and (host := listening_host()) is not None:
+        check_closed(args.api_keys_env, host, is_open=args.open)  # a router looks again; here it is told at once
     replica = serve.deployment(
         name="Replica",
         num_replicas=args.num_replicas,

@@ -1,7 +1,7 @@
 """What passes between a router and a replica: plain frozen data that pickles, standard library only.
 
 A router sends a `Call` and receives a stream of `StreamItem`s. Errors travel as data (`Fault`), so that their stable
-codes survive the trip; an exception that arrives from Ray means that the replica itself is gone.
+codes survive the trip; what an exception from Ray means, `deployments.losses` knows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,16 @@ from engine.request import OutputDelta, SamplingParams
 
 PREFIX_TOKENS = (64, 256, 1024)
 """Prompt lengths, in tokens, at which a hint is taken for cache-aware placement."""
+
+
+REPORT_S = 2.0
+"""A replica that answers when it is polled gives its reports a new number so often, though nothing else is new."""
+
+RESERVED_CODE = "replica_reserved"
+"""Of a replica that takes no call, or not this one, because one must be served alone."""
+
+STOPPED_CODE = "replica_stopped"
+"""Of a replica that ends for a reason that the request has no part in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,7 @@ class Call:
     resumed_output_token_ids: tuple[int, ...] = ()
     prefix_hints: tuple[int, ...] = ()
     avoid: tuple[str, ...] = ()  # replicas that just failed this request
+    alone_tokens: int = 0  # a replica serves nothing else until this call has produced so many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,7 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         # The request.
         "invalid_api_key": Answer(401, "authentication_error", 401, "authentication"),
         "admin_key_required": Answer(403, "permission_error", 403, "authentication"),
+        "cross_origin": Answer(403, "permission_error", 403, "authentication"),
         "invalid_request": _wrong(400),
         "request_error": _wrong(400),
         "unsupported_parameter": _wrong(400),
@@ -58,6 +59,9 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "prompt_too_large": _wrong(413, lorax_status=413),
         "not_found": _wrong(404, lorax_status=404),
         "method_not_allowed": _wrong(405, lorax_status=405),
+        "unsupported_media_type": _wrong(415, lorax_status=415),
+        # It ended the process that worked on it, several times. Not a 5xx: clients would send it again by themselves.
+        "request_ends_replicas": _wrong(422),
         # The adapter.
         "model_not_found": _adapter(404),
         "adapter_not_found": _adapter(404, "model_not_found"),
@@ -77,6 +81,10 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "spec_unknown": _later(503, 1, "server_error", "generation"),
         "engine_dead": _later(503, 2, "server_error", "incomplete_generation"),
         "no_replica": _later(503, 5, "server_error", "incomplete_generation"),
+        "replica_stopped": _later(503, 2, "server_error", "incomplete_generation"),
+        "replica_reserved": _later(503, 5, "server_error", "incomplete_generation"),
+        "replica_overloaded": _later(503, 2, "server_error", "overloaded"),
+        "request_cancelled": _later(503, 1, "server_error", "incomplete_generation"),
         "replica_lost": _later(503, 2, "server_error", "incomplete_generation"),
         # Our own mistakes.
         "internal_error": _broken(),

@@ -23,7 +23,7 @@ PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engin
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
 STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
 STORE_FLOORS = tuple(f"adapter_store.{folder}" for folder in ("image", "sources", "names", "fetch", "tiers"))
-SERVE_SEAMS = ("deployments.calls", "deployments.asks", "deployments.errors")
+SERVE_SEAMS = ("deployments.calls", "deployments.asks", "deployments.errors", "deployments.losses")
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
@@ -69,10 +69,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "deployments.calls": (*SEAMS, *STORE_SEAMS),
     "deployments.asks": (*SEAMS, "deployments.calls"),
     "deployments.errors": (*SEAMS, *STORE_SEAMS, "deployments.calls"),
+    "deployments.losses": (),
+    "deployments.listener": (),
     "deployments.settings": (*SEAMS, "adapter_store", "deployments.settings"),
     "deployments.store": ("adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store"),
     "deployments.router": (
-        *SEAMS, "engine.text", "engine.output", "adapter_store.records",
+        *SEAMS, "engine.text", "engine.output", *STORE_SEAMS,
         *SERVE_SEAMS, "deployments.settings", "deployments.router",
     ),
     "deployments.http": (
@@ -94,7 +96,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "engine.quantize": ("torch", "transformers", "safetensors", "tqdm", *EXTRAS),
     "adapter_store": ("numpy", "regex", "boto3", "botocore", "urllib3", "httpx"),
     "adapter_store.actor": ("numpy", "ray"),
-    "deployments": ("ray", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
+    "deployments": ("ray", "grpc", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
     "demo": (*_TORCH, "peft", "tokenizers"),
 }
 
@@ -156,7 +158,7 @@ def test_every_library_that_is_used_is_declared() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.match(r"[\w.-]+", requirement)[0].replace("-", "_") for requirement in declared}  # type: ignore[index]
     # Parts of what is declared: ray[serve] brings FastAPI, boto3 botocore, each in the version it was tested with.
-    names |= {"botocore", "urllib3", "pydantic_core", "fastapi", "starlette"}
+    names |= {"botocore", "urllib3", "pydantic_core", "fastapi", "starlette", "grpc"}
     names |= {"triton"}  # comes with torch's builds for CUDA, and is used on no other
     names |= {*EXTRAS}
     assert {lib for package in PACKAGES if package != "demo" for lib in rule(THIRD_PARTY, package)} <= names

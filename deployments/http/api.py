@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import time
@@ -34,6 +35,7 @@ from engine.errors import EngineError
 logger = logging.getLogger("ray.serve")
 
 HEALTH_CACHE_S = 1.0
+STORE_TIMEOUT_S = 5.0  # of GET /stats
 LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -76,9 +78,25 @@ def _add_operation(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/stats", tags=["Operation"])
     async def stats() -> dict[str, Any]:
-        """What each replica and the adapter store say of themselves now."""
-        replicas = await gateway.backend.stats()
-        return {"replicas": replicas, "store": dataclasses.asdict(await gateway.adapters.status())}
+        """What each replica and the adapter store say of themselves now. `missing` names those that say nothing."""
+        said, store = await asyncio.gather(gateway.backend.stats(), _store_status(gateway))
+        missing = [part for part in said if "missing" in part]
+        if "missing" in store:
+            missing.append(store)
+        return {
+            "replicas": [part for part in said if "missing" not in part],
+            "store": None if "missing" in store else store,
+            "missing": missing,
+        }
+
+
+async def _store_status(gateway: Gateway) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            return dataclasses.asdict(await gateway.adapters.status())
+    except Exception as error:
+        why = f"no answer within {STORE_TIMEOUT_S:g} s" if isinstance(error, TimeoutError) else fault_of(error).message
+        return {"part": "adapter store", "missing": why}
 
 
 def respond(path: str, fault: Fault, extra_headers: Mapping[str, str] | None = None) -> Response:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -15,8 +16,9 @@ from typing import Any, cast
 from ray import serve
 
 from adapter_store.errors import StoreError
-from deployments.calls import Call, Refused, StreamItem
+from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
 from deployments.errors import fault_of
+from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
@@ -24,7 +26,7 @@ from deployments.store.actor import connector
 from deployments.store.client import StoreClient
 from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
-from engine.errors import EngineError
+from engine.errors import EngineDead, EngineError
 from engine.request import OutputDelta, Request
 
 logger = logging.getLogger("ray.serve")
@@ -58,6 +60,8 @@ class Replica:
         self._engine = AsyncEngine(engine, on_adapter_released=self._adapters.dropped, on_death=_exit_soon)
         self._engine.start()
         self._in_hand = 0
+        self._door = Door()
+        self._is_stopping = False
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self._warmer = Warmer(
             self._adapters,
@@ -74,6 +78,9 @@ class Replica:
 
         Closing the generator aborts the request within a step.
         """
+        if (fault := self._turned_away(call)) is not None:
+            yield StreamItem(replica=self._id, fault=fault)
+            return
         self._in_hand += 1
         self._remember(call.prefix_hints)
         version = None
@@ -87,13 +94,32 @@ class Replica:
                     async for delta in deltas:
                         if held:
                             held.in_engine = True
+                        self._door.produced(call, len(delta.token_ids))
                         yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
         except Exception as error:
             if not isinstance(error, EngineError | StoreError | Refused):
                 logger.exception("request %s failed", call.request_id)
-            yield StreamItem(replica=self._id, adapter_version=version, fault=fault_of(error))
+            yield StreamItem(replica=self._id, adapter_version=version, fault=self._fault_of(error))
         finally:
             self._in_hand -= 1
+            self._door.left(call)
+
+    def _turned_away(self, call: Call) -> Fault | None:
+        """Why `call` cannot begin here. Asked before anything is done for it: it has no part in what happens then."""
+        try:
+            self._engine.check()
+        except EngineDead as error:
+            return Fault(code=STOPPED_CODE, message=str(error))
+        if not self._door.admits(call, self._in_hand):
+            return Fault(
+                code=RESERVED_CODE, message="a request is served alone after replicas were lost; try again later"
+            )
+        return None
+
+    def _fault_of(self, error: Exception) -> Fault:
+        fault = fault_of(error)
+        is_ordered = isinstance(error, EngineDead) and self._is_stopping
+        return dataclasses.replace(fault, code=STOPPED_CODE) if is_ordered else fault
 
     @asynccontextmanager
     async def _image_of(self, call: Call) -> AsyncIterator[Held | None]:
@@ -121,6 +147,7 @@ class Replica:
     async def record_routing_stats(self) -> dict[str, Any]:
         """Polled by Serve and handed to every router's `AdapterRequestRouter`."""
         return {
+            "report": int(time.monotonic() / REPORT_S),  # one that stays away for long tells of a replica that hangs
             "load": self._in_hand,
             "capacity": self._capacity,
             "resident": self._adapters.names_of(self._engine.stats().resident_adapters),
@@ -156,6 +183,7 @@ class Replica:
         if tasks is not None:
             for task in tasks:
                 task.cancel()
+            self._is_stopping = True
             await asyncio.to_thread(self._engine.close)
 
 

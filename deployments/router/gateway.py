@@ -6,7 +6,7 @@ import logging
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
@@ -14,6 +14,7 @@ from deployments.asks import Ask
 from deployments.calls import Call, Fault, Refused, prefix_hints
 from deployments.router.prompts import Prompts
 from deployments.router.streams import Backend, Primed, all_primed, answer
+from deployments.router.suspects import Suspects
 from deployments.settings.app import is_allowed
 from engine.errors import InvalidRequest
 from engine.request import OutputDelta
@@ -71,6 +72,7 @@ class Gateway:
     sources: tuple[str, ...] = ()  # names that adapter_source may say
     allowed: tuple[str, ...] | None = None  # shell patterns of adapter names
     max_resumes: int = 8
+    suspects: Suspects = field(default_factory=Suspects)
 
     def allows(self, name: str) -> bool:
         """Whether the allow-list has the adapter `name`."""
@@ -95,15 +97,17 @@ class Gateway:
         """
         cursor: str | None = after or FIRST_CURSOR
         found: list[AdapterRecord] = []
+        away: dict[str, None] = {}
         num_seen = 0
         for _ in range(MAX_STORE_PAGES):
             if cursor is None or num_seen >= limit:
                 break
             page = await self.adapters.list_adapters(cursor, limit - num_seen)
             num_seen += len(page.records)
+            away |= dict.fromkeys(page.unavailable)
             found += [record for record in page.records if self.allows(record.name)]
             cursor = page.next_cursor
-        return AdapterPage(records=tuple(found), next_cursor=cursor)
+        return AdapterPage(records=tuple(found), next_cursor=cursor, unavailable=tuple(away))
 
     async def open(self, ask: Ask, tenant: str) -> Opened:
         """Starts all prompts of `ask`; returns when each has its first tokens.
@@ -134,5 +138,7 @@ class Gateway:
             for index, ids in enumerate(prompts)
         ]
         logger.info("request %s tenant=%r user=%r adapter=%r", request_id, tenant, ask.user, ask.adapter)
-        streams = await all_primed([answer(self.backend, call, max_resumes=self.max_resumes) for call in calls])
+        streams = await all_primed(
+            [answer(self.backend, call, max_resumes=self.max_resumes, suspects=self.suspects) for call in calls]
+        )
         return Opened(request_id=request_id, seed=seed, prompts=tuple(prompts), streams=streams)

@@ -1,4 +1,4 @@
-"""Which replica should serve a request: pure, deterministic, standard library only.
+"""Which replica should serve a request: pure and deterministic.
 
 score = adapter residency (VRAM > host > cold) + share of the prompt's prefix that is cached - load; ties are broken by
 rendezvous hashing, so that every router, whatever it saw before, sends a cold adapter to the same replica.
@@ -8,8 +8,12 @@ Source: Thaler and Ravishankar, "Using name-based mappings to increase hit rates
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+from deployments.calls import REPORT_S
+
+SILENT_S = 3 * REPORT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +21,7 @@ class ReplicaView:
     """What a router believes of one replica; up to a poll period old."""
 
     replica_id: str
+    is_silent: bool = False  # it has not reported for long, while others do
     load: int = 0  # requests it has in hand
     capacity: int = 1  # sequences it can run at once
     resident: frozenset[str] = frozenset()  # adapter names in the memory of its device
@@ -39,6 +44,42 @@ class Weights:
     load_steps: int = 8
 
 
+class Heard:
+    """When a router last heard of each replica: of its reports, and of its queue's length by calls of its own.
+
+    What was heard last is believed. `now_s` is any clock of this router's process.
+    """
+
+    def __init__(self) -> None:
+        self._reports: dict[str, tuple[object, float]] = {}  # the report's number, when it was first seen
+        self._queues: dict[str, float] = {}
+
+    def report(self, replica_id: str, number: object, now_s: float) -> None:
+        """The report that is at hand; the same number again is no news."""
+        if replica_id not in self._reports or self._reports[replica_id][0] != number:
+            self._reports[replica_id] = (number, now_s)
+
+    def queue(self, replica_id: str, now_s: float) -> None:
+        """A call went there or came from there, so that its queue's length is known."""
+        self._queues[replica_id] = now_s
+
+    def keep(self, replica_ids: Collection[str]) -> None:
+        """Forgets all others."""
+        kept = set(replica_ids)
+        self._reports = {name: report for name, report in self._reports.items() if name in kept}
+        self._queues = {name: at_s for name, at_s in self._queues.items() if name in kept}
+
+    def believes_queue(self, replica_id: str) -> bool:
+        """Whether the queue's length is younger than the report."""
+        _, reported_s = self._reports.get(replica_id, (None, float("-inf")))
+        return self._queues.get(replica_id, float("-inf")) > reported_s
+
+    def silent(self, now_s: float) -> frozenset[str]:
+        """Replicas without a new report for `SILENT_S`, but not if that is true of all: it is the messenger's fault."""
+        silent = {replica_id for replica_id, (_, at_s) in self._reports.items() if now_s - at_s > SILENT_S}
+        return frozenset(silent) if len(silent) < len(self._reports) else frozenset()
+
+
 def rank(
     replicas: Sequence[ReplicaView],
     adapter: str | None,
@@ -49,16 +90,23 @@ def rank(
 ) -> tuple[str, ...]:
     """Replica ids, best first: a total order that does not depend on the order of `replicas`.
 
-    `avoid` holds replicas that just failed this request: they come last, but they do come.
+    `avoid` holds replicas that just failed this request: they come last, but they do come. Before them the silent ones.
     """
     key = adapter if adapter is not None else str(prefix_hints[0]) if prefix_hints else ""
 
-    def order(view: ReplicaView) -> tuple[bool, float, int, bytes, str]:
+    def order(view: ReplicaView) -> tuple[bool, bool, float, int, bytes, str]:
         score = _residency(view, adapter, weights) + weights.prefix * _prefix_share(view, prefix_hints)
         score -= _load(view, weights.load_steps if key else 0)
         # A request that prefers no replica goes by exact load; one that does, by its key first.
         exact_load = 0 if key else view.load
-        return (view.replica_id in avoid, -score, exact_load, _rendezvous(key, view.replica_id), view.replica_id)
+        return (
+            view.replica_id in avoid,
+            view.is_silent,
+            -score,
+            exact_load,
+            _rendezvous(key, view.replica_id),
+            view.replica_id,
+        )
 
     return tuple(view.replica_id for view in sorted(replicas, key=order))
 

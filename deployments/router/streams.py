@@ -14,8 +14,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Generic, Protocol, Self, TypeVar
 
-from deployments.calls import Call, Fault, Refused, StreamItem
-from engine.request import FinishReason, OutputDelta
+from deployments.calls import RESERVED_CODE, Call, Fault, Refused
+from deployments.losses import Meaning
+from deployments.router.attempt import Attempt, ReplicaFull, ReplicaReserved, deltas_of
+from deployments.router.attempt import Backend as Backend
+from deployments.router.attempt import ReplicaLost as ReplicaLost
+from deployments.router.suspects import Suspects
+from engine.request import OutputDelta
 
 logger = logging.getLogger("ray.serve")
 
@@ -24,105 +29,94 @@ T_co = TypeVar("T_co", covariant=True)
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 2.0
-MAX_FULL_REPLICAS = 3  # that are asked before a caller hears of full queues: overload must not multiply calls
-_FULL_CODE = "queue_full"
-_LOST_CODES = frozenset({"engine_dead"})
+MAX_AVOIDED = 16
+MAX_WAITS = 34  # a minute, for a replica that serves one request alone
 
 
-class ReplicaLost(Exception):
-    """The replica that served a request is gone; what it had sent stays valid."""
+async def answer(
+    backend: Backend, call: Call, *, max_resumes: int, suspects: Suspects | None = None
+) -> AsyncGenerator[OutputDelta]:
+    """The deltas of `call`, moving to another replica when one is full, or lost.
 
+    It moves at most `max_resumes` times, those not counted for which somebody stopped a replica. `suspects` is what the
+    router knows of requests that end replicas; without it, of this one alone.
 
-class _ReplicaFull(Exception):
-    """The queue of the replica that was chosen is full, or it drains; another may have room."""
-
-
-class Backend(Protocol):
-    """The replicas, as a router sees them."""
-
-    def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """Items of one call. Closing it aborts the call. Raises: ReplicaLost; Refused when all queues are full."""
-        ...
-
-    async def ping(self) -> None:
-        """Returns when some replica answered. Raises: Refused when it cannot serve."""
-        ...
-
-    async def stats(self) -> list[dict[str, object]]:
-        """What each replica says of itself."""
-        ...
-
-
-async def answer(backend: Backend, call: Call, *, max_resumes: int) -> AsyncGenerator[OutputDelta]:
-    """The deltas of `call`, moving to another replica when one is full, or lost (at most `max_resumes` times).
-
-    Raises: Refused, with the fault that a replica named, or `replica_lost`.
+    Raises: Refused, with the fault that a replica named, `replica_lost`, or `request_ends_replicas`.
     """
-    progress: dict[int, list[int]] = {call.sample_index + i: [] for i in range(call.params.n)}
-    replica = ""
-    try:
-        async with aclosing(backend.stream(call)) as items:
-            async for item in items:
-                replica = item.replica
-                call = replace(call, adapter_version=item.adapter_version or call.adapter_version)
-                if item.fault is not None and item.fault.code in _LOST_CODES:
-                    raise ReplicaLost(item.fault.message)
-                if item.fault is not None and item.fault.code == _FULL_CODE and _may_try_another(call, replica):
-                    raise _ReplicaFull(item.fault.message)
-                if item.fault is not None:
-                    raise Refused(item.fault)
-                for delta in item.deltas:
-                    _refuse_failed(delta)
-                    progress[delta.sample_index].extend(delta.token_ids)
-                    if delta.finish_reason is not None:
-                        del progress[delta.sample_index]
-                    yield delta
-        if progress:
-            raise ReplicaLost(f"the stream of request {call.request_id} ended before its samples {sorted(progress)}")
-        return
-    except _ReplicaFull as error:
-        logger.info("request %s tries another replica than %s: %s", call.request_id, replica, error)
-    except ReplicaLost as error:
-        if not progress:
-            return  # only the end of the stream was lost
-        if max_resumes == 0:
-            message = "the replicas that served this request were lost too often; send it again"
-            raise Refused(Fault(code="replica_lost", message=message)) from error
-        logger.warning("request %s goes on elsewhere, samples %s: %s", call.request_id, sorted(progress), error)
-        max_resumes -= 1
-        await asyncio.sleep(min(LAST_PAUSE_S, FIRST_PAUSE_S * 2 ** len(call.avoid)))
-    calls = _continuations(call, progress, replica)
-    async with aclosing(merge([answer(backend, c, max_resumes=max_resumes) for c in calls])) as deltas:
-        async for _, delta in deltas:
-            yield delta
+    suspects = suspects or Suspects()
+    num_tries = num_waits = 0
+    with suspects.asked(call) as asked:
+        while True:
+            attempt = Attempt(call)
+            is_reserved = False
+            try:
+                async with aclosing(deltas_of(backend, attempt, suspects)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                asked.is_well = True
+                return
+            except ReplicaFull as error:
+                logger.info("request %s tries another replica than %s: %s", call.request_id, attempt.replica, error)
+            except ReplicaReserved as error:
+                if num_waits >= MAX_WAITS and not _must_wait(call):
+                    raise Refused(Fault(code=RESERVED_CODE, message=str(error))) from error
+                logger.info("request %s waits or goes elsewhere than %s: %s", call.request_id, attempt.replica, error)
+                await asyncio.sleep(_pause_s(num_waits))
+                num_waits += 1
+                is_reserved = True
+            except ReplicaLost as error:
+                if not attempt.progress:
+                    return  # only the end of the stream was lost
+                max_resumes = _resumes_left(max_resumes, error)
+                ids = sorted(attempt.progress)
+                logger.warning("request %s goes on elsewhere, samples %s: %s", call.request_id, ids, error)
+                await asyncio.sleep(_pause_s(num_tries))
+            num_tries += 1
+            calls = _continuations(attempt, is_reserved=is_reserved)
+            if len(calls) > 1:
+                break
+            (call,) = calls
+        rest = [answer(backend, c, max_resumes=max_resumes, suspects=suspects) for c in calls]
+        async with aclosing(merge(rest)) as merged:
+            async for _, delta in merged:
+                yield delta
+        asked.is_well = True
 
 
-def _may_try_another(call: Call, replica: str) -> bool:
-    """Replicas to avoid are ranked last: one that comes again means that there is no other."""
-    has_reader = bool(call.resumed_output_token_ids)
-    return replica not in call.avoid and (has_reader or len(call.avoid) + 1 < MAX_FULL_REPLICAS)
+def _resumes_left(max_resumes: int, error: ReplicaLost) -> int:
+    if error.meaning is Meaning.KILLED:
+        return max_resumes  # whoever stops replicas may stop as many as they like
+    if max_resumes == 0:
+        message = "the replicas that served this request were lost too often; send it again"
+        raise Refused(Fault(code="replica_lost", message=message)) from error
+    return max_resumes - 1
 
 
-def _refuse_failed(delta: OutputDelta) -> None:
-    if delta.finish_reason is FinishReason.ERROR:
-        error = delta.error
-        code, message = (error.code, error.message) if error else ("request_failed", "the sequence failed")
-        raise Refused(Fault(code=code, message=message))
-    if delta.finish_reason is FinishReason.ABORT:
-        raise Refused(Fault(code="request_failed", message="the server gave up this request; send it again"))
+def _pause_s(tries: int) -> float:
+    return min(LAST_PAUSE_S, FIRST_PAUSE_S * (1 << min(tries, 10)))
 
 
-def _continuations(call: Call, progress: dict[int, list[int]], replica: str) -> list[Call]:
-    """What is left of `call`: itself if nothing was produced, else one call per unfinished sample."""
+def _must_wait(call: Call) -> bool:
+    """For as long as it takes, once somebody has begun to read the answer."""
+    return bool(call.resumed_output_token_ids)
+
+
+def _continuations(attempt: Attempt, *, is_reserved: bool) -> list[Call]:
+    """What is left of a call: itself if nothing was produced, else one call per unfinished sample."""
+    call, progress = attempt.call, attempt.progress
     # A new id each time: an unreachable replica may still be running the old one.
-    attempt = len(call.avoid) + 1
-    call = replace(call, avoid=(*call.avoid, replica), request_id=f"{call.request_id.partition('~')[0]}~{attempt}")
+    name, _, number = call.request_id.partition("~")
+    name = f"{name}~{int(number.partition('.')[0] or 0) + 1}"
+    # A call that must be alone makes the replica drain that it asked: it asks that one again.
+    tried = () if attempt.is_alone and is_reserved else (attempt.replica,)
+    avoid = tuple(dict.fromkeys((*call.avoid, *tried)))[-MAX_AVOIDED:]
+    call = replace(call, avoid=avoid, request_id=f"{name}.{call.sample_index}")
     if len(progress) == call.params.n and not any(progress.values()):
         return [call]
     return [
         replace(
             call,
-            request_id=f"{call.request_id}.{index}",
+            request_id=f"{name}.{index}",
             params=replace(call.params, n=1),
             sample_index=index,
             resumed_output_token_ids=call.resumed_output_token_ids + tuple(token_ids),

@@ -118,12 +118,12 @@ class AppArgs(Settings):
     router_num_cpus: float = Field(default=0.25, ge=0.0)
     adapters: AdapterSettings = AdapterSettings()
     limits: LimitSettings = LimitSettings()
-    api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: anyone may ask
-    admin_keys_env: VariableName | None = (
-        None  # keys that may change adapters; None: nobody, or anyone without api_keys
-    )
+    api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: who reaches the port may ask
+    # Keys that may change adapters. None: nobody; without api_keys_env and on a loopback address, who reaches the port.
+    admin_keys_env: VariableName | None = None
+    open: bool = False  # without api_keys_env: listen where others reach the port all the same
     replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
-    max_resumes: int = Field(default=8, ge=0)  # an answer moves to another replica so often
+    max_resumes: int = Field(default=8, ge=0)  # an answer moves so often; replicas that were stopped are not counted
     drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
 
     @field_validator("model")
@@ -140,6 +140,12 @@ class AppArgs(Settings):
             self.engine_config().validate()
         except ConfigError as error:
             raise ValueError(f"engine: {error}") from error
+        return self
+
+    @check(mode="after")
+    def _is_open_or_has_keys(self) -> Self:
+        if self.open and self.api_keys_env is not None:
+            raise ValueError("open: true says that everyone may ask, api_keys_env that a key is needed; leave one out")
         return self
 
     @property

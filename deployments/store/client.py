@@ -13,17 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from adapter_store.errors import SpecUnknown, StoreError
 from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreStatus
 from adapter_store.tiers.blobs import FileImage, map_image
 from deployments.calls import Fault, Refused
+from deployments.losses import LOST, Meaning, meaning
 
 logger = logging.getLogger("ray.serve")
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 1.0
+_AWAY = LOST | {Meaning.OVERLOADED}  # worth another try
 
 
 class StoreClient:
@@ -103,7 +105,9 @@ class StoreClient:
             lease: Lease = await self._call("acquire", name, self._digest, self._owner, version, source)
             try:
                 return lease, await _bytes_of(lease.image, self._wait_s)
-            except (ObjectLostError, GetTimeoutError, FileNotFoundError) as error:
+            except Exception as error:
+                if not (isinstance(error, FileNotFoundError) or meaning(error) in LOST):
+                    raise
                 # The store died after it answered: a miss, not an error.
                 if time.monotonic() > deadline:
                     raise _unavailable(f"the image of {name!r} was lost {self._wait_s:g} s long") from error
@@ -137,7 +141,10 @@ class StoreClient:
                 await self._try("register_spec", (self._spec,), None)
             except RayTaskError:
                 raise  # the store is there and has a fault; its class may also be one of those below
-            except (RayActorError, ValueError, TimeoutError) as error:
+            except Exception as error:
+                # A ValueError: its name is not there, or was taken in the same moment.
+                if not (isinstance(error, ValueError) or meaning(error) in _AWAY):
+                    raise
                 self._actor = None
                 if time.monotonic() + pause_s > deadline:
                     raise _unavailable(f"the adapter store did not answer for {limit_s:g} s") from error

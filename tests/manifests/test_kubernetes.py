@@ -119,6 +119,21 @@ def test_the_arguments_are_ones_that_the_application_takes(overlay: Path) -> Non
 
 
 @overlays
+def test_pods_ask_for_keys_and_find_them_in_the_secret(overlay: Path) -> None:
+    """They listen where others reach them. The head builds the application, a router on a worker reads the keys."""
+    from deployments.http.auth import check_closed
+
+    config = serve_config(overlay)
+    args = config["applications"][0]["args"]
+    check_closed(args.get("api_keys_env"), config["http_options"]["host"], is_open=args.get("open", False))
+    assert args["api_keys_env"] == "CHORUS_API_KEYS"
+    for pod in pods(overlay):
+        (container,) = pod["containers"]
+        assert {"chorus-secrets"} == {source["secretRef"]["name"] for source in container["envFrom"]}
+    assert "--from-literal=CHORUS_API_KEYS=" in (ROOT / "k8s" / "README.md").read_text()
+
+
+@overlays
 def test_a_replica_fits_into_a_worker(overlay: Path) -> None:
     args = serve_config(overlay)["applications"][0]["args"]
     group = rayservice(overlay)["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]

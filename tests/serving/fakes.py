@@ -17,6 +17,7 @@ from adapter_store.records import AdapterPage, AdapterRecord, Registration, Stor
 from deployments.calls import Call, Fault, Refused, StreamItem
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
+from deployments.losses import Meaning
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.streams import ReplicaLost
@@ -27,6 +28,7 @@ from engine.text.tokenizer import Tokenizer
 EOS = 256
 VOCAB_SIZE = 257
 KEY = "a-key-of-sixteen-or-more"
+URL = "http://127.0.0.1:8000"
 ADMIN_KEY = "an-admin-key-of-sixteen-or-more"
 
 
@@ -65,11 +67,15 @@ def last_line(call: Call) -> str:
 
 @dataclass
 class FakeBackend:
-    """Answers like a replica, `per_item` tokens at a time; `deaths` kills it after so many tokens, once each."""
+    """Answers like a replica, `per_item` tokens at a time; `deaths` kills it after so many tokens, once each.
+
+    `lost` is what Ray tells of these deaths.
+    """
 
     reply: Reply = last_line
     per_item: int = 1
     deaths: list[int] = field(default_factory=list)
+    lost: Meaning = Meaning.DIED
     fault: Fault | None = None
     fault_after: int = 0
     pause_s: float = 0.0
@@ -89,7 +95,7 @@ class FakeBackend:
             for deltas in self._deltas(call):
                 await asyncio.sleep(self.pause_s)
                 if die_after is not None and sent >= die_after:
-                    raise ReplicaLost(name)
+                    raise ReplicaLost(name, meaning=self.lost)
                 if self.fault is not None and sent >= self.fault_after:
                     yield StreamItem(replica=name, fault=self.fault)
                     return
@@ -97,7 +103,7 @@ class FakeBackend:
                 version = call.adapter_version or (self.version if call.adapter else None)
                 yield StreamItem(replica=name, adapter_version=version, deltas=deltas)
             if die_after is not None:
-                raise ReplicaLost(name)
+                raise ReplicaLost(name, meaning=self.lost)
         finally:
             self.open_streams -= 1
 
@@ -230,6 +236,6 @@ def serve(
         allowed=allowed,
         max_resumes=max_resumes,
     )
-    app = create_api(gateway, keys or ApiKeys(), limits)
+    app = create_api(gateway, keys or ApiKeys(is_local=True), limits)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    return Served(backend, adapters, app, httpx.AsyncClient(transport=transport, base_url="http://chorus"))
+    return Served(backend, adapters, app, httpx.AsyncClient(transport=transport, base_url=URL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,6 +12,8 @@ import pytest
 from ray.exceptions import TaskCancelledError
 from starlette.types import Message, Receive, Scope, Send
 
+from adapter_store.errors import SourceUnavailable
+from adapter_store.records import AdapterPage
 from deployments.http.api import respond
 from deployments.http.auth import ApiKeys
 from deployments.http.gate import Gate
@@ -160,6 +163,48 @@ def test_stats_show_every_replica_and_the_store():
     body = _get("/stats").json()
     assert body["replicas"] == [{"replica": "replica-1"}]
     assert body["store"]["sources"] == ["local"]
+
+
+@pytest.mark.parametrize(
+    "outcome", [SourceUnavailable("s3", "down"), RuntimeError("x"), TimeoutError(), None], ids=repr
+)
+def test_what_is_away_is_missing_from_the_statistics_and_named(
+    outcome: Exception | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deployments.http.api.STORE_TIMEOUT_S", 0.02)
+    served = serve()
+
+    async def stats() -> list[dict[str, object]]:
+        return [{"part": "replica", "replica": "r2", "missing": "it hangs"}, {"replica": "r1"}]
+
+    async def status() -> None:
+        if outcome is None:
+            await asyncio.Event().wait()
+        raise outcome  # type: ignore[misc]
+
+    monkeypatch.setattr(served.backend, "stats", stats)
+    monkeypatch.setattr(served.adapters, "status", status)
+    response = _get("/stats", served)
+    assert response.status_code == 200
+    body = response.json()
+    assert (body["replicas"], body["store"]) == ([{"replica": "r1"}], None)
+    assert [(part["part"], bool(part["missing"])) for part in body["missing"]] == [
+        ("replica", True),
+        ("adapter store", True),
+    ]
+
+
+@pytest.mark.parametrize("path", ["/adapters", "/v1/models"])
+def test_a_listing_names_the_sources_that_are_away(path: str, monkeypatch: pytest.MonkeyPatch):
+    served = serve()
+    listed = served.adapters.list_adapters
+
+    async def page(cursor: str | None, limit: int) -> AdapterPage:
+        return replace(await listed(cursor, limit), unavailable=("s3",))
+
+    assert _get(path, served).json()["unavailable"] == []
+    monkeypatch.setattr(served.adapters, "list_adapters", page)
+    assert _get(path, served).json()["unavailable"] == ["s3"]
 
 
 def test_the_seed_is_drawn_when_absent_and_kept_when_given():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
-from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError, WorkerCrashedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.calls import Call, Refused, StreamItem
-from deployments.ingress import ServeBackend
+from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
 from engine.request import SamplingParams
 
@@ -22,7 +24,7 @@ ITEMS = (StreamItem(replica="a"), StreamItem(replica="a", adapter_version="v"))
 class FakeResponse:
     """Items in turn; an exception is raised, None never comes."""
 
-    def __init__(self, items: Sequence[StreamItem | Exception | None]) -> None:
+    def __init__(self, items: Sequence[StreamItem | BaseException | None]) -> None:
         self._items = list(items)
         self.cancelled = False
 
@@ -35,7 +37,7 @@ class FakeResponse:
         item = self._items.pop(0)
         if item is None:
             await asyncio.Event().wait()
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             raise item
         assert item is not None
         return item
@@ -45,7 +47,7 @@ class FakeResponse:
 
 
 class FakeHandle:
-    def __init__(self, *items: StreamItem | Exception | None) -> None:
+    def __init__(self, *items: StreamItem | BaseException | None) -> None:
         self.response = FakeResponse(items)
         self.generate = self
 
@@ -58,20 +60,20 @@ class FakeHandle:
         return self.response
 
 
-async def _items(handle: Any, wait_s: float = 60.0) -> list[StreamItem]:
+async def items_of(handle: Any, wait_s: float = 60.0) -> list[StreamItem]:
     stream: AsyncGenerator[StreamItem] = ServeBackend(handle, wait_s=wait_s).stream(CALL)
     return [item async for item in stream]
 
 
 def test_items_are_handed_on():
     handle = FakeHandle(*ITEMS)
-    assert asyncio.run(_items(handle)) == list(ITEMS)
+    assert asyncio.run(items_of(handle)) == list(ITEMS)
 
 
 def test_a_call_that_no_replica_takes_is_refused_and_taken_back():
     handle = FakeHandle(None)
     with pytest.raises(Refused, match=r"no_replica: no replica took the request within 0\.01 s") as caught:
-        asyncio.run(_items(handle, wait_s=0.01))
+        asyncio.run(items_of(handle, wait_s=0.01))
     assert caught.value.fault.code == "no_replica"
     assert handle.response.cancelled
 
@@ -79,15 +81,123 @@ def test_a_call_that_no_replica_takes_is_refused_and_taken_back():
 @pytest.mark.parametrize("before", [(), ITEMS])
 def test_a_replica_that_dies_is_lost_whenever_it_dies(before: tuple[StreamItem, ...]):
     with pytest.raises(ReplicaLost):
-        asyncio.run(_items(FakeHandle(*before, ActorDiedError())))
+        asyncio.run(items_of(FakeHandle(*before, ActorDiedError())))
 
 
 def test_a_stream_without_items_is_of_a_lost_replica():
     with pytest.raises(ReplicaLost):
-        asyncio.run(_items(FakeHandle()))
+        asyncio.run(items_of(FakeHandle()))
 
 
 def test_back_pressure_of_serve_is_a_full_queue():
     with pytest.raises(Refused) as caught:
-        asyncio.run(_items(FakeHandle(BackPressureError(1, 1))))
+        asyncio.run(items_of(FakeHandle(BackPressureError(1, 1))))
     assert caught.value.fault.code == "queue_full"
+
+
+class ReplicaId(NamedTuple):
+    unique_id: str
+
+
+class Member:
+    """One replica's pending answer to a broadcast: a value, an exception, or nothing for ever (None)."""
+
+    def __init__(self, outcome: object) -> None:
+        self._outcome = outcome
+
+    async def get_async(self) -> object:
+        if self._outcome is None:
+            await asyncio.Event().wait()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class FleetHandle:
+    """A handle of some replicas, by name; `first` is what the one says that Serve would choose."""
+
+    def __init__(self, replicas: dict[str, object], first: object = None, broadcast: object = ()) -> None:
+        self._replicas, self._first, self._broadcast = replicas, first, broadcast
+        ids = {ReplicaId(name): None for name in replicas}
+        self._router = SimpleNamespace(
+            _asyncio_router=SimpleNamespace(request_router=SimpleNamespace(curr_replicas=ids))
+        )
+        self.ping = SimpleNamespace(remote=lambda: Member(first).get_async())
+        self.num_broadcasts = 0
+
+    def options(self, **_: object) -> FleetHandle:
+        return self
+
+    def broadcast(self, method: str) -> Any:
+        self.num_broadcasts += 1
+        if isinstance(self._broadcast, Exception):
+            raise self._broadcast
+
+        async def members() -> list[Member]:
+            return [Member(outcome) for outcome in self._replicas.values() if outcome != "not asked"]
+
+        return SimpleNamespace(_fetch_replica_results_async=members)
+
+
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STATS_TIMEOUT_S", "FIRST_PING_S"):
+        monkeypatch.setattr(f"deployments.router.replicas.{name}", 0.02)
+    monkeypatch.setattr("deployments.router.replicas.PING_TIMEOUT_S", 0.2)
+
+
+DEAD = ActorDiedError()
+AWAY = ActorUnavailableError("lost", None)
+UNAVAILABLE = DeploymentUnavailableError(DeploymentID("Replica", "chorus"))
+FLEETS: list[dict[str, object]] = [
+    {"a": "well"},
+    {"a": "well", "b": "well", "c": "well"},
+    {"a": "well", "b": DEAD},
+    {"a": AWAY, "b": "well"},
+    {"a": "well", "b": None},
+    {"a": None, "b": "well", "c": DEAD},
+    {"a": "well", "b": "not asked"},
+    {"a": "not asked", "b": None, "c": "well", "d": "well"},
+    {"a": RaySystemError("x"), "b": "well"},
+    {"a": WorkerCrashedError(), "b": ValueError("x"), "c": "well"},
+    {"a": DEAD, "b": DEAD},
+    {"a": None},
+    {"a": "not asked"},
+]
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("fleet", FLEETS, ids=str)
+def test_what_replicas_say_is_told_and_the_others_are_named(fleet: dict[str, object]):
+    said = {name: {"replica": name, "pid": 1} if outcome == "well" else outcome for name, outcome in fleet.items()}
+    stats = asyncio.run(ServeBackend(FleetHandle(said), wait_s=1).stats())  # type: ignore[arg-type]
+    assert [part for part in stats if "missing" not in part] == [said[name] for name in fleet if fleet[name] == "well"]
+    missing = [part for part in stats if "missing" in part]
+    assert {part["replica"] for part in missing} == {name for name in fleet if fleet[name] != "well"}
+    assert all(part["missing"] for part in missing)
+
+
+def test_statistics_of_no_replica_are_none():
+    handle: Any = FleetHandle({}, broadcast=UNAVAILABLE)
+    (part,) = asyncio.run(ServeBackend(handle, wait_s=1).stats())
+    assert "DeploymentUnavailableError" in str(part["missing"])
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("first", [None, DEAD, AWAY, ValueError("x")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("fleet", FLEETS, ids=str)
+def test_the_server_is_well_while_one_replica_answers(fleet: dict[str, object], first: object):
+    """Whichever is asked first: the one that hangs has the shortest queue."""
+    backend = ServeBackend(FleetHandle(fleet, first), wait_s=1)  # type: ignore[arg-type]
+    if "well" in fleet.values():
+        asyncio.run(backend.ping())
+    else:
+        with pytest.raises(Refused, match="no replica answered within") as caught:
+            asyncio.run(backend.ping())
+        assert caught.value.fault.code == "engine_dead"
+
+
+def test_a_replica_that_answers_at_once_is_asked_alone():
+    handle: Any = FleetHandle({"a": "well"}, "well")
+    asyncio.run(ServeBackend(handle, wait_s=1).ping())
+    assert handle.num_broadcasts == 0

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from deployments.router.placement import ReplicaView, rank
+from deployments.router.placement import SILENT_S, Heard, ReplicaView, rank
 
 IDS = ("r1", "r2", "r3", "r4")
 
@@ -75,6 +75,43 @@ def test_a_replica_that_failed_the_request_comes_last():
     order = rank(_fleet(r2=holder), "a", avoid=frozenset({"r2"}))
     assert order[-1] == "r2"
     assert len(order) == len(IDS)
+
+
+def test_a_silent_replica_comes_after_those_that_report_and_before_those_that_failed():
+    fleet = _fleet(r2=ReplicaView(replica_id="r2", is_silent=True, capacity=32, resident=frozenset({"a"})))
+    assert rank(fleet, "a", avoid=frozenset({"r3"}))[2:] == ("r2", "r3")
+    assert rank(fleet, None)[-1] == "r2"
+
+
+def test_what_was_heard_last_of_a_queue_is_believed():
+    heard = Heard()
+    assert not heard.believes_queue("r1")
+    heard.report("r1", 7, now_s=1.0)
+    heard.queue("r1", now_s=2.0)
+    assert heard.believes_queue("r1"), "a call was sent after the report"
+    heard.report("r1", 7, now_s=11.0)
+    assert heard.believes_queue("r1"), "the same report again is no news"
+    heard.report("r1", 8, now_s=11.5)
+    assert not heard.believes_queue("r1"), "ten seconds old, and the report half a second"
+    heard.queue("r1", now_s=11.6)
+    assert heard.believes_queue("r1")
+    heard.keep(["r2"])
+    assert not heard.believes_queue("r1")
+
+
+def test_a_replica_is_silent_when_others_are_not():
+    heard = Heard()
+    for name in ("r1", "r2", "r3"):
+        heard.report(name, 0, now_s=0.0)
+    assert heard.silent(SILENT_S) == frozenset()
+    heard.report("r1", 1, now_s=SILENT_S)
+    heard.report("r2", 1, now_s=SILENT_S)
+    assert heard.silent(SILENT_S + 1) == {"r3"}
+    assert heard.silent(10 * SILENT_S) == frozenset(), "no reports at all tell of the messenger, not of replicas"
+    heard.report("r4", None, now_s=10 * SILENT_S)  # new, without a report so far
+    assert heard.silent(10 * SILENT_S) == {"r1", "r2", "r3"}
+    heard.keep(["r1"])
+    assert heard.silent(20 * SILENT_S) == frozenset()
 
 
 class _Fleet:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from deployments.calls import Call, Fault, Refused, StreamItem
+from deployments.losses import Meaning
 from deployments.router.streams import all_primed, answer, merge
 from engine.request import FinishReason, SamplingParams
 from tests.serving.fakes import EOS, FakeBackend
@@ -41,7 +42,8 @@ async def _texts(backend: FakeBackend, call: Call, max_resumes: int = 8) -> dict
 
 @pytest.mark.parametrize("deaths", [[0], [1], [5], [3, 4, 2], [0, 0, 0], [11], [12], [2, 0, 5]])
 def test_nothing_is_lost_or_repeated_when_replicas_die(deaths: list[int]):
-    backend = FakeBackend(deaths=deaths.copy())
+    """Somebody stops the replicas: of those that end by themselves, tests/serving/test_suspects.py tells."""
+    backend = FakeBackend(deaths=deaths.copy(), lost=Meaning.KILLED)
     assert asyncio.run(_texts(backend, _call())) == {0: "HELLO THERE"}
     assert backend.open_streams == 0
 
@@ -62,18 +64,31 @@ def test_what_is_resent_continues_and_does_not_extend_the_prompt():
 
 @pytest.mark.parametrize("deaths", [[0], [2], [6], [4, 1, 1], [36]])
 def test_each_unfinished_sample_is_resumed_under_its_own_index(deaths: list[int]):
-    backend = FakeBackend(deaths=deaths.copy(), number_samples=True)
+    backend = FakeBackend(deaths=deaths.copy(), number_samples=True, lost=Meaning.KILLED)
     assert asyncio.run(_texts(backend, _call(n=3))) == {i: f"HELLO THERE{i}" for i in range(3)}
     resumed = [call for call in backend.calls if call.resumed_output_token_ids]
     assert all(call.params.n == 1 for call in resumed)
 
 
 def test_the_tries_are_bounded():
-    backend = FakeBackend(deaths=[1] * 20)
+    backend = FakeBackend(deaths=[1] * 20, lost=Meaning.AWAY)
     with pytest.raises(Refused) as caught:
         asyncio.run(_texts(backend, _call(), max_resumes=3))
     assert caught.value.fault.code == "replica_lost"
     assert len(backend.calls) == 4
+
+
+def test_whoever_stops_replicas_may_stop_as_many_as_they_like():
+    backend = FakeBackend(deaths=[0, 1] * 20, lost=Meaning.KILLED)
+    text = "a text of more than twenty characters"
+    assert asyncio.run(_texts(backend, _call(text), max_resumes=0)) == {0: text.upper()}
+
+
+def test_calls_that_run_at_once_never_share_an_id():
+    """Two samples that were lost before they had a token go on under ids of their own."""
+    backend = FakeBackend(deaths=[0, 0, 0, 0, 1, 1, 0, 0, 1], number_samples=True, lost=Meaning.KILLED)
+    asyncio.run(_texts(backend, _call(n=3)))
+    assert len({call.request_id for call in backend.calls}) == len(backend.calls)
 
 
 def test_a_dead_engine_counts_as_a_lost_replica():

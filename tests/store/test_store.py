@@ -234,6 +234,47 @@ def test_the_first_source_that_has_a_name_has_it_and_one_that_is_down_is_not_pas
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "away", [("one",), ("two",), ("three",), ("one", "three"), ("two", "three"), ("one", "two", "three")]
+)
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+@pytest.mark.parametrize("limit", [1, 2, 10])
+def test_a_source_that_is_away_is_named_and_hides_no_other(
+    away: tuple[str, ...], hangs: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    """However many adapters a page has."""
+    monkeypatch.setattr("adapter_store.reports.LIST_TIMEOUT_S", 0.01)
+
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def main():
+        sources = [
+            FakeSource({f"{name}-{n}": small_adapter() for n in range(2)}, name) for name in ("one", "two", "three")
+        ]
+        for source in sources:
+            if source.name in away:
+                source.down = "no route to host"
+                if hangs:
+                    monkeypatch.setattr(source, "list", hang)
+        world = World(*sources)
+        records, unavailable, cursor = [], set(), None
+        for _ in range(20):
+            page = await world.store.list_adapters(cursor, limit)
+            records += page.records
+            unavailable |= set(page.unavailable)
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        assert [record.name for record in records] == [
+            f"{source.name}-{n}" for source in sources if source.name not in away for n in range(2)
+        ]
+        assert unavailable == set(away)
+        await world.store.close()
+
+    asyncio.run(main())
+
+
 def test_a_listing_goes_through_all_sources_page_by_page():
     async def main():
         first = FakeSource({f"a{n}": small_adapter() for n in range(5)}, "one")

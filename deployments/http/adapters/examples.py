@@ -19,4 +19,4 @@ RECORD: dict[str, Any] = {
     "requests": 12.5,
     "reason": None,
 }
-LISTING: dict[str, Any] = {"adapters": [RECORD], "next": None}
+LISTING: dict[str, Any] = {"adapters": [RECORD], "next": None, "unavailable": []}

@@ -10,22 +10,30 @@ from adapter_store.records import AdapterRecord
 from deployments.calls import Fault, Refused
 from deployments.http.adapters import examples
 from deployments.http.adapters.schema import NamedRequest, RegisterRequest
+from deployments.http.auth import Caller
 from deployments.http.documented import answers, failures
 from deployments.http.openai.replies import error_body
+from deployments.http.origin import check_is_json, check_is_local
 from deployments.router.gateway import Gateway
 
 MAX_PAGE = 1000
 DEFAULT_PAGE = 100
 
 
-async def _check_admin(request: Request) -> None:
-    if not request.state.caller.may_change:
+async def _check_may_change(request: Request) -> None:
+    caller: Caller = request.state.caller
+    if not caller.may_change:
         what = f"{request.method} {request.url.path} changes what is served"
         remedy = "send a key of the environment variable that the server's setting admin_keys_env names"
         raise Refused(Fault(code="admin_key_required", message=f"{what}; {remedy}"))
+    if not caller.has_admin_key:
+        check_is_local(request.headers)
+    if request.method == "POST":
+        check_is_json(request.headers)
 
 
-ADMIN = [Depends(_check_admin)]
+ADMIN = [Depends(_check_may_change)]
+"""Of every route that changes what is served, or makes the server fetch something."""
 
 
 def routes(gateway: Gateway) -> APIRouter:
@@ -40,10 +48,12 @@ def routes(gateway: Gateway) -> APIRouter:
     ) -> dict[str, Any]:
         """The adapters, a page at a time: give what a page says as `next` as the next one's `after`, until it is null.
 
-        A page may be short. `requests` counts those of late, `num_bytes` and `rank` are known once it was packed.
+        A page may be short. `unavailable` names sources that are away: what they have is left out. `requests` counts
+        those of late, `num_bytes` and `rank` are known once it was packed.
         """
         page = await gateway.list_adapters(after, limit)
-        return {"adapters": [_told(record) for record in page.records], "next": page.next_cursor}
+        adapters = [_told(record) for record in page.records]
+        return {"adapters": adapters, "next": page.next_cursor, "unavailable": list(page.unavailable)}
 
     @router.post("", responses=answers(examples.REGISTERED), dependencies=ADMIN)
     async def register(body: RegisterRequest) -> dict[str, Any]:

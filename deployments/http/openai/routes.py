@@ -91,6 +91,7 @@ async def _models(gateway: Gateway, started: int, after: str | None, limit: int)
         "data": list(found.values()),
         "has_more": cursor is not None,
         "next": cursor,
+        "unavailable": list(page.unavailable),
         "first_id": ids[0] if ids else None,
         "last_id": ids[-1] if ids else None,
     }
