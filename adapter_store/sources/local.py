@@ -24,6 +24,7 @@ from adapter_store.sources.base import (
 from adapter_store.sources.threads import SourceThreads
 
 MAX_DIGESTS = 100_000  # with more, the half that was taken longest ago is forgotten, and taken again when needed
+_MAX_LOOKUPS = 8  # each may have a file to hash, which keeps a core busy
 _READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
 
@@ -43,7 +44,7 @@ class LocalSource:
         self.name = name or f"file://{self.root}"
         self._digests: dict[Path, tuple[_Identity, str]] = {}  # the latest last
         self._lock = threading.Lock()  # of the digests
-        self._threads = SourceThreads(4, "adapters-local", niceness)
+        self._threads = SourceThreads(4, "adapters-local", niceness, _MAX_LOOKUPS)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`."""
