@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge
-from adapter_store.image.inspect import KNOWN_FILES, Buffer, Inspected, Limits, SitePair, inspect
+from adapter_store.image.inspect import KNOWN_FILES, MAX_BYTES_SETTING, Buffer, Inspected, Limits, SitePair, inspect
 from adapter_store.image.rounding import convert, quantize_rows
 from adapter_store.image.safetensors_header import TensorInfo
 from adapter_store.image.spec import DTYPE_BYTES, Spec, read_spec
@@ -90,6 +90,8 @@ def pack_checked(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None 
         "rank": inspected.rank,
         "entries": entries,
     }
+    if inspected.notices:
+        manifest["notices"] = list(inspected.notices)
     return PackedImage(
         manifest=manifest, data=data, rank=inspected.rank, num_bytes=num_bytes, config=inspected.settings.raw
     )
@@ -106,7 +108,7 @@ def plan_image(
     inspected = inspect(files, spec, limits, weights_bytes)
     entries, num_bytes = _layout(inspected, spec.dtype)
     if limits.max_bytes is not None and num_bytes > limits.max_bytes:
-        raise AdapterTooLarge("its image", num_bytes, limits.max_bytes)
+        raise AdapterTooLarge(f"its image in {spec.dtype}", num_bytes, limits.max_bytes, setting=MAX_BYTES_SETTING)
     return inspected, entries, num_bytes
 
 
