@@ -154,7 +154,7 @@ class StoreConfig:
     """The store's settings. Sizes are inclusive limits in bytes, times are seconds."""
 
     host_bytes: int = 1 << 30  # budget of all packed images; keep it below Ray's object store
-    max_adapter_bytes: int = 256 << 20  # of one adapter: its weights file, and its packed image
+    max_adapter_bytes: int = 256 << 20  # of one adapter's packed image; its weights file may have four times as many
     max_rank: int = 512
     lease_ttl_s: float = 30.0
     refresh_s: float = 10.0  # a re-uploaded adapter is seen within this

@@ -13,6 +13,7 @@ from adapter_store.image.patterns import Question, first_matches, first_numbers,
 from adapter_store.image.strict_json import load_object
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_NAMES = 20_000  # in a list of modules
 ALL_LINEAR = "all-linear"
 OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output", "head", "score"})
 
@@ -179,6 +180,8 @@ def _pattern(raw: dict[str, Any], name: str, check: Callable[[Any, str], Any]) -
 
 def _names(raw: dict[str, Any], name: str) -> str | list[str]:
     value = raw.get(name) or []
+    if isinstance(value, list) and len(value) > MAX_NAMES:
+        raise AdapterRejected(f"{name} has {len(value)} entries, the limit is {MAX_NAMES}; name modules by their ends")
     if isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) and item for item in value)):
         return value
     raise AdapterRejected(f"{name} is {shown(value)}; it must be a string or a list of strings")
