@@ -75,7 +75,8 @@ class AdapterNotFound(StoreError):
         where = ", ".join(sources) or "none configured"
         super().__init__(
             f"adapter {name!r} was not found in the sources ({where}); an adapter is a folder of that name with "
-            "adapter_config.json and adapter_model.safetensors",
+            "adapter_config.json and adapter_model.safetensors (of a training run, name one of its checkpoints: "
+            "name/checkpoint-500)",
             name=name,
             sources=sources,
         )
