@@ -50,6 +50,7 @@ def main() -> None:
     """Answers one question; with why, when a pattern is no regular expression."""
     limit(float(sys.argv[1]), int(sys.argv[2]))
     asked = json.load(sys.stdin)
+    reply: dict[str, object]
     try:
         reply = {"answer": answer(asked["how"], asked["patterns"], asked["names"])}
     except (re.error, RecursionError, OverflowError, IndexError) as error:

@@ -14,6 +14,10 @@ MAX_DEPTH = 32  # of lists and objects in each other
 # The parser in C holds the interpreter until it has done: more bytes are left to the one in Python, which takes longer
 # and lets others have their turns meanwhile.
 _QUICK_BYTES = 64 << 10
+# Containers cost most: memory, and the collector's time, in which nobody has a turn. A tensor's entry has three of them
+# and at least fifty bytes.
+_BYTES_A_CONTAINER = 16
+_SPARE_CONTAINERS = 256
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # What is left of escapes for halves of characters when whole ones are taken away. Source: RFC 8259, section 7.
 _PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -42,8 +46,11 @@ def load_object(data: bytes | memoryview, what: str, max_bytes: int) -> dict[str
 
     text = bytes(data)
     plain = text.replace(b"\\\\", b"")
-    if not is_shallow(plain):
+    brackets = brackets_of(plain)
+    if not is_shallow(brackets):
         raise AdapterRejected(f"{what} is nested too deeply, the limit is {MAX_DEPTH} levels")
+    if len(brackets) // 2 > len(text) // _BYTES_A_CONTAINER + _SPARE_CONTAINERS:
+        raise AdapterRejected(f"{what} has {len(brackets) // 2} lists and objects, too many for its {len(text)} bytes")
     try:
         value = _parse(text, unique, no_constant)
     except RecursionError as error:
@@ -57,12 +64,18 @@ def load_object(data: bytes | memoryview, what: str, max_bytes: int) -> dict[str
     return value
 
 
-def is_shallow(text: bytes) -> bool:
-    """Whether no bracket outside strings is much deeper than MAX_DEPTH. A few that are not closed are left to JSON.
+def brackets_of(text: bytes) -> bytes:
+    """The brackets outside strings of `text`, which is without escaped backslashes. In pieces: others have turns."""
+    plain, found, is_inside = text.replace(b'\\"', b""), [], False
+    for start in range(0, len(plain), _QUICK_BYTES):
+        piece = (b'"' if is_inside else b"") + plain[start : start + _QUICK_BYTES]
+        found.append(_STRING.sub(b"", piece).translate(None, delete=_NO_BRACKETS))
+        is_inside = piece.count(b'"') % 2 == 1
+    return b"".join(found)
 
-    `text` is without escaped backslashes.
-    """
-    brackets = _STRING.sub(b"", text.replace(b'\\"', b"")).translate(None, delete=_NO_BRACKETS)
+
+def is_shallow(brackets: bytes) -> bool:
+    """Whether none is much deeper than MAX_DEPTH. A few that are not closed are left to JSON."""
     for _ in range(MAX_DEPTH):
         if not brackets:
             return True
@@ -78,4 +91,4 @@ def _parse(text: bytes, unique: Callable[..., Any], no_constant: Callable[[str],
 
 
 def _told(error: ValueError) -> str:
-    return error.reason if isinstance(error, UnicodeError) else str(error)[:200]
+    return error.reason if isinstance(error, UnicodeDecodeError) else str(error)[:200]
