@@ -22,12 +22,20 @@ from __future__ import annotations
 
 from typing import Any
 
+_MAX_REASON_CHARS = 1000
+
 
 def _rebuild(cls: type[StoreError], message: str, fields: dict[str, Any]) -> StoreError:
     error = cls.__new__(cls)
     Exception.__init__(error, message)
     error.__dict__.update(fields)
     return error
+
+
+def printable(text: str, max_chars: int) -> str:
+    """`text`, at most so long, with escapes for all that is no printable character: line ends, colours, half pairs."""
+    cut = text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
+    return cut if cut.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
 
 
 class StoreError(Exception):
@@ -67,7 +75,8 @@ class AdapterNotFound(StoreError):
         where = ", ".join(sources) or "none configured"
         super().__init__(
             f"adapter {name!r} was not found in the sources ({where}); an adapter is a folder of that name with "
-            "adapter_config.json and adapter_model.safetensors",
+            "adapter_config.json and adapter_model.safetensors (of a training run, name one of its checkpoints: "
+            "name/checkpoint-500)",
             name=name,
             sources=sources,
         )
@@ -98,6 +107,8 @@ class AdapterRejected(StoreError):
     is_own_digest: bool  # what is wrong is that its content has another digest than this project knows
 
     def __init__(self, reason: str, name: str = "", *, is_own_digest: bool = False) -> None:
+        # What is wrong is told in a stranger's words: they are cut, and what cannot be printed is escaped.
+        reason = printable(reason, _MAX_REASON_CHARS)
         prefix = f"adapter {name!r} was refused: " if name else "the adapter was refused: "
         super().__init__(prefix + reason, name=name, reason=reason, is_own_digest=is_own_digest)
 
@@ -114,19 +125,23 @@ class AdapterTooLarge(StoreError):
     num_bytes: int
     limit_bytes: int
 
-    def __init__(self, what: str, num_bytes: int, limit_bytes: int, name: str = "") -> None:
+    def __init__(
+        self, what: str, num_bytes: int, limit_bytes: int, name: str = "", *, setting: str = "the limit"
+    ) -> None:
         subject = f"adapter {name!r}: " if name else ""
         super().__init__(
-            f"{subject}{what} has {num_bytes} bytes, the limit is {limit_bytes}; lower its rank or raise the limit",
+            f"{subject}{what} has {num_bytes} bytes, the limit is {limit_bytes}; lower its rank or raise {setting}",
             what=what,
             num_bytes=num_bytes,
             limit_bytes=limit_bytes,
             name=name,
+            setting=setting,
         )
 
     def named(self, name: str) -> AdapterTooLarge:
         """The same refusal, told of the adapter `name`."""
-        return AdapterTooLarge(self.__dict__["what"], self.num_bytes, self.limit_bytes, name)
+        told = self.__dict__
+        return AdapterTooLarge(told["what"], self.num_bytes, self.limit_bytes, name, setting=told["setting"])
 
 
 class SourceUnavailable(StoreError):

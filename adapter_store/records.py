@@ -74,6 +74,7 @@ class AdapterRecord:
     rank: int | None = None
     num_bytes: int | None = None
     reason: str | None = None  # why it is FAILED
+    notices: tuple[str, ...] = ()  # what of it has no effect here, known while it is on the host
     is_pinned: bool = False
     requests: float = 0.0  # those of late count more: each counts half after `traffic_half_life_s`
 
@@ -154,7 +155,7 @@ class StoreConfig:
     """The store's settings. Sizes are inclusive limits in bytes, times are seconds."""
 
     host_bytes: int = 1 << 30  # budget of all packed images; keep it below Ray's object store
-    max_adapter_bytes: int = 256 << 20  # of one adapter: its weights file, and its packed image
+    max_adapter_bytes: int = 256 << 20  # of one adapter's packed image; its weights file may have four times as many
     max_rank: int = 512
     lease_ttl_s: float = 30.0
     refresh_s: float = 10.0  # a re-uploaded adapter is seen within this

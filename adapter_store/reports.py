@@ -56,6 +56,7 @@ class Reports:
             rank=image.rank if image else None,
             num_bytes=image.num_bytes if image else None,
             reason=str(failure) if failure else None,
+            notices=tuple(image.manifest.get("notices", ())) if isinstance(image, Held) else (),
             is_pinned=version.key in tiers.pins.names,
             requests=tiers.warmth.requests(version.key),
         )

@@ -328,7 +328,7 @@ class AdapterStore:
     async def _bring(self, name: str, specs: list[Spec], source: str | None, *, is_request: bool = False) -> None:
         try:
             await self._begin()
-            version = await self._resolver.resolve(name, source)
+            version = await self._resolver.resolve(name, source, is_awaited=not is_request)
             if is_request:
                 self._warmth.count(version.key)
             for spec in specs:

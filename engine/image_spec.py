@@ -40,9 +40,15 @@ class ImageSpec:
     dtype: Literal["float32", "float16", "bfloat16", "int8"]
     sites: tuple[LinearSite, ...]
     tp_degree: int = 1
+    # Modules through which no text passes, a vision tower for example: what an adapter has for them is left out.
+    unused: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `unused` where there is none: of such a base, images made before there was that field stay good."""
+        plain = asdict(self)
+        if not self.unused:
+            del plain["unused"]
+        return plain
 
     @cached_property  # milliseconds for hundreds of sites, and each adapter that is read asks for it
     def digest(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from engine.stats import EngineStats, RequestMetrics
 
 Prompt = str | Sequence[int]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +311,8 @@ def _pack(name: str, folder: Path, engine: Engine) -> AdapterImage:
         key = _digest(folder)
     except (StoreError, OSError) as error:
         raise AdapterError(f"adapter {name!r} in {str(folder)!r} cannot be used: {error}") from error
+    for notice in packed.manifest.get("notices", ()):
+        logger.warning("adapter %s: %s", name, notice)
     manifest = AdapterManifest.from_dict(packed.manifest, engine.image_spec)
     return AdapterImage(key=key, manifest=manifest, data=packed.data)
 

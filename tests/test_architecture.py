@@ -94,7 +94,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "engine.text": ("transformers", "tokenizers", "jinja2"),
     "engine": _TORCH,
     "engine.quantize": ("torch", "transformers", "safetensors", "tqdm", *EXTRAS),
-    "adapter_store": ("numpy", "regex", "boto3", "botocore", "urllib3", "httpx"),
+    "adapter_store": ("numpy", "boto3", "botocore", "urllib3", "httpx"),
     "adapter_store.actor": ("numpy", "ray"),
     "deployments": ("ray", "grpc", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
     "demo": (*_TORCH, "peft", "tokenizers"),

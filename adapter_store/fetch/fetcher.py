@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,7 +14,7 @@ from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavail
 from adapter_store.fetch.download import Downloaded, in_pool
 from adapter_store.fetch.transfer import Downloader
 from adapter_store.fetch.verify import DigestMismatch
-from adapter_store.image.inspect import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, Limits, check_file_names
+from adapter_store.image.inspect import ADAPTER_FILES, WEIGHTS_FILE, Limits, check_file_names, check_upload
 from adapter_store.image.packing import PackedImage, pack_checked, plan_image
 from adapter_store.image.peft_config import MAX_CONFIG_BYTES
 from adapter_store.image.spec import Spec
@@ -23,6 +24,7 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import Source, SourceChanged, SourceListing, distrust
 from adapter_store.sources.threads import nice_pool
 
+_log = logging.getLogger(__name__)
 _NUM_THREADS = 2  # that hash, check and pack: each keeps one core busy
 
 
@@ -70,6 +72,8 @@ class Fetcher:
                 downloaded = await self._download(version, listing, source, spec, expected)
                 # In a thread: the loop answers others while numpy works.
                 packed = await in_pool(self._pool, pack_checked, downloaded.files, spec, self._limits)
+                for notice in packed.manifest.get("notices", ()):
+                    _log.warning("adapter %s: %s", name, notice)
                 return Fetched(packed=packed, sha256=downloaded.sha256)
         except (AdapterRejected, AdapterTooLarge) as error:
             # A listing has no proof of its own, and a damaged one must not be remembered as the adapter's fault.
@@ -82,10 +86,11 @@ class Fetcher:
 
     def _wanted(self, listing: SourceListing) -> SourceListing:
         wanted = SourceListing(files=tuple(file for file in listing.files if file.name in ADAPTER_FILES))
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: self._config.max_adapter_bytes}
         for file in wanted.files:
-            if file.num_bytes > limits[file.name]:
-                raise AdapterTooLarge(file.name, file.num_bytes, limits[file.name])
+            if file.name == WEIGHTS_FILE:
+                check_upload(file.num_bytes, self._limits)
+            elif file.num_bytes > MAX_CONFIG_BYTES:
+                raise AdapterRejected(f"{file.name} has {file.num_bytes} bytes, the limit is {MAX_CONFIG_BYTES}")
         return wanted
 
     async def _download(

@@ -21,7 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge
-from adapter_store.image.inspect import KNOWN_FILES, Buffer, Inspected, Limits, SitePair, inspect
+from adapter_store.image.inspect import (
+    ADAPTER_FILES,
+    KNOWN_FILES,
+    MAX_BYTES_SETTING,
+    PICKLE_FILE,
+    Buffer,
+    Inspected,
+    Limits,
+    SitePair,
+    check_file_names,
+    inspect,
+)
 from adapter_store.image.rounding import convert, quantize_rows
 from adapter_store.image.safetensors_header import TensorInfo
 from adapter_store.image.spec import DTYPE_BYTES, Spec, read_spec
@@ -68,7 +79,23 @@ def pack_folder(path: str | Path, spec: Mapping[str, Any], limits: Limits | None
     if not folder.is_dir():
         raise AdapterRejected(f"{str(path)!r} is not a folder")
     files = {name: _map_file(folder / name) for name in KNOWN_FILES if (folder / name).is_file()}
+    if not set(files) & set(ADAPTER_FILES):
+        raise AdapterRejected(_what_it_is(folder))
     return pack(files, spec, limits)
+
+
+def _what_it_is(folder: Path) -> str:
+    """Of a folder without the files of an adapter: what to give instead."""
+    told = f"{str(folder)!r} has neither {' nor '.join(ADAPTER_FILES)}"
+    inner = sorted(path.parent.relative_to(folder) for path in folder.glob(f"*/{ADAPTER_FILES[0]}"))
+    if inner:
+        latest = max(inner, key=lambda path: (len(path.name), path.name))  # checkpoint-1000 is after checkpoint-500
+        return f"{told}, but {len(inner)} of its folders have; give one of them: {str(folder / latest)!r}"
+    if (folder / "config.json").is_file():
+        return f"{told}: it is a whole model; serve it as the base, or extract a LoRA from it"
+    if (folder / PICKLE_FILE).is_file():
+        check_file_names((PICKLE_FILE,))
+    return f"{told}; an adapter is a folder with both, as PEFT's save_pretrained writes it"
 
 
 def pack_checked(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None = None) -> PackedImage:
@@ -90,6 +117,8 @@ def pack_checked(files: Mapping[str, Buffer], spec: Spec, limits: Limits | None 
         "rank": inspected.rank,
         "entries": entries,
     }
+    if inspected.notices:
+        manifest["notices"] = list(inspected.notices)
     return PackedImage(
         manifest=manifest, data=data, rank=inspected.rank, num_bytes=num_bytes, config=inspected.settings.raw
     )
@@ -106,7 +135,7 @@ def plan_image(
     inspected = inspect(files, spec, limits, weights_bytes)
     entries, num_bytes = _layout(inspected, spec.dtype)
     if limits.max_bytes is not None and num_bytes > limits.max_bytes:
-        raise AdapterTooLarge("its image", num_bytes, limits.max_bytes)
+        raise AdapterTooLarge(f"its image in {spec.dtype}", num_bytes, limits.max_bytes, setting=MAX_BYTES_SETTING)
     return inspected, entries, num_bytes
 
 

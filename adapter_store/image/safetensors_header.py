@@ -18,6 +18,8 @@ MIN_BYTES = 9  # of the file's begin, to know how long its header is and that it
 MAX_DIMS = 8
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # the element types a LoRA may have
 _FOREIGN = {b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x80": "a pickle", b"GGUF": "a GGUF file"}
+_LFS = b"version https://git-lfs.github.com/"
+_SHOWN_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +33,22 @@ class TensorInfo:
     end: int
 
 
-def parse_header(data: bytes | memoryview, num_bytes: int | None = None) -> dict[str, TensorInfo]:
+def parse_header(
+    data: bytes | memoryview, num_bytes: int | None = None, max_header_bytes: int = MAX_HEADER_BYTES
+) -> dict[str, TensorInfo]:
     """The tensors of a file of `num_bytes` that begins with `data`, by name, in the order of their bytes.
 
-    `data` is the whole file (the default), or as much of it as `num_header_bytes` says.
+    `data` is the whole file (the default), or as much of it as `num_header_bytes` says. A header of more than
+    `max_header_bytes` is not looked at: parsing takes some thirty times its bytes of memory.
     Raises: AdapterRejected when anything about the header, the element types or the offsets is not exactly right.
     """
     num_bytes = len(data) if num_bytes is None else num_bytes
     header_bytes = num_header_bytes(data, num_bytes) - 8
-    header = load_object(data[8 : 8 + header_bytes], "the safetensors header", MAX_HEADER_BYTES)
+    if header_bytes > max_header_bytes:
+        raise AdapterRejected(
+            f"the safetensors header has {header_bytes} bytes; adapters of this base have at most {max_header_bytes}"
+        )
+    header = load_object(data[8 : 8 + header_bytes], "the safetensors header", max_header_bytes)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterRejected("the safetensors header's __metadata__ is not a map of strings")
@@ -49,7 +58,7 @@ def parse_header(data: bytes | memoryview, num_bytes: int | None = None) -> dict
     for tensor in tensors:
         if tensor.start != position:
             raise AdapterRejected(
-                f"tensor {tensor.name!r} begins at byte {tensor.start}, but the one before ends at {position}: "
+                f"tensor {_shown(tensor.name)} begins at byte {tensor.start}, but the one before ends at {position}: "
                 "the file has a gap or an overlap"
             )
         position = tensor.end
@@ -68,6 +77,11 @@ def num_header_bytes(data: bytes | memoryview, num_bytes: int) -> int:
     """
     if num_bytes < 8:
         raise AdapterRejected(f"the safetensors file is truncated: it has {num_bytes} bytes, the header alone needs 8")
+    if num_bytes >= len(_LFS) and bytes(data[:MIN_BYTES]) == _LFS[:MIN_BYTES]:
+        raise AdapterRejected(
+            "the file is a pointer of Git LFS, not the weights themselves; run `git lfs pull` where it was cloned, and "
+            "upload the file that it brings"
+        )
     first = bytes(data[:MIN_BYTES])
     for magic, what in _FOREIGN.items():
         # A header of 128 + 256 k bytes also begins with 0x80; what follows the length tells them apart.
@@ -89,21 +103,29 @@ def num_header_bytes(data: bytes | memoryview, num_bytes: int) -> int:
 
 
 def _tensor(name: str, entry: Any, base: int) -> TensorInfo:
+    shown = _shown(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterRejected(f"tensor {name!r}: its header entry must hold just dtype, shape and data_offsets")
+        raise AdapterRejected(f"tensor {shown}: its header entry must hold just dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
-        raise AdapterRejected(f"tensor {name!r} has element type {dtype!r}; only {', '.join(ITEM_BYTES)} are served")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise AdapterRejected(
+            f"tensor {shown} has element type {_shown(dtype)}; only {', '.join(ITEM_BYTES)} are served"
+        )
     if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
-        raise AdapterRejected(f"tensor {name!r}: {shape!r} is not a shape")
+        raise AdapterRejected(f"tensor {shown}: {_shown(shape)} is not a shape")
     if not _whole_numbers(offsets) or len(offsets) != 2:
-        raise AdapterRejected(f"tensor {name!r}: {offsets!r} are not data_offsets")
+        raise AdapterRejected(f"tensor {shown}: {_shown(offsets)} are not data_offsets")
     expected, spanned = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
     if spanned != expected:
         raise AdapterRejected(
-            f"tensor {name!r}: its offsets span {spanned} bytes, its shape {tuple(shape)} needs {expected}"
+            f"tensor {shown}: its offsets span {spanned} bytes, its shape {tuple(shape)} needs {expected}"
         )
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), start=base + offsets[0], end=base + offsets[1])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value[:_SHOWN_CHARS] if isinstance(value, str | list) else value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
 
 
 def _whole_numbers(value: Any) -> bool:

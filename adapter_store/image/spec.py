@@ -31,6 +31,7 @@ class Spec:
     digest: str
     dtype: str
     sites: dict[str, Site]
+    unused: tuple[str, ...] = ()  # modules of the base through which no text passes, a vision tower for example
 
 
 def spec_digest(spec: Mapping[str, Any]) -> str:
@@ -46,6 +47,7 @@ def read_spec(spec: Mapping[str, Any]) -> Spec:
     try:
         digest = spec_digest(dict(spec))
         dtype, tp_degree, rows = spec["dtype"], spec.get("tp_degree", 1), spec["sites"]
+        unused = tuple(spec.get("unused", ()))
         sites = [
             Site(row["index"], row["name"], row["in_features"], row["out_features"], row.get("kind", "linear"))
             for row in rows
@@ -65,4 +67,11 @@ def read_spec(spec: Mapping[str, Any]) -> Spec:
     by_name = {site.name: site for site in sites}
     if not sites or len(by_name) != len(sites) or len({site.index for site in sites}) != len(sites):
         raise SpecInvalid("its sites are empty, or a name or index occurs twice")
-    return Spec(digest=digest, dtype=dtype, sites=by_name)
+    if not all(isinstance(part, str) and part for part in unused) or not _are_apart(unused, by_name):
+        raise SpecInvalid(f"unused={unused!r} must be names of modules without sites")
+    return Spec(digest=digest, dtype=dtype, sites=by_name, unused=unused)
+
+
+def _are_apart(unused: tuple[str, ...], sites: Mapping[str, Site]) -> bool:
+    """Whether no site is, or is in, a module that is said to be unused."""
+    return not any(name == part or name.startswith(f"{part}.") for part in unused for name in sites)

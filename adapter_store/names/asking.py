@@ -6,6 +6,8 @@ import asyncio
 import logging
 
 from adapter_store.errors import SourceUnavailable, StoreError
+from adapter_store.names.catalog import NameKey
+from adapter_store.names.desk import Desk, Urgency
 from adapter_store.sources.base import Source, SourceListing
 
 _log = logging.getLogger(__name__)
@@ -26,6 +28,18 @@ async def ask(source: Source, name: str, timeout_s: float) -> SourceListing | No
         raise
     except Exception as error:
         raise _unavailable(source, name, unreadable(error)) from error
+
+
+async def ask_in_turn(
+    source: Source, desk: Desk, key: NameKey, urgency: Urgency, timeout_s: float
+) -> SourceListing | None:
+    """`ask`, when its turn comes; that, too, within `timeout_s`. Raises: SourceUnavailable."""
+    try:
+        async with asyncio.timeout(timeout_s) as waiting, desk.turn(key, urgency):
+            waiting.reschedule(None)
+            return await ask(source, key.name, timeout_s)
+    except TimeoutError as error:
+        raise desk.refusal() from error
 
 
 def unreadable(error: Exception) -> str:

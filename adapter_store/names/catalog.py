@@ -7,6 +7,7 @@ leases is never forgotten.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -153,7 +154,8 @@ class Catalog:
     def fetch_failed(self, image: ImageKey, error: StoreError, retry_at: float) -> None:
         """FETCHING -> FAILED, remembered until `retry_at`."""
         self._move(image, AdapterState.FAILED)
-        self._images[image].error, self._images[image].retry_at = error, retry_at
+        # A copy: an error that was raised holds on to all that its callers had in hand, the adapter's bytes as well.
+        self._images[image].error, self._images[image].retry_at = copy(error), retry_at
         self._forget_if_unused(image.version)
 
     def fetch_dropped(self, image: ImageKey) -> None:
@@ -165,7 +167,7 @@ class Catalog:
         known = self._images.get(image)
         if known is None or known.state is not AdapterState.FAILED:
             return None
-        return known.error if now < known.retry_at else None
+        return copy(known.error) if now < known.retry_at else None  # which the caller may raise
 
     def failures(self, digest: str) -> tuple[StoreError, ...]:
         """What stood in the way of the images of a version at the last try."""

@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from adapter_store.errors import AdapterNotFound, SourceUnavailable, SourceUnknown
-from adapter_store.names.asking import ask
+from adapter_store.names.asking import ask_in_turn
 from adapter_store.names.catalog import Catalog, NameKey, Version
 from adapter_store.names.database import IndexUnavailable
-from adapter_store.names.index import Index, Known
+from adapter_store.names.desk import Desk, Urgency
+from adapter_store.names.index import CATALOG, Index, Known
 from adapter_store.names.registered import CatalogSource
 from adapter_store.records import StoreConfig, check_name
 from adapter_store.sources.base import Source
 
 _log = logging.getLogger(__name__)
+MAX_QUESTIONS = 4096  # under way; with more, names that are only expected are passed over
 
 
 class Resolver:
@@ -42,6 +44,7 @@ class Resolver:
         self._config = config
         self._clock, self._wall = clock, wall
         self._on_replaced = on_replaced
+        self._desks = {name: Desk(name) for name in self._sources}
         self._asking: dict[NameKey, asyncio.Task[str | None]] = {}
         self._down: set[str] = set()  # sources of which the log says so
         self._checked: set[NameKey] = set()  # since the index was told last
@@ -62,8 +65,12 @@ class Resolver:
             raise SourceUnknown(name, self.source_names)
         return self._sources[name]
 
-    async def resolve(self, name: str, source: str | None = None, *, force: bool = False) -> Version:
+    async def resolve(
+        self, name: str, source: str | None = None, *, force: bool = False, is_awaited: bool = True
+    ) -> Version:
         """The version of `name` in `source`, or in the first source that has it; `force` asks whatever is known.
+
+        Where nobody waits for the answer, it gives way to others (`desk.py`).
 
         A source that does not answer ends the search, as a later one might hold another adapter of the same name;
         unless it said before that it has none, and a later one is known to have one.
@@ -80,7 +87,7 @@ class Resolver:
                 # Of a name that one source has, the others are asked no more often than that one.
                 is_known = any(map(self._catalog.current, keys)) and not self._catalog.is_final(key)
                 is_fresh = not force and self._is_fresh(key, is_known)
-                digest = self._catalog.current(key) if is_fresh else await self._answer(key, force)
+                digest = self._catalog.current(key) if is_fresh else await self._answer(key, force, is_awaited)
             except SourceUnavailable as error:
                 if self._catalog.checked_at(key) is None:
                     raise
@@ -146,13 +153,17 @@ class Resolver:
         for source in self._sources.values():
             await source.close()
 
-    async def _answer(self, key: NameKey, force: bool) -> str | None:
+    async def _answer(self, key: NameKey, force: bool, is_awaited: bool) -> str | None:
         running = self._asking.get(key)
         if running is not None and force:
             await asyncio.wait([running])  # it may have looked before the change that the caller knows of
             running = None
+        if running is not None and is_awaited:
+            self._desks[key.source].hurry(key)
         if running is None:
-            running = asyncio.create_task(self._ask(key, force))
+            if not is_awaited and len(self._asking) >= MAX_QUESTIONS:
+                raise self._desks[key.source].refusal()
+            running = asyncio.create_task(self._ask(key, force, is_awaited))
             self._asking[key] = running
             running.add_done_callback(lambda task: self._asked(key, task))
         return await asyncio.shield(running)  # a cancelled waiter cancels nobody else
@@ -169,14 +180,19 @@ class Resolver:
             return False
         return self._clock() - checked_at < (self._config.refresh_s if is_known else self._config.missing_ttl_s)
 
-    async def _ask(self, key: NameKey, force: bool) -> str | None:
+    async def _ask(self, key: NameKey, force: bool, is_awaited: bool) -> str | None:
         if self._catalog.checked_at(key) is None:
             await self._remembered(key)
             if not force and self._is_fresh(key, self._catalog.current(key) is not None):
                 return self._catalog.current(key)
         before = self._catalog.current(key)
         try:
-            listing = await ask(self._sources[key.source], key.name, self._config.stat_timeout_s)
+            # Rows of the index cost no source anything, and who registers names is known.
+            is_known = before is not None or key.source == CATALOG
+            urgency = Urgency.KNOWN if is_known else Urgency.AWAITED if is_awaited else Urgency.EXPECTED
+            listing = await ask_in_turn(
+                self._sources[key.source], self._desks[key.source], key, urgency, self._config.stat_timeout_s
+            )
         except SourceUnavailable as error:
             if before is None:
                 raise

@@ -172,6 +172,8 @@ class SourceConfig:
     requester_pays: bool = False  # s3
     verify_tls: bool | str = True  # False: any certificate; a path: a bundle of authorities
     token: str | None = field(default=None, repr=False)  # hub and https: sent as a bearer token
+    # hub and https: where redirects may lead beside the source's own host, as host or host:port, shell patterns.
+    redirect_hosts: tuple[str, ...] = ()
     revision: str = "main"  # hub: branch, tag or commit
     repos: tuple[str, ...] | None = None  # hub: shell patterns of the repositories that may be asked for; None: all
 

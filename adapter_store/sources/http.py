@@ -20,11 +20,12 @@ from adapter_store.sources.base import (
     SourcePage,
 )
 from adapter_store.sources.ranges import WrongRange, digest_or_none, parse_content_range
-from adapter_store.sources.threads import SourceThreads
+from adapter_store.sources.threads import MAX_LOOKUPS, SourceThreads
 from adapter_store.sources.web import WebClient, content_length, shown
 
 _NO_FILE = (404, 410)
 _NO_SUCH_METHOD = (405, 501)
+_MAX_LOOKUPS = len(ADAPTER_FILES) * MAX_LOOKUPS  # a name that is not there takes a request for each file
 _OTHER_FILES = tuple(name for name in KNOWN_FILES if name not in ADAPTER_FILES)
 
 
@@ -39,8 +40,8 @@ class HttpSource:
     def __init__(self, config: SourceConfig, niceness: int = 0) -> None:
         self.name = config.label
         self._prefix = config.uri.rstrip("/")
-        self._web = WebClient(self.name, config.uri, config)
-        self._threads = SourceThreads(config.max_connections, "adapters-http", niceness)
+        self._web = WebClient(self.name, config.uri, config, _MAX_LOOKUPS)
+        self._threads = SourceThreads(config.max_connections, "adapters-http", niceness, _MAX_LOOKUPS)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`. Two requests for an adapter that is not there, one a known file for one that is."""

@@ -33,7 +33,6 @@ from adapter_store.sources.web import WebClient, shown
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
-_PATTERN = re.compile(r"[*?\[]")
 _BAD_TOKEN = "invalid credentials"
 
 
@@ -58,7 +57,7 @@ class HubSource:
 
     async def list(self, cursor: str | None, limit: int) -> SourcePage:
         """The plain names in `repos`; without them an empty page: a hub has more than anybody could page through."""
-        plain = sorted(repo for repo in self._config.repos or () if not _PATTERN.search(repo))
+        plain = sorted(repo for repo in self._config.repos or () if _is_repo(repo))
         names = [repo for repo in plain if cursor is None or repo > cursor][: limit + 1]
         page = tuple(names[:limit])
         return SourcePage(names=page, next_cursor=page[-1] if len(names) > limit else None)
@@ -123,6 +122,14 @@ class HubSource:
                 raise SourceChanged(name)  # there it was, and is no more
 
         self._web.read(url, {}, file, part, check)
+
+
+def _is_repo(name: str) -> bool:
+    """Whether it can be asked for, which a pattern cannot."""
+    try:
+        return check_name(name).count("/") == 1
+    except AdapterNameInvalid:
+        return False
 
 
 def _listing(repo: str, info: dict[str, Any]) -> SourceListing | None:

@@ -24,6 +24,7 @@ from adapter_store.sources.base import (
 from adapter_store.sources.threads import SourceThreads
 
 MAX_DIGESTS = 100_000  # with more, the half that was taken longest ago is forgotten, and taken again when needed
+_MAX_LOOKUPS = 8  # each may have a file to hash, which keeps a core busy
 _READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
 
@@ -33,17 +34,19 @@ class LocalSource:
 
     An ETag is the sha256 of the content, remembered by (mtime_ns, size, inode): a file that is copied, touched or
     restored keeps its version. A file rewritten in place with its old time set back looks the same; whoever finds that
-    its content is another calls `distrust`. Links that lead out of the root are as if they were not there.
+    its content is another calls `distrust`. Links that lead out of the root are as if they were not
+    there, but for those of a cache of huggingface_hub to its blobs.
     """
 
     kind: SourceKind = "local"
 
     def __init__(self, root: str | Path, name: str = "", niceness: int = 0) -> None:
         self.root = Path(os.path.realpath(root))
+        self._inner = (self.root, *_blobs_of(self.root))
         self.name = name or f"file://{self.root}"
         self._digests: dict[Path, tuple[_Identity, str]] = {}  # the latest last
         self._lock = threading.Lock()  # of the digests
-        self._threads = SourceThreads(4, "adapters-local", niceness)
+        self._threads = SourceThreads(4, "adapters-local", niceness, _MAX_LOOKUPS)
 
     async def stat(self, name: str) -> SourceListing | None:
         """See `Source.stat`."""
@@ -118,7 +121,8 @@ class LocalSource:
         return folder if folder.is_dir() and self._inside(folder) else None
 
     def _inside(self, path: Path) -> bool:
-        return Path(os.path.realpath(path)).is_relative_to(self.root)
+        real = Path(os.path.realpath(path))
+        return any(real.is_relative_to(folder) for folder in self._inner)
 
     def _digest(self, path: Path) -> tuple[str, int]:
         with path.open("rb") as file:
@@ -163,7 +167,13 @@ class LocalSource:
 
     def _walk(self, folder: Path, parts: tuple[str, ...], after: tuple[str, ...]) -> Iterator[str]:
         """Adapter names under `folder` whose parts sort after `after`, each folder before what is in it."""
-        for entry in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        try:
+            entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        except (PermissionError, FileNotFoundError):
+            if folder == self.root:
+                raise
+            return  # lost+found of a volume, or gone since: what is in it could not be asked for either
+        for entry in entries:
             here = (*parts, entry)
             if here < after[: len(here)]:
                 continue  # everything below sorts before the cursor
@@ -174,10 +184,19 @@ class LocalSource:
                 continue  # it could not be asked for
             if path.is_symlink() and not self._inside(path):
                 continue
-            if here > after and (path / CONFIG_FILE).is_file():
+            config = path / CONFIG_FILE
+            if here > after and config.is_file() and self._inside(config):
                 yield name
             if not path.is_symlink():  # a link could lead into a circle
                 yield from self._walk(path, here, after)
 
     def _unavailable(self, error: OSError) -> SourceUnavailable:
         return SourceUnavailable(self.name, f"{type(error).__name__}: {error.strerror or error}")
+
+
+def _blobs_of(root: Path) -> tuple[Path, ...]:
+    """Where a root in a cache of huggingface_hub has its files: `models--a--b/snapshots/<commit>` has links to them."""
+    for folder in (root, *root.parents):
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return (folder.parent / "blobs",)
+    return ()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MAX_LOOKUPS = 8  # of one source at a time
+MAX_LOOKUPS = 32  # of one source at a time
 
 
 def nice_pool(max_workers: int, name: str, niceness: int = 0) -> ThreadPoolExecutor:
@@ -25,12 +25,12 @@ def nice_pool(max_workers: int, name: str, niceness: int = 0) -> ThreadPoolExecu
 class SourceThreads:
     """The threads of one source. Lookups never wait for reads, which may hang, or are slowed down to a rate.
 
-    So a source has up to `max_reads + MAX_LOOKUPS` calls, and connections, at a time.
+    So a source has up to `max_reads + max_lookups` calls, and connections, at a time.
     """
 
-    def __init__(self, max_reads: int, name: str, niceness: int) -> None:
+    def __init__(self, max_reads: int, name: str, niceness: int, max_lookups: int = MAX_LOOKUPS) -> None:
         self._reads = nice_pool(max_reads, f"{name}-read", niceness)
-        self._lookups = nice_pool(MAX_LOOKUPS, f"{name}-look", niceness)
+        self._lookups = nice_pool(max_lookups, f"{name}-look", niceness)
 
     async def look(self, call: Callable[..., T], *values: Any) -> T:
         """What `call(*values)` returns; it is short."""

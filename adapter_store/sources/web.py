@@ -17,10 +17,13 @@ import httpx
 from adapter_store.errors import SourceUnavailable, StoreConfigInvalid
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceConfig, SourceFile
 from adapter_store.sources.ranges import WrongRange, num_bytes_to_skip, range_header
+from adapter_store.sources.redirects import may_follow
 from adapter_store.sources.threads import MAX_LOOKUPS
 
 MAX_REDIRECTS = 5
 MAX_REPLY_BYTES = 8 << 20  # of an answer that is read whole
+# Where hubs keep the files themselves.
+_KNOWN_REDIRECTS = {"huggingface.co": ("*.huggingface.co", "*.hf.co")}
 _PAUSE_S = 0.1
 _BUSY = (502, 503, 504)  # tried again
 
@@ -31,15 +34,16 @@ class WebClient:
     All methods block and raise SourceUnavailable when the server does not answer, or not as HTTP says.
     """
 
-    def __init__(self, name: str, base: str, config: SourceConfig) -> None:
+    def __init__(self, name: str, base: str, config: SourceConfig, max_lookups: int = MAX_LOOKUPS) -> None:
         self.base = httpx.URL(base)
         self._name = name
         self._token = config.token
+        self._redirect_hosts = (*config.redirect_hosts, *_KNOWN_REDIRECTS.get(self.base.host, ()))
         self._max_attempts = max(1, config.max_attempts)
         self._client = httpx.Client(
             verify=_tls(config.verify_tls),
             timeout=httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s),
-            limits=httpx.Limits(max_connections=config.max_connections + MAX_LOOKUPS),
+            limits=httpx.Limits(max_connections=config.max_connections + max_lookups),
             # Bodies as they are stored: a compressed range is no range of the file.
             headers={"Accept-Encoding": "identity", "User-Agent": "chorus-adapter-store"},
         )
@@ -115,9 +119,11 @@ class WebClient:
                 return response
             response.close()
             target = url.join(response.headers["Location"])
-            if not may_follow(url, target):
+            if not may_follow(url, target, self._redirect_hosts):
                 raise SourceUnavailable(
-                    self._name, f"{shown(url)} redirects to {shown(target)}; only https or the same host is followed"
+                    self._name,
+                    f"{shown(url)} redirects to {shown(target)}; only the same host is followed, and those that "
+                    "redirect_hosts names, and never from https to http",
                 )
             url = target
         raise SourceUnavailable(self._name, f"{shown(first)} redirects more than {MAX_REDIRECTS} times")
@@ -135,13 +141,6 @@ class WebClient:
                 response.close()
             time.sleep(_PAUSE_S * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
-
-
-def may_follow(url: httpx.URL, target: httpx.URL) -> bool:
-    """Redirects lead to https anywhere, or to the same host as before; never from https to http."""
-    if target.scheme == "https":
-        return True
-    return url.scheme == target.scheme == "http" and url.host == target.host
 
 
 def shown(url: httpx.URL) -> str:

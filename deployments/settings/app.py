@@ -39,7 +39,7 @@ class AdapterSettings(Settings):
     host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
     disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
-    max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as uploaded and as packed
+    max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as packed; its file may have four times as many
     max_rank: PositiveInt = 512
     fetch_bytes_per_s: PositiveInt | None = None  # of all downloads together; None: as fast as they go
     niceness: int = Field(default=10, ge=0, le=19)  # of the threads that fetch and pack: 19 runs only when all is idle

@@ -84,6 +84,7 @@ class HttpSource(Settings):
     base_url: str = Field(pattern=HTTP_URL)
     token_env: VariableName | None = None  # sent as a bearer token
     verify_tls: VerifyTls = True
+    redirect_hosts: tuple[str, ...] = Field(default=(), strict=False)  # shell patterns, beside its own host
 
 
 class HubSource(Settings):
@@ -96,6 +97,7 @@ class HubSource(Settings):
     repos: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns; None: every repository
     token_env: VariableName | None = None
     verify_tls: VerifyTls = True
+    redirect_hosts: tuple[str, ...] = Field(default=(), strict=False)  # shell patterns, beside its own host
 
 
 Source = Annotated[FileSource | S3Source | HttpSource | HubSource, Field(discriminator="kind")]

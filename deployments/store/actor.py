@@ -52,7 +52,13 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
         return SourceConfig(uri=Path(source.path).as_uri(), name=source.name)
     if isinstance(source, HttpSource):
         token = secret("token_env")
-        return SourceConfig(uri=source.base_url, name=source.name, token=token, verify_tls=source.verify_tls)
+        return SourceConfig(
+            uri=source.base_url,
+            name=source.name,
+            token=token,
+            verify_tls=source.verify_tls,
+            redirect_hosts=source.redirect_hosts,
+        )
     if isinstance(source, S3Source):
         return SourceConfig(
             uri=f"s3://{source.bucket}/{source.prefix}",
@@ -76,6 +82,7 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
         verify_tls=source.verify_tls,
         revision=source.revision,
         repos=source.repos,
+        redirect_hosts=source.redirect_hosts,
     )
 
 

@@ -33,6 +33,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _SCALE_BYTES = 4
 _ADDRESS_BYTES = {**ITEM_BYTES, "int8": _SCALE_BYTES}  # what the buffer's address must be a multiple of
 _MANIFEST_FIELDS = frozenset(("format", "spec", "dtype", "num_bytes", "rank", "entries"))
+_OPTIONAL_FIELDS = frozenset(("notices",))  # for people, not for an engine
 _ENTRY_FIELDS = frozenset(("site", "rank", "scaling", "a_offset", "b_offset"))
 _SCALED_FIELDS = _ENTRY_FIELDS | {"scales_offset"}
 _PAGE_BYTES = 4096
@@ -76,7 +77,8 @@ class AdapterManifest:
         """
         if spec.tp_degree != 1:
             raise AdapterImageInvalid(f"tp_degree={spec.tp_degree} is not supported: images are read whole; use 1")
-        _check_fields(manifest, _MANIFEST_FIELDS, "manifest")
+        told = _OPTIONAL_FIELDS & set(manifest) if isinstance(manifest, Mapping) else frozenset()
+        _check_fields(manifest, _MANIFEST_FIELDS | told, "manifest")
         _check_equal("format", manifest["format"], FORMATS[spec.dtype], "pack the adapter again")
         _check_equal("spec", manifest["spec"], spec.digest, "it was packed for another base model; pack it for this")
         _check_equal("dtype", manifest["dtype"], spec.dtype, "pack the adapter with the dtype of the engine's adapters")

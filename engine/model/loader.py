@@ -41,7 +41,7 @@ from engine.image_spec import ImageSpec, LinearSite
 from engine.model.attention import ATTENTION_NAME
 from engine.model.capabilities import Capabilities, judge
 from engine.model.probe import probe
-from engine.model.surgery import find_sites
+from engine.model.surgery import find_sites, find_unused
 from engine.quant.formats import read_scheme
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # tokens
     footprint: Footprint | None = None  # None: no layer is quantized
+    unused: tuple[str, ...] = ()  # modules through which no text passes
     rounding: str = ""  # what the settings did to the weights; "": they are the checkpoint's
 
     @property
@@ -72,7 +73,7 @@ class LoadedModel:
     def image_spec(self, adapter_dtype: AdapterDType = "auto") -> ImageSpec:
         """How adapters must be packed for this model."""
         dtype: Any = DTYPE_NAMES[self.dtype] if adapter_dtype == "auto" else adapter_dtype
-        return ImageSpec(base_fingerprint=self.fingerprint, dtype=dtype, sites=self.sites)
+        return ImageSpec(base_fingerprint=self.fingerprint, dtype=dtype, sites=self.sites, unused=self.unused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         eos_token_ids=eos,
         max_model_len=max_model_len,
         footprint=footprint,
+        unused=find_unused(model, trace, sites),
         rounding=rounding_name(config),
     )
 

@@ -47,6 +47,23 @@ def find_sites(model: nn.Module, trace: Trace) -> tuple[LinearSite, ...]:
     return tuple(_site(index, name, module, groups.get(name)) for index, (name, module) in enumerate(found))
 
 
+def find_unused(model: nn.Module, trace: Trace, sites: tuple[LinearSite, ...]) -> tuple[str, ...]:
+    """The largest modules that no text passes through: towers for images and sound, and what projects from them.
+
+    None is part of a decoder layer: an expert to which no row of the probe was routed is used by other texts.
+    """
+    used = [*trace.inputs, *(site.name for site in sites)]
+    busy = {".".join(name.split(".")[:depth]) for name in used for depth in range(1, name.count(".") + 2)}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(f"{part}.") for part in found)
+        if not name or name in busy or is_inside or any(part.isdecimal() for part in name.split(".")):
+            continue
+        if any(isinstance(each, _LINEAR | _EMBEDDING) for each in module.modules()):
+            found.append(name)
+    return tuple(found)
+
+
 def install_lora(model: nn.Module, sites: tuple[LinearSite, ...], batch: LoraBatch) -> None:
     """Put a LoRA layer in the place of each site's module, around it."""
     head = model.get_output_embeddings()

@@ -25,8 +25,10 @@ SOURCES: list[dict[str, Any]] = [
         "requester_pays": True, "verify_tls": "/etc/ca.pem", "access_key_id_env": "KEY_ID",
         "secret_access_key_env": "SECRET", "session_token_env": "SESSION",
     },
-    {"kind": "http", "base_url": "https://files.local/adapters", "verify_tls": False, "token_env": "TOKEN"},
-    {"kind": "hub", "endpoint": "https://hub.local", "revision": "v2", "repos": ["me/*"], "token_env": "TOKEN"},
+    {"kind": "http", "base_url": "https://files.local/adapters", "verify_tls": False, "token_env": "TOKEN",
+     "redirect_hosts": ["cdn.local"]},
+    {"kind": "hub", "endpoint": "https://hub.local", "revision": "v2", "repos": ["me/*"], "token_env": "TOKEN",
+     "redirect_hosts": ["*.hub.local"]},
     {"kind": "file", "path": "/adapters"},
 ]  # fmt: skip
 
@@ -48,6 +50,7 @@ def test_every_source_reaches_the_store_as_it_was_set():
     assert (http.uri, http.name, http.token) == ("https://files.local/adapters", "http", "t0ken-value")
     assert (hub.uri, hub.endpoint_url, hub.token) == ("hub://hub.local", "https://hub.local", "t0ken-value")
     assert (hub.revision, hub.repos) == ("v2", ("me/*",))
+    assert (http.redirect_hosts, hub.redirect_hosts) == (("cdn.local",), ("*.hub.local",))
     assert (http.verify_tls, hub.verify_tls) == (False, True)
     assert (folder.uri, folder.name) == ("file:///adapters", "local")
 

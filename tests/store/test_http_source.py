@@ -2,11 +2,13 @@
 
 import threading
 
+import httpx
 import pytest
 
 from adapter_store.errors import AdapterRejected
 from adapter_store.sources.base import RangeRead, ReadCancelled, SourceChanged, SourceConfig, SourceFile
 from adapter_store.sources.opening import open_source
+from adapter_store.sources.redirects import may_follow
 from tests.support.answering import answering
 from tests.support.certificates import self_signed
 from tests.support.fake_sources import small_adapter
@@ -127,21 +129,69 @@ def test_the_token_goes_to_the_source_and_not_where_it_redirects_to():
         return Answer(302, {"Location": f"{other.address}{ask.path}"})
 
     with web_server(elsewhere) as other, web_server(redirect) as server:
-        source = open_at(server, token="secret")
+        source = open_at(server, token="secret", redirect_hosts=(other.address.removeprefix("http://"),))
         assert run(source, lambda: read_all(source, "a")) == [small_adapter()]
     assert {ask.headers.get("authorization") for ask in server.asked} == {"Bearer secret"}
     assert {ask.headers.get("authorization") for ask in other.asked} == {None}
 
 
-def test_a_redirect_to_another_host_without_tls_is_not_followed():
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_redirect_to_another_port_or_host_is_not_followed(host):
     with web_server(site()) as other:
-        target = other.address.replace("127.0.0.1", "localhost")
+        target = other.address.replace("127.0.0.1", host)
         with web_server(lambda ask: Answer(302, {"Location": target + ask.path})) as server:
             source = open_at(server)
-            assert (
-                "only https or the same host is followed" in run(source, lambda: refused(lambda: source.stat("a")))[0]
-            )
+            assert "only the same host is followed" in run(source, lambda: refused(lambda: source.stat("a")))[0]
     assert other.asked == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "https://169.254.169.254/",
+        "http://[fd00:ec2::254]/",
+        "http://[::1]:6379/",
+        "http://2852039166/",
+        "http://10.0.0.1/",
+        "https://example.org/a",
+        "https://evil.files.example/",
+        "https://files.example.evil/",
+        "https://user:word@files.example/",
+        "http://files.example/",
+        "https://files.example:8443/",
+        "ftp://files.example/",
+        "file:///etc/passwd",
+        "gopher://files.example/",
+        "//other.example/a",
+    ],
+)
+def test_no_redirect_leads_elsewhere(target):
+    here = httpx.URL("https://files.example/team/a")
+    assert not may_follow(here, here.join(target))
+    assert not may_follow(here, here.join(target), ("*.cdn.example", "cdn.example:*"))
+
+
+@pytest.mark.parametrize(
+    ("here", "target", "hosts"),
+    [
+        ("https://files.example/a", "/b", ()),
+        ("https://files.example/a", "https://files.example:443/b", ()),
+        ("http://files.example/a", "https://files.example/b", ()),
+        ("https://files.example/a", "https://x.cdn.example/b?signature=s", ("*.cdn.example",)),
+        ("https://files.example/a", "https://cdn.example:8443/b", ("cdn.example:8443",)),
+        ("http://10.0.0.1:9000/a", "http://10.0.0.2:9000/b", ("10.0.0.2:9000",)),
+        ("http://[::1]:9000/a", "http://[::2]:9000/b", ("[::2]:9000",)),
+    ],
+)
+def test_a_redirect_on_the_own_host_or_to_one_that_is_named_is_followed(here, target, hosts):
+    url = httpx.URL(here)
+    assert may_follow(url, url.join(target), hosts)
+
+
+def test_an_address_is_never_meant_by_a_pattern():
+    here = httpx.URL("https://files.example/a")
+    assert not may_follow(here, httpx.URL("https://169.254.169.254/"), ("*", "169.*", "*:*"))
 
 
 def test_a_circle_of_redirects_ends():
@@ -168,7 +218,7 @@ def test_a_redirect_from_tls_to_plain_http_is_not_followed(tmp_path):
 
     with web_server(site()) as plain, web_server(redirect, certificate) as server:
         source = open_at(server, verify_tls=str(certificate.bundle))
-        assert "only https or the same host is followed" in run(source, lambda: refused(lambda: source.stat("a")))[0]
+        assert "never from https to http" in run(source, lambda: refused(lambda: source.stat("a")))[0]
     assert plain.asked == []
 
 

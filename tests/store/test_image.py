@@ -289,7 +289,7 @@ def test_a_value_beyond_the_range_of_the_base_is_refused():
 
 def test_limits_of_rank_and_bytes_are_inclusive():
     files = small_adapter(rank=4)
-    size = len(files["adapter_model.safetensors"])
+    size = pack(files, small_spec()).num_bytes
     pack(files, small_spec(), Limits(max_rank=4, max_bytes=size))
     with pytest.raises(AdapterRejected, match="max_rank=3"):
         pack(files, small_spec(), Limits(max_rank=3))

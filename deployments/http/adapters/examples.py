@@ -18,5 +18,6 @@ RECORD: dict[str, Any] = {
     "pinned": False,
     "requests": 12.5,
     "reason": None,
+    "notices": [],
 }
 LISTING: dict[str, Any] = {"adapters": [RECORD], "next": None, "unavailable": []}

@@ -131,4 +131,5 @@ def _told(record: AdapterRecord) -> dict[str, Any]:
         "pinned": record.is_pinned,
         "requests": round(record.requests, 2),
         "reason": record.reason,
+        "notices": list(record.notices),
     }

@@ -110,5 +110,6 @@ def _adapter(record: AdapterRecord, model_id: str, created: int) -> dict[str, An
         "rank": record.rank,
         "num_bytes": record.num_bytes,
         "reason": record.reason,
+        "notices": list(record.notices),
     }
     return body
