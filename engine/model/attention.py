@@ -20,6 +20,15 @@ from engine.kv.backend import AttentionBackend, LayerCall
 ATTENTION_NAME = "chorus_paged"
 
 
+_WINDOW = "window_of_its_mask"
+
+
+def keep_window(module: nn.Module, window: int | None) -> None:
+    """Remember the window of an attention layer that tells it to its mask and not to its attention function."""
+    if window is not None:
+        vars(module)[_WINDOW] = window
+
+
 def paged_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -42,7 +51,7 @@ def paged_attention(
     layer = LayerCall(
         index=module.layer_idx,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        sliding_window=sliding_window,
+        sliding_window=sliding_window or vars(module).get(_WINDOW),
         softcap=softcap,
         sinks=s_aux,
     )
@@ -57,9 +66,18 @@ def forward_hidden(
     model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, backend: AttentionBackend
 ) -> torch.Tensor:
     """Run the layers alone, for a step that samples nothing. Shapes: input_ids, positions [T]; returns [T, hidden]."""
-    inner: Callable[..., Any] = getattr(model, model.base_model_prefix)
+    inner: Callable[..., Any] = inner_model(model)
     output = inner(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, attention_backend=backend)
     return output.last_hidden_state[0]
+
+
+def inner_model(model: Any) -> nn.Module:
+    """The model without its output layer. Its name is not always the one that `base_model_prefix` says (Llama 4)."""
+    inner = getattr(model, model.base_model_prefix, None)
+    if isinstance(inner, nn.Module):
+        return inner
+    embeddings = model.get_input_embeddings()
+    return next(child for child in model.children() if any(module is embeddings for module in child.modules()))
 
 
 def forward_logits(
