@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from engine.kv.backend import AttentionBackend, LayerCall
@@ -46,7 +47,7 @@ def paged_attention(
     """What a transformers attention layer calls in place of eager or SDPA attention.
 
     The keyword arguments that end in `_` were all seen, and judged harmless, by the probe at load.
-    Shapes: query [1, Hq, T, D]; key, value [1, Hk, T, D]; returns [1, T, Hq, D].
+    Shapes: query [1, Hq, T, D]; key [1, Hk, T, D]; value [1, Hk, T, Dv], Dv <= D; returns [1, T, Hq, Dv].
     """
     layer = LayerCall(
         index=module.layer_idx,
@@ -56,7 +57,12 @@ def paged_attention(
         sinks=s_aux,
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attention_backend.run(q, k, v, layer)[None], None
+    num_missing = k.shape[-1] - v.shape[-1]
+    if num_missing == 0:
+        return attention_backend.run(q, k, v, layer)[None], None
+    # Latent attention (DeepSeek): keys have parts for positions beside, and in the cache values are as wide as keys.
+    out = attention_backend.run(q, k, functional.pad(v, (0, num_missing)), layer)
+    return out[..., :-num_missing].contiguous()[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -146,9 +146,10 @@ def _judge_call(call: AttentionCall, name: str, max_model_len: int) -> Attention
         raise ModelNotSupported(
             f"{where} attends to {call.num_keys} keys of {NUM_ROWS} tokens: cross attention?{REMEDY}"
         )
-    if call.head_dim != call.value_dim:
+    if call.head_dim < call.value_dim:
         raise ModelNotSupported(
-            f"{where} has keys of size {call.head_dim} and values of size {call.value_dim}: they must be equal{REMEDY}"
+            f"{where} has keys of size {call.head_dim} and values of size {call.value_dim}: values wider than keys are "
+            f"not supported{REMEDY}"
         )
     if call.num_q_heads % call.num_kv_heads:
         raise ModelNotSupported(

@@ -117,7 +117,7 @@ def swap_decoder(
     site_of = {site.name: site.index for site in sites}
     accepted: list[Compiled | None] = []
     done: set[int] = set()
-    labels = [_labels(layer, uses and uses.get(f"{prefix}.{i}")) for i, layer in enumerate(layers)]
+    labels = [_labels(layer, None if uses is None else uses.get(f"{prefix}.{i}")) for i, layer in enumerate(layers)]
     for i, observed in enumerate(seen):
         parts = _take_apart(observed, layers[i], site_of)
         if parts is None or labels[i] is None:
@@ -226,6 +226,8 @@ def _take_apart(observed: _Observed, module: nn.Module, site_of: Mapping[str, in
     norms = {key: _norm(norm) for key, name in _NORMS.items() if (norm := _get(module, name)) is not None}
     if any(norm is None for norm in norms.values()):
         return None
+    if getattr(linears["k"], "out_features", 0) != getattr(linears["v"], "out_features", 0):
+        return None  # values are narrower than keys
     if leaves - known or not all(type(linear) in (nn.Linear, QuantLinear) for linear in linears.values()):
         return None
     sites = {key: site_of.get(f"{observed.name}.{name}", -1) for key, name in _LINEARS.items()}

@@ -40,7 +40,8 @@ class _Watched(nn.Module):
 
     def __init__(self, module: nn.Module, use: Use) -> None:
         super().__init__()
-        self._modules["watched"], vars(self)["use"] = module, use  # past __setattr__
+        self._modules["watched"] = module  # past __setattr__
+        vars(self).update(use=use)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         use: Use = vars(self)["use"]
