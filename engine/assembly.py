@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.core.limits import SchedulerConfig
 from engine.gc_pause import garbage_collection_paused
+from engine.model_folder import locate
 from engine.runner.protocol import Runner
 from engine.text.tokenizer import Tokenizer
 
@@ -40,12 +40,11 @@ def load_parts(config: EngineConfig) -> EngineParts:
 
 
 def _load_parts(config: EngineConfig) -> EngineParts:
-    from engine.checkpoint.folder import check_folder
     from engine.model.loader import load_model
     from engine.runner.memory import kv_shape, num_kv_blocks
     from engine.runner.runner import TorchRunner
 
-    check_folder(Path(config.model))
+    config = replace(config, model=str(locate(config.model)))
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
     loaded = load_model(config)
     num_blocks, shape = num_kv_blocks(loaded, config), kv_shape(loaded, config)

@@ -18,7 +18,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
-SEAMS = ("engine.errors", "engine.request", "engine.image_spec", "engine.config", "engine.stats", "engine.gc_pause")
+SEAMS = (
+    "engine.errors",
+    "engine.request",
+    "engine.image_spec",
+    "engine.config",
+    "engine.stats",
+    "engine.gc_pause",
+    "engine.model_folder",
+)
 PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engine.quant")
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
 STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
@@ -31,6 +39,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.stats": (),
     "engine.gc_pause": (),
     "engine.config": ("engine.errors",),
+    "engine.model_folder": ("engine.errors",),
     "engine.request": ("engine.errors",),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),

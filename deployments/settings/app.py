@@ -20,6 +20,7 @@ from adapter_store.records import check_name
 from deployments.settings.sources import CATALOG, Settings, Source, VariableName
 from engine.config import MIB, EngineConfig
 from engine.errors import ConfigError
+from engine.model_folder import find
 
 GIB = 1024 * MIB
 
@@ -129,9 +130,10 @@ class AppArgs(Settings):
     @field_validator("model")
     @classmethod
     def _absolute(cls, model: str) -> str:
-        if not Path(model).is_dir():
-            raise ValueError(f"model folder {model!r} does not exist under {str(Path.cwd())!r}")
-        return str(Path(model).resolve())
+        try:
+            return str(find(model).resolve())
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
     @check(mode="after")
     def _engine_is_valid(self) -> Self:

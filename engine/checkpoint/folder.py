@@ -10,23 +10,20 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.checkpoint.fingerprint import weight_files
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
+from engine.model_folder import locate
 
+# What helps where no setting does.
+REMEDY = ". Serve a model of a family that docs/architectures.md lists as served"
+OTHERWISE = "; else serve one of a family that docs/architectures.md lists as served"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def check_folder(folder: Path) -> Path:
-    """Raises: ConfigError if this cannot be the folder of a checkpoint."""
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model={str(folder)!r} is not a folder with a config.json; models are read from disk only")
-    if (folder / "adapter_config.json").exists():
-        raise ConfigError(f"model={str(folder)!r} is an adapter (it has an adapter_config.json); give its base model")
-    if not weight_files(folder):
-        raise ConfigError(f"model={str(folder)!r} has no *.safetensors; other weight formats are not read")
-    return folder
+    """The folder of the checkpoint that is meant. Raises: ConfigError if there is none."""
+    return locate(str(folder))
 
 
 def read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
@@ -40,9 +37,9 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
         raise ModelNotSupported(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     kind = f"{type(config).__name__} (model_type {config.model_type!r})"
     if config.is_encoder_decoder:
-        raise ModelNotSupported(f"{kind} is an encoder-decoder (cross attention); only decoders are served")
+        raise ModelNotSupported(f"{kind} is an encoder-decoder (cross attention), and only decoders are served{REMEDY}")
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelNotSupported(f"{kind} has no causal language model in transformers")
+        raise ModelNotSupported(f"{kind} has no causal language model in transformers{REMEDY}")
     _refuse_recurrent(config)
     return config, _take_quantization_config(config, folder)
 
@@ -71,7 +68,7 @@ def _refuse_recurrent(config: Any) -> None:
     culprit = next((n for n, m in model.named_modules() if any(isinstance(c, nn.Conv1d) for c in m.children())), None)
     culprit = culprit or next((n for n, m in model.named_modules() if "recurrent" in type(m).__name__.lower()), None)
     where = f"{culprit} ({type(model.get_submodule(culprit)).__name__})" if culprit else model_class.__name__
-    raise ModelNotSupported(f"{where} keeps a recurrent state of its own: only attention layers are served")
+    raise ModelNotSupported(f"{where} keeps a recurrent state of its own, and only attention layers are served{REMEDY}")
 
 
 def build_skeleton(config: Any) -> Any:
@@ -105,7 +102,7 @@ def resolve_max_model_len(hf_config: Any, wanted: int | None) -> int:
         if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")
             limit = min((length for length in (limit, original) if length), default=None)
-    if limit is None:
+    if limit is None or limit < 1:  # XLNet says -1
         if wanted is None:
             raise ConfigError("the model's config has no max_position_embeddings; set max_model_len")
         return wanted

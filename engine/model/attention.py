@@ -13,11 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
 from engine.kv.backend import AttentionBackend, LayerCall
 
 ATTENTION_NAME = "chorus_paged"
+
+
+_WINDOW = "window_of_its_mask"
+
+
+def keep_window(module: nn.Module, window: int | None) -> None:
+    """Remember the window of an attention layer that tells it to its mask and not to its attention function."""
+    if window is not None:
+        vars(module)[_WINDOW] = window
 
 
 def paged_attention(
@@ -37,17 +47,22 @@ def paged_attention(
     """What a transformers attention layer calls in place of eager or SDPA attention.
 
     The keyword arguments that end in `_` were all seen, and judged harmless, by the probe at load.
-    Shapes: query [1, Hq, T, D]; key, value [1, Hk, T, D]; returns [1, T, Hq, D].
+    Shapes: query [1, Hq, T, D]; key [1, Hk, T, D]; value [1, Hk, T, Dv], Dv <= D; returns [1, T, Hq, Dv].
     """
     layer = LayerCall(
         index=module.layer_idx,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        sliding_window=sliding_window,
+        sliding_window=sliding_window or vars(module).get(_WINDOW),
         softcap=softcap,
         sinks=s_aux,
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attention_backend.run(q, k, v, layer)[None], None
+    num_missing = k.shape[-1] - v.shape[-1]
+    if num_missing == 0:
+        return attention_backend.run(q, k, v, layer)[None], None
+    # Latent attention (DeepSeek): keys have parts for positions beside, and in the cache values are as wide as keys.
+    out = attention_backend.run(q, k, functional.pad(v, (0, num_missing)), layer)
+    return out[..., :-num_missing].contiguous()[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
@@ -57,9 +72,18 @@ def forward_hidden(
     model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, backend: AttentionBackend
 ) -> torch.Tensor:
     """Run the layers alone, for a step that samples nothing. Shapes: input_ids, positions [T]; returns [T, hidden]."""
-    inner: Callable[..., Any] = getattr(model, model.base_model_prefix)
+    inner: Callable[..., Any] = inner_model(model)
     output = inner(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, attention_backend=backend)
     return output.last_hidden_state[0]
+
+
+def inner_model(model: Any) -> nn.Module:
+    """The model without its output layer. Its name is not always the one that `base_model_prefix` says (Llama 4)."""
+    inner = getattr(model, model.base_model_prefix, None)
+    if isinstance(inner, nn.Module):
+        return inner
+    embeddings = model.get_input_embeddings()
+    return next(child for child in model.children() if any(module is embeddings for module in child.modules()))
 
 
 def forward_logits(

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from engine.image_spec import LinearSite
 from engine.kv.backend import AttentionBackend, AttentionInputs, LayerCall
+from engine.model.attention import inner_model
+from engine.model.watch import Use
 from engine.quant.linear import QuantLinear
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -97,14 +99,15 @@ def swap_decoder(
     *,
     compile_one: Callable[[LayerParts], Compiled | None],
     make_run: Callable[[list[Compiled], Tensor], nn.Module],
+    uses: Mapping[str, Use] | None = None,
 ) -> set[int]:
     """Swap runs of layers for one module each. Returns: the indices of the sites they hold.
 
     `run(inputs)` is a forward of the model over `backend`, whose blocks 1 and 2 it may write. `make_run` makes the
     module of neighbours, given hidden states as an example; it is called as a layer is, and has the last one's output.
+    `uses`: what the model reads of a layer (how its attention is masked, say) is still there afterwards.
     """
-    inner = getattr(model, model.base_model_prefix, None)
-    layers = getattr(inner, "layers", None)
+    layers = getattr(inner_model(model), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return set()
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -114,9 +117,10 @@ def swap_decoder(
     site_of = {site.name: site.index for site in sites}
     accepted: list[Compiled | None] = []
     done: set[int] = set()
+    labels = [_labels(layer, None if uses is None else uses.get(f"{prefix}.{i}")) for i, layer in enumerate(layers)]
     for i, observed in enumerate(seen):
         parts = _take_apart(observed, layers[i], site_of)
-        if parts is None:
+        if parts is None or labels[i] is None:
             accepted.append(None)
             continue
         with inputs_kept(layers[i]) as num_rounded:
@@ -134,7 +138,16 @@ def swap_decoder(
         layers[i] = ComputedBefore()  # its own weights go before the next one's are packed
     for first, members in _runs(seen, accepted):
         layers[first] = make_run(members, seen[first].hidden)
+    for layer, one, known in zip(layers, accepted, labels, strict=False):
+        if one is not None:
+            vars(layer).update(known or {})
     return done
+
+
+def _labels(layer: nn.Module, use: Use | None) -> dict[str, Any] | None:
+    """What the model reads of a layer, if it is plain data that something in the layer's place can have too."""
+    values = {} if use is None else {name: getattr(layer, name) for name in use.reads}
+    return values if all(isinstance(value, str | int | float | None) for value in values.values()) else None
 
 
 def _runs(seen: list[_Observed], accepted: list[Compiled | None]) -> Iterator[tuple[int, list[Compiled]]]:
@@ -170,8 +183,9 @@ def _observe(prefix: str, layers: nn.ModuleList, backend: AttentionBackend, run:
     seen: list[_Observed] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen.append(_Observed(f"{prefix}.{len(seen)}", hidden, kwargs, output, *calls[-1]))
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor):
+            seen.append(_Observed(f"{prefix}.{len(seen)}", hidden, kwargs, output, *calls[-1]))
         called.append(module)
 
     calls: list[tuple[LayerCall | None, int]] = [(None, 0)]
@@ -190,7 +204,9 @@ def _observe(prefix: str, layers: nn.ModuleList, backend: AttentionBackend, run:
         del backend.run
         for hook in hooks:
             hook.remove()
-    return seen if called == list(layers) else []  # one that is called twice, or not, is nothing for the kernel
+    return (
+        seen if called == list(layers) and len(seen) == len(called) else []
+    )  # one that is called twice, or not, is nothing for the kernel
 
 
 def _rotated_alike(a: _Observed, b: _Observed) -> bool:
@@ -202,12 +218,16 @@ def _take_apart(observed: _Observed, module: nn.Module, site_of: Mapping[str, in
     call = observed.call
     if {name for name, _ in module.named_children()} != _PARTS or call is None:
         return None
-    if call.softcap is not None or call.sinks is not None or "position_embeddings" not in observed.arguments:
+    if call.softcap is not None or call.sinks is not None or not _is_rotation(observed):
         return None
     known = {*_LINEARS.values(), *_NORMS.values()}
     leaves = {name for name, part in module.named_modules() if _holds_weights(part)}
     linears = {key: _get(module, name) for key, name in _LINEARS.items()}
     norms = {key: _norm(norm) for key, name in _NORMS.items() if (norm := _get(module, name)) is not None}
+    if any(norm is None for norm in norms.values()):
+        return None
+    if getattr(linears["k"], "out_features", 0) != getattr(linears["v"], "out_features", 0):
+        return None  # values are narrower than keys
     if leaves - known or not all(type(linear) in (nn.Linear, QuantLinear) for linear in linears.values()):
         return None
     sites = {key: site_of.get(f"{observed.name}.{name}", -1) for key, name in _LINEARS.items()}
@@ -217,15 +237,26 @@ def _take_apart(observed: _Observed, module: nn.Module, site_of: Mapping[str, in
     if any(p.dtype is not dtype for p in module.parameters()):
         return None
     rotary_dims = observed.arguments["position_embeddings"][0].shape[-1]
-    return LayerParts(call, observed.num_heads, rotary_dims, dtype, linears, sites, norms)
+    named = {key: norm for key, norm in norms.items() if norm is not None}
+    return LayerParts(call, observed.num_heads, rotary_dims, dtype, linears, sites, named)
+
+
+def _is_rotation(observed: _Observed) -> bool:
+    """Whether the layer was given a cosine and a sine: others are given complex numbers, or nothing."""
+    given = observed.arguments.get("position_embeddings")
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(x, Tensor) for x in given)
 
 
 def _holds_weights(module: nn.Module) -> bool:
     return isinstance(module, QuantLinear) or next(module.parameters(recurse=False), None) is not None
 
 
-def _norm(norm: nn.Module) -> Norm:
-    return Norm(norm.weight, float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)) or 0.0))
+def _norm(norm: nn.Module) -> Norm | None:
+    """None: it has no weight per feature (OLMo's and NanoChat's have none)."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
+        return None
+    return Norm(weight, float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)) or 0.0))
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

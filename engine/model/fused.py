@@ -6,10 +6,13 @@ input stays as it is. Rounding differs: the kernels round once, transformers aft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from engine.model.decoder import inputs_kept
+from engine.model.watch import Use, may_replace
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary
 from engine.quant.linear import QuantLinear
 
@@ -65,14 +68,18 @@ class NativeGatedMLP(nn.Module):
         return self.down_proj(hidden)
 
 
-def fuse(model: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> int:
+def fuse(model: nn.Module, library: NativeLibrary, dtype: torch.dtype, uses: Mapping[str, Use] | None = None) -> int:
     """Swap every module that has a twin here. Returns: how many. Before LoRA layers are put around the linear ones.
 
-    `dtype`: of the activations.
+    `dtype`: of the activations. `uses`: what the model reads of a module, its twin must have.
     """
     num_swapped = 0
     for name, module in list(model.named_modules()):
-        twin = _norm_twin(module, library) or _mlp_twin(module, library, dtype)
+        twin = None
+        if may_replace(uses, name, "weight", "eps"):
+            twin = _norm_twin(module, library)
+        if twin is None and may_replace(uses, name, "gate_proj", "up_proj", "down_proj"):
+            twin = _mlp_twin(module, library, dtype)
         if twin is not None:
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, twin)
@@ -81,9 +88,11 @@ def fuse(model: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> int:
 
 
 def _norm_twin(module: nn.Module, library: NativeLibrary) -> nn.Module | None:
+    if not type(module).__name__.endswith("RMSNorm"):
+        return None
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or not eps:
+    if not isinstance(weight, nn.Parameter) or not eps:
         return None
     if weight.ndim != 1 or weight.dtype not in SUPPORTED_DTYPES:
         return None
@@ -110,7 +119,12 @@ def _mlp_twin(module: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> 
 @torch.inference_mode()
 def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype) -> bool:
     x = torch.randn((1, _ROWS, width), generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected, got = module(x), twin(x)
+    try:
+        expected, got = module(x), twin(x)
+    except Exception:  # it wants other arguments, or does not work by itself: then it is something else
+        return False
+    if not isinstance(expected, Tensor):
+        return False
     if got.dtype is not expected.dtype or got.shape != expected.shape:
         return False
     scale = float(expected.float().abs().max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,11 @@ from engine.checkpoint.weight_files import WeightFiles
 from engine.config import AdapterDType, EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
 from engine.image_spec import ImageSpec, LinearSite
-from engine.model.attention import ATTENTION_NAME
-from engine.model.capabilities import Capabilities, judge
+from engine.model.attention import ATTENTION_NAME, keep_window
+from engine.model.capabilities import Capabilities, judge, why_it_failed, why_own_attention
 from engine.model.probe import probe
 from engine.model.surgery import find_sites, find_unused
+from engine.model.watch import Use
 from engine.quant.formats import read_scheme
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class LoadedModel:
     max_model_len: int  # tokens
     footprint: Footprint | None = None  # None: no layer is quantized
     unused: tuple[str, ...] = ()  # modules through which no text passes
+    uses: Mapping[str, Use] | None = None  # by name, what the model does with its modules; None: not looked at
     rounding: str = ""  # what the settings did to the weights; "": they are the checkpoint's
 
     @property
@@ -103,9 +105,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
     try:
         trace = probe(model)
     except Exception as error:
-        raise ModelNotSupported(f"{type(model).__name__}: a probing forward failed: {error}") from error
+        raise ModelNotSupported(why_it_failed(model, error)) from error
     FreeMemory().give_back()  # of that forward, whose layers have no kernels yet
     capabilities = judge(model, trace, max_model_len)
+    for layer in capabilities.layers:
+        keep_window(model.get_submodule(layer.name), layer.sliding_window)
     sites = find_sites(model, trace)
     return LoadedModel(
         model=model,
@@ -119,6 +123,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         max_model_len=max_model_len,
         footprint=footprint,
         unused=find_unused(model, trace, sites),
+        uses=trace.uses,
         rounding=rounding_name(config),
     )
 
@@ -147,11 +152,16 @@ def _read_weights(checkpoint: _Checkpoint, config: EngineConfig, dtype: torch.dt
                 **({"device_map": {"": device}} if straight_to_device else {}),
             )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if ATTENTION_NAME in str(error):  # it looks for its attention in a list of its own
+            raise ModelNotSupported(why_own_attention(build_skeleton(checkpoint.hf_config))) from error
         raise ModelNotSupported(f"transformers cannot load {folder}: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would go on with random numbers in their place.
-        raise ModelNotSupported(f"{folder} lacks the weights of {len(missing)} parameters, first {missing[0]}")
+        raise ModelNotSupported(
+            f"{folder} lacks the weights of {len(missing)} parameters, first {missing[0]}: config.json asks for more "
+            "than the files hold; copy the checkpoint anew, or mend the field of config.json that says how many"
+        )
     return model.eval().requires_grad_(False).to(device)
 
 

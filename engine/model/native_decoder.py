@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.kv.native_attention import NativeAttention
 from engine.lora.native_lora import NativeLora
 from engine.model.decoder import LayerParts, swap_decoder
 from engine.model.packed import Packer, can_pack
+from engine.model.watch import Use
 from engine.native.library import NativeLibrary, check
 from engine.native.structs import Decoder, DecoderLayer
 
@@ -93,6 +94,7 @@ def compile_decoder(
     lora: NativeLora | None,
     backend: NativeAttention,
     run: Callable[[AttentionInputs], Any],
+    uses: Mapping[str, Use] | None = None,
 ) -> set[int]:
     """Swap the layers that the kernel can compute. Returns: the indices of the sites they hold.
 
@@ -105,6 +107,7 @@ def compile_decoder(
         run,
         compile_one=lambda parts: _compile(parts, library, lora),
         make_run=lambda compiled, hidden: NativeDecoder(library, compiled, lora, hidden),
+        uses=uses,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from engine.image_spec import LinearSite
 from engine.lora.native_lora import NativeLora
+from engine.model.surgery import sees_sampled_rows
+from engine.model.watch import Use, may_replace
 from engine.native.library import MAX_ZERO, SUPPORTED_DTYPES, NativeLibrary, check
 from engine.native.structs import Member, Quantization
 from engine.quant.experts import QuantExpert
@@ -19,6 +21,7 @@ from engine.quant.weight import QuantizedWeight
 
 # As code_kind and input_rounding in engine/native/src/linear.h.
 _KINDS = {"int4": 0, "int8": 1, "nf4": 2, "fp8": 3}
+_ATTRIBUTES = ("in_features", "out_features")  # that a packed layer still has
 _INPUTS = {None: 0, "int8": 1, "fp8": 2}
 
 
@@ -158,23 +161,29 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(
-    model: nn.Module, sites: Sequence[LinearSite], library: NativeLibrary, lora: NativeLora | None, dtype: torch.dtype
+    model: nn.Module,
+    sites: Sequence[LinearSite],
+    library: NativeLibrary,
+    lora: NativeLora | None,
+    dtype: torch.dtype,
+    uses: Mapping[str, Use] | None = None,
 ) -> set[int]:
     """Put packed layers in the place of the linear sites that the kernels can compute. Returns: the indices of those.
 
-    `dtype`: of the activations. Layers' own weights go, unless something else (a tied embedding) has them too.
+    `dtype`: of the activations. `uses`: layers whose weights the model looks at keep them. The others' own weights go,
+    unless something else (a tied embedding) has them too.
     """
-    head = model.get_output_embeddings()
     groups: dict[str, list[LinearSite]] = {}
     for site in sites:
-        if can_pack(model.get_submodule(site.name), dtype):
+        if can_pack(model.get_submodule(site.name), dtype) and may_replace(uses, site.name, *_ATTRIBUTES):
             groups.setdefault(site.fusion_group or site.name, []).append(site)
     for members in groups.values():
         linears: list[Any] = [model.get_submodule(site.name) for site in members]
+        sampled = [sees_sampled_rows(model, site.name, uses) for site in members]
         group = PackedGroup(library, linears, lora, members, dtype)
         for index, (site, linear) in enumerate(zip(members, linears, strict=True)):
             parent_name, _, child = site.name.rpartition(".")
-            packed = PackedLinear(linear, group, index, sampled=linear is head)
+            packed = PackedLinear(linear, group, index, sampled=sampled[index])
             setattr(model.get_submodule(parent_name), child, packed)
     return {site.index for members in groups.values() for site in members}
 

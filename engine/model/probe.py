@@ -1,15 +1,15 @@
 """One short forward of the loaded model that writes down what it does, instead of trusting its configuration.
 
 Recorded: every call of the attention registry (which layer, which shapes, which arguments, under which mask), every
-linear layer's input and row count, and how far a poisoned row spreads. `capabilities.py` judges; `surgery.py` takes
-from it which modules are sites.
+linear layer's input and row count, how far a poisoned row spreads, and what is done with each module from outside of
+it. `capabilities.py` judges; `surgery.py` takes from it which modules are sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
+from engine.model.watch import Use, watch
 from engine.quant.linear import QuantLinear
 
 PROBE_NAME = "chorus_probe"
+RECORDER = "chorus_recorder"  # the keyword by which the recorder travels
 NUM_ROWS = 13  # unlikely to be the number of rows that an expert gets
 SAMPLED_ROWS = (2, 5, NUM_ROWS - 1)
 POISONED_ROW = 6
@@ -40,6 +42,7 @@ class AttentionCall:
     num_keys: int
     kwargs: dict[str, Any]  # without those that are None
     mask: MaskFunction | torch.Tensor | None
+    rotated: tuple[torch.Tensor, torch.Tensor] | None = None  # queries and keys, [1, heads, rows, D]
 
 
 @dataclass(slots=True)
@@ -51,6 +54,8 @@ class Trace:
     spread: tuple[str, nn.Module] | None = None  # first module through which one row reached another
     logits_shape: tuple[int, ...] = ()
     finite: bool = False  # of all logits, unpoisoned
+    misplaced: tuple[nn.Module | None, str] | None = None  # first attention that goes by other positions, and by which
+    uses: dict[str, Use] = field(default_factory=dict)  # by name, of every module below the root
 
 
 class _Recorder:
@@ -83,10 +88,11 @@ class _Recorder:
                 num_keys=k.shape[2],
                 kwargs={name: value for name, value in kwargs.items() if value is not None},
                 mask=rule,
+                rotated=(q.clone(), k.clone()),
             )
         )
         # Each row attends to itself alone: in this forward no row can reach another, unless the model sees to it.
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)[:, :, : q.shape[2]].transpose(1, 2)
+        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)[:, :, : q.shape[2]].transpose(1, 2).contiguous()
 
 
 def _probe_attention(
@@ -115,7 +121,7 @@ AttentionMaskInterface.register(PROBE_NAME, _probe_mask)
 
 
 def probe(model: nn.Module) -> Trace:
-    """Run the model twice on 13 rows, the second time with one poisoned row, and return what was seen.
+    """Run the model on 13 rows, again with one poisoned row, with other positions and under watch: what was seen.
 
     Raises: whatever the model raises; the caller turns it into a refusal.
     """
@@ -128,18 +134,79 @@ def probe(model: nn.Module) -> Trace:
         if trace.finite:
             with _recording(model, Trace()) as recorder, _hooks(_poison_hooks(model, trace)):
                 _forward(model, recorder)
+            trace.misplaced = _find_misplaced(model, trace, logits)
+        with _recording(model, Trace()) as recorder:
+            trace.uses = watch(model, lambda: _forward(model, recorder))
     return trace
 
 
-def _forward(model: nn.Module, recorder: _Recorder) -> torch.Tensor:
+def _find_misplaced(model: nn.Module, trace: Trace, logits: torch.Tensor) -> tuple[nn.Module | None, str] | None:
+    """Whether a row depends on its position id alone, and positions count from 0 as the model counts by itself.
+
+    Steps hold rows of several sequences: a model that numbers rows as they lie would place most of them wrongly.
+    """
+    with _recording(model, counted := Trace()) as recorder:
+        try:
+            own = _forward(model, recorder, positions=None)
+        except Exception:  # it cannot do without
+            own, counted = logits, trace
+    if (found := _first_difference(zip(trace.attention, counted.attention, strict=False), logits, own)) is not None:
+        return found[0], "counts positions otherwise than 0, 1, 2, ..."
+    half = NUM_ROWS // 2
+    rows = tuple(i % half for i in range(NUM_ROWS))
+    with _recording(model, repeated := Trace()) as recorder:
+        twice = _forward(model, recorder, rows=rows, positions=rows, sampled=(2, 2 + half))
+
+    def halves(call: AttentionCall) -> tuple[AttentionCall, AttentionCall]:
+        assert call.rotated is not None
+        first, second = (
+            replace(call, rotated=(call.rotated[0][:, :, part], call.rotated[1][:, :, part]))
+            for part in (slice(0, half), slice(half, 2 * half))
+        )
+        return first, second
+
+    found = _first_difference(map(halves, repeated.attention), twice[:, :1], twice[:, 1:2])
+    return None if found is None else (found[0], "places rows by where they lie in a batch, not by their position ids")
+
+
+def _first_difference(
+    calls: Iterable[tuple[AttentionCall, AttentionCall]], logits: torch.Tensor, others: torch.Tensor
+) -> tuple[nn.Module | None] | None:
+    for one, other in calls:
+        assert one.rotated is not None
+        assert other.rotated is not None
+        if not all(_alike(x, y) for x, y in zip(one.rotated, other.rotated, strict=True)):
+            return (one.module,)
+    return None if _alike(logits, others) else (None,)
+
+
+def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    if x.shape != y.shape:
+        return False
+    tolerance = 1e-3 if x.dtype is torch.float32 else 2**-4
+    return bool((x.float() - y.float()).abs().max() <= tolerance * x.float().abs().max())
+
+
+_IN_ORDER = tuple(range(NUM_ROWS))
+
+
+def _forward(
+    model: nn.Module,
+    recorder: _Recorder,
+    *,
+    rows: tuple[int, ...] = _IN_ORDER,
+    positions: tuple[int, ...] | None = _IN_ORDER,
+    sampled: tuple[int, ...] = SAMPLED_ROWS,
+) -> torch.Tensor:
+    """Logits of the `sampled` of the tokens `rows`. `positions` None: as the model counts by itself."""
     device = next(model.parameters()).device
-    ids = torch.arange(NUM_ROWS, device=device) % model.config.get_text_config().vocab_size
+    ids = torch.tensor(rows, device=device) % model.config.get_text_config().vocab_size
     output = model(
         input_ids=ids[None],
-        position_ids=torch.arange(NUM_ROWS, device=device)[None],
+        **({} if positions is None else {"position_ids": torch.tensor(positions, device=device)[None]}),
         use_cache=False,
-        logits_to_keep=torch.tensor(SAMPLED_ROWS, device=device),
-        chorus_recorder=recorder,
+        logits_to_keep=torch.tensor(sampled, device=device),
+        **{RECORDER: recorder},
     )
     return output.logits
 

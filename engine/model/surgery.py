@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +12,7 @@ from engine.image_spec import LinearSite
 from engine.lora.batch import LoraBatch
 from engine.lora.linear import LoraEmbedding, LoraLinear
 from engine.model.probe import NUM_ROWS, SAMPLED_ROWS, Trace
+from engine.model.watch import Use
 from engine.quant.embedding import QuantEmbedding
 from engine.quant.linear import QuantLinear
 
@@ -27,10 +29,12 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def find_sites(model: nn.Module, trace: Trace) -> tuple[LinearSite, ...]:
-    """Every linear layer and input embedding, quantized or not, that saw exactly the step's rows once.
+    """Every linear layer and input embedding, quantized or not, that saw exactly the step's rows, once or more.
 
-    The output layer: the step's sampled rows. What fails that is no site: a layer inside an expert sees only the rows
-    routed to it, a vision tower none.
+    The output layer, and what is with it behind the decoder layers: the step's sampled rows. What fails that is no
+    site: a layer inside an expert sees only the rows routed to it, a vision tower none. Nor is what is derived from a
+    linear layer and computes something else (a router that chooses experts too), or whose weight is used without
+    calling it.
     Order is that of `named_modules`, so it is the same on every machine. Sites that were given the same tensor form
     a fusion group: q/k/v, gate/up, or all five where attention and MLP are parallel.
     """
@@ -39,7 +43,7 @@ def find_sites(model: nn.Module, trace: Trace) -> tuple[LinearSite, ...]:
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if module is embeddings:
-            if isinstance(module, _EMBEDDING):
+            if isinstance(module, _EMBEDDING) and _use(name, trace).num_calls == 1:
                 found.append((name, module))
         elif isinstance(module, _LINEAR) and _sees_all_rows(name, module is head, trace):
             found.append((name, module))
@@ -64,9 +68,11 @@ def find_unused(model: nn.Module, trace: Trace, sites: tuple[LinearSite, ...]) -
     return tuple(found)
 
 
-def install_lora(model: nn.Module, sites: tuple[LinearSite, ...], batch: LoraBatch) -> None:
-    """Put a LoRA layer in the place of each site's module, around it."""
-    head = model.get_output_embeddings()
+def install_lora(
+    model: nn.Module, sites: tuple[LinearSite, ...], batch: LoraBatch, uses: Mapping[str, Use] | None = None
+) -> None:
+    """Put a LoRA layer in the place of each site's module, around it. `uses`: what the probe saw of the modules."""
+    sampled = {site.name for site in sites if site.kind == "linear" and sees_sampled_rows(model, site.name, uses)}
     for site in sites:
         parent_name, _, child = site.name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -74,20 +80,34 @@ def install_lora(model: nn.Module, sites: tuple[LinearSite, ...], batch: LoraBat
         if site.kind == "embedding":
             setattr(parent, child, LoraEmbedding(base, site, batch))
         else:
-            setattr(parent, child, LoraLinear(base, site, batch, sampled=base is head))
+            setattr(parent, child, LoraLinear(base, site, batch, sampled=site.name in sampled))
 
 
 def _sees_all_rows(name: str, is_head: bool, trace: Trace) -> bool:
     calls = trace.inputs.get(name, [])
-    if len(calls) != 1 or ".experts." in name:
+    use = _use(name, trace)
+    rows = {call.numel() // call.shape[-1] for call in calls}
+    if len(rows) != 1 or use.num_calls != len(calls) or not use.is_linear or ".experts." in name:
         return False
-    rows = calls[0].numel() // calls[0].shape[-1]
-    return bool(rows == (len(SAMPLED_ROWS) if is_head else NUM_ROWS))
+    sees_sampled = is_head or (use.num_rows == len(SAMPLED_ROWS) and _LAYER.search(name) is None)
+    return use.num_rows == (len(SAMPLED_ROWS) if sees_sampled else NUM_ROWS)
+
+
+def sees_sampled_rows(model: nn.Module, name: str, uses: Mapping[str, Use] | None) -> bool:
+    """Whether a site is given the sampled rows only: the output layer is, and what is with it behind the layers."""
+    is_head = model.get_submodule(name) is model.get_output_embeddings()
+    return is_head or (uses is not None and name in uses and uses[name].num_rows == len(SAMPLED_ROWS))
+
+
+def _use(name: str, trace: Trace) -> Use:
+    return trace.uses.get(name, Use())
 
 
 def _fusion_groups(names: list[str], trace: Trace) -> dict[str, str]:
     readers: dict[int, list[str]] = {}
     for name in names:
+        if len(trace.inputs[name]) > 1:
+            continue  # it is called with several tensors
         readers.setdefault(id(trace.inputs[name][0]), []).append(name)  # the trace keeps the tensors, so ids are unique
     groups = {}
     for members in readers.values():

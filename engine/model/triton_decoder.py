@@ -8,7 +8,7 @@ A layer is nine launches, and two more for the LoRA of each of its four products
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from engine.kv.triton_attention import TritonAttention
 from engine.lora.triton_lora import TritonLora
 from engine.model.decoder import LayerParts, Norm, swap_decoder
 from engine.model.triton_quant import QuantProduct, can_run, join
+from engine.model.watch import Use
 from engine.quant.linear import QuantLinear
 from engine.triton_kernels.elementwise import rms_norm, rope_and_cache, silu_mul
 from engine.triton_kernels.lora import LoraGroup
@@ -114,6 +115,7 @@ def fuse_decoder(
     lora: TritonLora | None,
     backend: TritonAttention,
     run: Callable[[AttentionInputs], Any],
+    uses: Mapping[str, Use] | None = None,
 ) -> set[int]:
     """Swap the layers that can be computed so. Returns: the indices of the sites they hold.
 
@@ -127,6 +129,7 @@ def fuse_decoder(
         run,
         compile_one=lambda parts: _fuse(parts, head_dim, lora),
         make_run=lambda layers, _: TritonDecoder(layers, lora),
+        uses=uses,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from engine.model.watch import Use, may_replace
 from engine.quant.linear import QuantLinear
 from engine.quant.weight import NF4_VALUES, QuantizedWeight
 from engine.triton_kernels.quant_layout import MOST_ZERO, PackedWeight, pack_weight
@@ -95,13 +96,16 @@ def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     return replace(first, codes=codes, scales=scales, zeros=zeros)
 
 
-def swap_quant_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Give every quantized layer that is left the kernels; its own codes go. Returns: how many layers."""
+def swap_quant_linears(model: nn.Module, dtype: torch.dtype, uses: Mapping[str, Use] | None = None) -> int:
+    """Give every quantized layer that is left the kernels; its own codes go. Returns: how many layers.
+
+    `uses`: layers whose weights the model looks at keep them.
+    """
     num_swapped = 0
     # By name: a list of the layers would keep the codes of all until the last one is repacked.
     for name in [name for name, module in model.named_modules() if type(module) is QuantLinear]:
         linear = model.get_submodule(name)
-        if can_run(linear.quantized):
+        if can_run(linear.quantized) and may_replace(uses, name, "in_features", "out_features"):
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, TritonQuantLinear(linear, dtype))
             num_swapped += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +36,12 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` is there for models that look at it beside calling the layer: computed anew each time."""
+        if name == "weight" and "quantized" in vars(self):
+            return self.quantized.dequantize(0, self.out_features)
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         w = self.quantized

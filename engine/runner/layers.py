@@ -59,7 +59,7 @@ def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage
         prepared, done = PreparedLayers(TorchAttention(storage), LoraBatch()), set()
     if _has_lora(config):
         left = tuple(site for site in loaded.sites if site.index not in done)
-        install_lora(loaded.model, left, prepared.batch)
+        install_lora(loaded.model, left, prepared.batch, loaded.uses)
     FreeMemory().give_back()  # of layers that kernels have laid out anew
     return prepared
 
@@ -76,10 +76,10 @@ def _native(
     lora = NativeLora(library, config.max_resident_adapters) if _has_lora(config) else None
     backend, trial = NativeAttention(library, storage), NativeAttention(library, _trial_storage(storage))
     with torch.inference_mode():
-        done = compile_decoder(model, sites, library, lora, trial, _trial(loaded, trial))
-        fuse(model, library, loaded.dtype)
+        done = compile_decoder(model, sites, library, lora, trial, _trial(loaded, trial), loaded.uses)
+        fuse(model, library, loaded.dtype, loaded.uses)
         left = [site for site in sites if site.index not in done]
-        done |= pack_linears(model, left, library, lora, loaded.dtype)
+        done |= pack_linears(model, left, library, lora, loaded.dtype, loaded.uses)
         pack_experts(model, library, loaded.dtype)
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
@@ -100,8 +100,8 @@ def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tu
             are_codes=config.adapter_dtype == "int8",
         )
     with torch.inference_mode():
-        done = fuse_decoder(loaded.model, loaded.sites, lora, trial, _trial(loaded, trial))
-        swap_quant_linears(loaded.model, loaded.dtype)
+        done = fuse_decoder(loaded.model, loaded.sites, lora, trial, _trial(loaded, trial), loaded.uses)
+        swap_quant_linears(loaded.model, loaded.dtype, loaded.uses)
     return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done
 
 

@@ -21,6 +21,7 @@ from engine.runner.inputs import InputBuilder, StepInputs
 from engine.runner.layers import PreparedLayers, prepare_layers
 from engine.runner.memory import kv_shape
 from engine.runner.protocol import StepNotLaunched
+from engine.runner.rehearsal import rehearse
 from engine.runner.sampler import SampledStep, Sampler
 
 if TYPE_CHECKING:  # it loads Triton
@@ -61,6 +62,8 @@ class TorchRunner:
         self.num_blocks = num_blocks
         self._storage = KVStorage(kv_shape(loaded, config), num_blocks, loaded.device)
         layers = prepare_layers(loaded, config, self._storage)
+        swapped = layers.library is not None or layers.triton is not None
+        rehearse(loaded, layers, self._storage, num_blocks, swapped=swapped)
         self._backend, self._batch = layers.backend, layers.batch
         self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve)
         self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids, layers.library)

@@ -41,7 +41,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Raises: ConfigError when the folder holds no tokenizer that can be loaded without running foreign code."""
-        if not Path(folder).is_dir():
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
             raise ConfigError(f"tokenizer folder {str(folder)!r} does not exist; give a local folder")
         from transformers import AutoTokenizer
 

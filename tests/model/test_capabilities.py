@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,20 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     assert "encoder-decoder" in refusal(config)
 
 
-def test_keys_and_values_of_different_sizes_are_refused_by_the_layer_s_name(tmp_path: Path) -> None:
+def test_values_narrower_than_keys_are_kept_as_wide_as_these(tmp_path: Path) -> None:
     config = write_model(
         tmp_path, "deepseek_v3", **SMALL, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8,
         qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
         topk_group=1, first_k_dense_replace=1, moe_intermediate_size=16,
     )  # fmt: skip
-    message = refusal(config)
-    assert "model.layers.0.self_attn (DeepseekV3Attention)" in message
-    assert "keys of size 12 and values of size 8" in message
+    assert load_model(config).capabilities.head_dim == 12
+
+
+def test_values_wider_than_keys_are_refused_by_the_layer_s_name() -> None:
+    model, trace = make_trace("llama")
+    trace.attention[1] = replace(trace.attention[1], value_dim=2 * trace.attention[1].head_dim)
+    with pytest.raises(ModelNotSupported, match=r"model\.layers\.1\.self_attn.*values wider than keys"):
+        judge(model, trace, 64)
 
 
 def test_attention_that_does_not_use_the_registry_is_refused_by_the_layer_s_name(tmp_path: Path) -> None:
