@@ -18,7 +18,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
-SEAMS = ("engine.errors", "engine.request", "engine.image_spec", "engine.config", "engine.stats", "engine.gc_pause")
+SEAMS = (
+    "engine.errors", "engine.request", "engine.image_spec", "engine.config", "engine.stats", "engine.sizing",
+    "engine.gc_pause",
+)  # fmt: skip
 PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engine.quant")
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
 STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
@@ -28,9 +31,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
     "engine.image_spec": (),
-    "engine.stats": (),
+    "engine.stats": ("engine.sizing.room",),
     "engine.gc_pause": (),
     "engine.config": ("engine.errors",),
+    "engine.sizing": ("engine.errors", "engine.config", "engine.sizing"),
     "engine.request": ("engine.errors",),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),

@@ -7,6 +7,7 @@ replica may run.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,7 +36,7 @@ class AdapterSettings(Settings):
     sources: tuple[Source, ...] = Field(default=(), strict=False)  # in order: the first that knows a name has it
     allowed: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns of names; None: all
     pinned: tuple[str, ...] = Field(default=(), strict=False)  # names that every replica keeps on its device
-    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of adapter_bytes
+    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of its own
     host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
     disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
@@ -109,7 +110,8 @@ class AppArgs(Settings):
     """The arguments of `deployments.app:build`."""
 
     model: str  # folder with a transformers checkpoint
-    model_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)  # name of the base in the API
+    # Name of the base in the API; not given: that of its folder, with hyphens for what a name may not have.
+    model_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)
     engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
     num_replicas: PositiveInt = 1
     num_routers: PositiveInt = 1
@@ -125,6 +127,14 @@ class AppArgs(Settings):
     replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
     max_resumes: int = Field(default=8, ge=0)  # an answer moves to another replica so often
     drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
+
+    @check(mode="before")
+    @classmethod
+    def _named_after_its_folder(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("model"), str) or data.get("model_id") is not None:
+            return data
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data["model"]).resolve().name).lstrip("._-")
+        return data | {"model_id": name[:200] or "base"}
 
     @field_validator("model")
     @classmethod
@@ -142,11 +152,16 @@ class AppArgs(Settings):
             raise ValueError(f"engine: {error}") from error
         return self
 
-    @property
-    def warm_bytes(self) -> int:
-        """How many bytes of adapters a new replica brings in before anybody asks for them."""
+    def warm_bytes(self, adapter_bytes: int) -> int:
+        """How many bytes of adapters a new replica that keeps `adapter_bytes` brings in before anybody asks."""
         given = self.adapters.warm_bytes
-        return self.engine_config().adapter_bytes // 2 if given is None else given
+        return adapter_bytes // 2 if given is None else given
+
+    @property
+    def store_bytes_of_a_replica(self) -> int:
+        """What each replica may hold leases on in the store, so that one more adapter still finds room there."""
+        adapters = self.adapters
+        return max(adapters.max_adapter_bytes, (adapters.host_bytes - adapters.max_adapter_bytes) // self.num_replicas)
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings, paths absolute."""
