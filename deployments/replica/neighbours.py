@@ -18,8 +18,9 @@ ROUTER_BYTES = 256 * MIB
 def neighbours_here(args: AppArgs) -> Neighbours:
     """On the node that this process runs on, which Ray must know."""
     node_id = ray.get_runtime_context().get_node_id()
-    resources = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id), {})
-    return plan_neighbours(args, resources)
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    found = [node["Resources"] for node in nodes if node["NodeID"] == node_id]
+    return plan_neighbours(args, found[0] if found else {})
 
 
 def plan_neighbours(args: AppArgs, resources: dict[str, Any]) -> Neighbours:

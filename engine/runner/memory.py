@@ -115,10 +115,10 @@ def size_engine(
     room = _gpu_room(loaded, config, neighbours, needs.weight_bytes)
     sized, _ = plan_sizes(config, needs, room)
     # The step that was chosen is run, and what it takes counts in the place of what was estimated.
-    steps = {"max_num_seqs": sized.max_num_seqs, "max_num_batched_tokens": sized.max_num_batched_tokens}
     measured = profile_step_bytes(loaded, sized)
     needs = replace(needs, row_bytes=0, fixed_bytes=needs.fixed_bytes + measured)
-    return plan_sizes(replace(config, **steps), needs, room)
+    chosen = replace(config, max_num_seqs=sized.max_num_seqs, max_num_batched_tokens=sized.max_num_batched_tokens)
+    return plan_sizes(chosen, needs, room)
 
 
 def model_needs(loaded: LoadedModel, config: EngineConfig) -> Needs:

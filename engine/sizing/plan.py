@@ -1,7 +1,7 @@
 """From a machine's room and a model's needs to the sizes of an engine: a pure function of numbers.
 
 What is given stays as it is; the rest is chosen around it, in this order:
-  1. rows of a step: the device's usual number, halved while a step would take more than a quarter of what weights leave
+  1. rows of a step: the device's usual number, halved while they would take more than a quarter of what weights leave
   2. adapters' least: an eighth of what weights and steps leave
   3. the context: the model's, or as much of it as one sequence has blocks for beside 1 and 2
   4. sequences: the device's usual number, halved until each has room for TYPICAL_TOKENS
@@ -166,7 +166,10 @@ class _Plan:
         return rows
 
     def _is_large_step(self, seqs: int, rows: int) -> bool:
-        return self.needs.step_bytes(seqs, rows, self._least_context) > self._base // _STEP_SHARE
+        """By what rows take of it: the rest would stay."""
+        context = self._least_context
+        of_rows = self.needs.step_bytes(seqs, rows, context) - self.needs.step_bytes(seqs, 0, context)
+        return of_rows > self._base // _STEP_SHARE
 
     @property
     def _least_context(self) -> int:
@@ -258,12 +261,12 @@ class _Plan:
         step = needs.step_bytes(seqs, rows, wanted)
         there = self._kv_bytes(seqs, rows, wanted)
         return (
-            f"one sequence of max_model_len={wanted} tokens needs {human(least * needs.block_bytes)} of KV cache"
-            f"{beside}, and {human(there)} of {human(self.room.total_bytes)} ({self.room.source}) are left beside "
-            f"weights ({human(needs.weight_bytes)}), process ({human(self.room.base_bytes)}) and steps of {rows} rows "
-            f"and {seqs} sequences ({human(step)}): {shorter}{self._smaller_step(seqs, rows)}, give it more memory "
-            "(memory_bytes, memory_fraction, fewer replicas on a node), or halve what is kept "
-            "(kv_cache_dtype='int8', quantization='int8')"
+            f"one sequence of max_model_len={wanted} tokens needs {human(least * needs.block_bytes)} of KV cache, and "
+            f"{human(there)} of {human(self.room.total_bytes)} ({self.room.source}) are left beside "
+            f"weights ({human(needs.weight_bytes)}), process ({human(self.room.base_bytes)}) and steps of "
+            f"max_num_batched_tokens={rows} and max_num_seqs={seqs} ({human(step)}): {shorter}"
+            f"{self._smaller_step(seqs, rows)}, give it more memory (memory_bytes, memory_fraction, fewer replicas on a node), or halve what "
+            "is kept (kv_cache_dtype='int8', quantization='int8')"
         )
 
     def _smaller_step(self, seqs: int, rows: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@lru_cache
 def needs_of(name: str, *, bits: int = 16, gpu: bool = False) -> Needs:
     config = SHAPES[name]
     with torch.device("meta"):
