@@ -11,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from deployments.ingress import Router
 from deployments.replica.replica import Replica
 from deployments.settings.app import AppArgs
+from engine.sizing.machine import read_host_memory
 
 ROUTING_STATS_PERIOD_S = 0.5
 HEALTH_PERIOD_S = 2.0
@@ -20,6 +21,7 @@ MAX_ONGOING = 4096  # the engine's own queue says no, by name, long before
 
 def build(args: AppArgs) -> Application:
     """The application: `Router` (ingress) in front of `Replica`s."""
+    args = args.on_a_machine_of(read_host_memory().total_bytes)
     replica = serve.deployment(
         name="Replica",
         num_replicas=args.num_replicas,

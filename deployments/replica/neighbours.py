@@ -10,9 +10,9 @@ from deployments.settings.app import AppArgs
 from engine.config import MIB
 from engine.sizing.room import Neighbours
 
-# Resident, without what processes share: measured on the demo, docs/sizing.md.
+# Proportional sets: 621 and 369 MiB with one replica of a model of 135 M parameters, docs/decisions/0024.
 RAY_BYTES = 768 * MIB  # Ray's own processes, Serve's controller and proxy, and the adapter store's actor
-ROUTER_BYTES = 256 * MIB
+ROUTER_BYTES = 448 * MIB
 
 
 def neighbours_here(args: AppArgs) -> Neighbours:
@@ -34,6 +34,6 @@ def plan_neighbours(args: AppArgs, resources: dict[str, Any]) -> Neighbours:
         num_engines = min(num_engines, int(resources["CPU"] / args.replica_num_cpus))
     return Neighbours(
         num_engines=max(1, num_engines),
-        reserved_bytes=RAY_BYTES + args.num_routers * ROUTER_BYTES + args.adapters.host_bytes,
+        reserved_bytes=RAY_BYTES + args.num_routers * ROUTER_BYTES + args.host_bytes,
         store_bytes=args.store_bytes_of_a_replica,
     )

@@ -11,7 +11,7 @@ import re
 import typing
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
 from pydantic import model_validator as check
@@ -37,7 +37,9 @@ class AdapterSettings(Settings):
     allowed: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns of names; None: all
     pinned: tuple[str, ...] = Field(default=(), strict=False)  # names that every replica keeps on its device
     warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of its own
-    host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
+    # Packed adapters in host memory (Ray's object store); auto: a sixteenth of the memory where the application is
+    # built, at most 1 GiB, and room for one adapter.
+    host_bytes: PositiveInt | Literal["auto"] = "auto"
     disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
     max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as uploaded and as packed
@@ -76,6 +78,12 @@ class AdapterSettings(Settings):
             if not is_allowed(name, self.allowed):
                 raise ValueError(f"pinned: the patterns of `allowed` leave out {name!r}; pin what may be served")
         return self
+
+    def host_bytes_in(self, memory_bytes: int) -> int:
+        """host_bytes, on a node of so much memory."""
+        if self.host_bytes != "auto":
+            return self.host_bytes
+        return max(self.max_adapter_bytes, min(GIB, memory_bytes // 16))
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -157,11 +165,20 @@ class AppArgs(Settings):
         given = self.adapters.warm_bytes
         return adapter_bytes // 2 if given is None else given
 
+    def on_a_machine_of(self, memory_bytes: int) -> Self:
+        """With host_bytes as a number: the same for all who may make the store."""
+        adapters = self.adapters.model_copy(update={"host_bytes": self.adapters.host_bytes_in(memory_bytes)})
+        return self.model_copy(update={"adapters": adapters})
+
+    @property
+    def host_bytes(self) -> int:
+        return self.adapters.host_bytes_in(16 * GIB)
+
     @property
     def store_bytes_of_a_replica(self) -> int:
         """What each replica may hold leases on in the store, so that one more adapter still finds room there."""
-        adapters = self.adapters
-        return max(adapters.max_adapter_bytes, (adapters.host_bytes - adapters.max_adapter_bytes) // self.num_replicas)
+        largest = self.adapters.max_adapter_bytes
+        return max(largest, (self.host_bytes - largest) // self.num_replicas)
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings, paths absolute."""

@@ -265,8 +265,8 @@ class _Plan:
             f"{human(there)} of {human(self.room.total_bytes)} ({self.room.source}) are left beside "
             f"weights ({human(needs.weight_bytes)}), process ({human(self.room.base_bytes)}) and steps of "
             f"max_num_batched_tokens={rows} and max_num_seqs={seqs} ({human(step)}): {shorter}"
-            f"{self._smaller_step(seqs, rows)}, give it more memory (memory_bytes, memory_fraction, fewer replicas on a node), or halve what "
-            "is kept (kv_cache_dtype='int8', quantization='int8')"
+            f"{self._smaller_step(seqs, rows)}, give it more memory (memory_bytes, memory_fraction, fewer replicas on "
+            "a node), or halve what is kept (kv_cache_dtype='int8', quantization='int8')"
         )
 
     def _smaller_step(self, seqs: int, rows: int) -> str:

@@ -19,7 +19,9 @@ from engine.request import SamplingParams
 from engine.runner import memory
 from engine.runner.memory import PROCESS_BYTES, check_weights_fit, host_room
 from engine.sizing.machine import HostMemory
+from engine.sizing.plan import plan_sizes
 from engine.sizing.room import ALONE, GIB, MIB, Neighbours, Room
+from tests.support.model_shapes import needs_of
 from tests.support.tiny_model import make_base
 
 
@@ -97,6 +99,29 @@ def test_the_store_and_the_routers_are_counted(tmp_path: Path) -> None:
     assert found.store_bytes == 250 * MIB
     many = plan_neighbours(args(tmp_path, num_replicas=20, adapters=adapters), {"CPU": 8.0})
     assert many.store_bytes == 100 * MIB  # and a replica for one of them
+
+
+@pytest.mark.parametrize(("shape", "context"), [("135m", 8192), ("0.5b", 8192)])
+def test_a_server_of_four_gigabytes_needs_a_model_and_sources_alone(tmp_path: Path, shape: str, context: int) -> None:
+    plain = args(tmp_path).on_a_machine_of(4 * 10**9)
+    neighbours = plan_neighbours(plain, {"CPU": 2.0})
+    found = room(HostMemory(4 * 10**9, 34 * 10**8, is_container=True), neighbours)
+    config, sizes = plan_sizes(plain.engine_config(), needs_of(shape), found)
+    assert sizes.max_model_len >= context
+    assert sizes.max_num_seqs >= 8
+    assert config.adapter_bytes == plain.store_bytes_of_a_replica == plain.host_bytes == 256 * MIB
+    all_of_it = sizes.kv_cache_bytes + sizes.weight_bytes + sizes.base_bytes + sizes.step_bytes
+    assert all_of_it + neighbours.reserved_bytes <= 0.9 * 4e9
+
+
+@pytest.mark.parametrize(
+    ("given", "memory_gib", "mib"), [("auto", 64, 1024), ("auto", 8, 512), ("auto", 1, 256), (300 * MIB, 64, 300)]
+)
+def test_the_stores_memory_goes_by_the_machine_unless_it_was_given(
+    tmp_path: Path, given: int | str, memory_gib: int, mib: int
+) -> None:
+    found = args(tmp_path, adapters={"host_bytes": given}).on_a_machine_of(memory_gib * GIB)
+    assert found.host_bytes == found.adapters.host_bytes == mib * MIB
 
 
 def test_weights_that_cannot_fit_are_refused_before_any_is_read(
