@@ -145,7 +145,7 @@ class EngineConfig:
             if value == AUTO and setting.default == AUTO and isinstance(value, str):
                 continue
             kind, description = _KINDS.get(setting.name, (int, "a whole number"))
-            description += " or 'auto'" if setting.name in SIZES else ""
+            description += " or 'auto'" if setting.default == AUTO and kind is not str else ""
             # bool is an int to Python, and nobody means max_num_seqs=True.
             fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             if not fits and not (value is None and setting.default is None):

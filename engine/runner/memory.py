@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from engine.sizing.machine import HostMemory, read_host_memory, read_process_byt
 from engine.sizing.plan import plan_sizes
 from engine.sizing.room import ALONE, GIB, MIB, Needs, Neighbours, Room, Sizes, human
 
-logger = logging.getLogger(__name__)
-
 GPU_FRACTION = 0.9
 CONTAINER_FRACTION = 0.9
 MACHINE_FRACTION = 0.5  # others live there too
@@ -35,7 +32,7 @@ _CONTEXT_BYTES = 600 * MIB  # of CUDA, where a GPU is shared and it cannot be me
 _GPU_FIXED_BYTES = 256 * MIB  # LoRA tables and scratch, trial runs, fragments
 _GRAPH_BYTES = GIB  # workspaces of libraries, one for each stream that graphs are recorded on
 _FP8_CAPABILITY = (9, 0)  # Hopper
-# Half of what a fused layer keeps is freed before the other half is made; this counts generic ones, which keep all.
+# Of a row, alive at once in a layer as transformers writes it: vectors of the hidden size, and of the widest layer's.
 _HIDDEN_COPIES, _WIDEST_COPIES = 8, 4
 _ATTENTION_TILE_BYTES = 128 * 4  # of scores and weights, for each thread and token of the longest context
 _LOGIT_BYTES = 4  # some models give them in float32, whatever they compute in
