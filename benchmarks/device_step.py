@@ -158,7 +158,7 @@ class Bench:
             max_num_batched_tokens=max(max(batches), args.prefill_sequences * args.prefill_tokens),
             max_resident_adapters=args.adapters,
             kernels=args.kernels,
-        )
+        ).resolved()
         num_blocks = max(max(batches), args.prefill_sequences) * self.blocks_per_sequence + 1
         self.token_bytes = loaded.capabilities.kv_shape(1, self.dtype).block_bytes
         self.sites = [site for site in loaded.sites if site.layer is not None]

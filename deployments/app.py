@@ -14,6 +14,7 @@ from deployments.ingress import Router
 from deployments.listener import listening_host
 from deployments.replica.replica import Replica
 from deployments.settings.app import AppArgs
+from engine.sizing.machine import read_host_memory
 
 ROUTING_STATS_PERIOD_S = 0.5
 HEALTH_PERIOD_S = 2.0
@@ -28,6 +29,7 @@ def build(args: AppArgs) -> Application:
     """
     if ray.is_initialized() and (host := listening_host()) is not None:
         check_closed(args.api_keys_env, host, is_open=args.open)  # a router looks again; here it is told at once
+    args = args.on_a_machine_of(read_host_memory().total_bytes)
     replica = serve.deployment(
         name="Replica",
         num_replicas=args.num_replicas,

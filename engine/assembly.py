@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SizedConfig
 from engine.core.limits import SchedulerConfig
 from engine.gc_pause import garbage_collection_paused
 from engine.model_folder import locate
 from engine.runner.protocol import Runner
+from engine.sizing.room import ALONE, Neighbours, Sizes
 from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.image_spec import ImageSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,26 +36,39 @@ class EngineParts:
     quantized_bytes: int = 0  # of weights; see EngineStats
     quantized_16bit_bytes: int = 0
     block_bytes: int = 0  # of the KV cache: the pages of adapters that lie in it; 0: none do
+    sized: SizedConfig | None = None  # None: what the settings leave open is as large as it ever is
+    sizes: Sizes | None = None  # None: nobody planned any
+
+    def sized_config(self, config: EngineConfig) -> SizedConfig:
+        if self.sized is not None:
+            return self.sized
+        return config.resolved(max_model_len=self.max_model_len, kv_cache_bytes=self.num_blocks * self.block_bytes)
 
 
-def load_parts(config: EngineConfig) -> EngineParts:
+def load_parts(config: EngineConfig, neighbours: Neighbours = ALONE) -> EngineParts:
     """Load the model and size what depends on it. Imports torch. Raises: ConfigError, ModelNotSupported."""
     with garbage_collection_paused():
-        return _load_parts(config)
+        return _load_parts(config, neighbours)
 
 
-def _load_parts(config: EngineConfig) -> EngineParts:
+def _load_parts(config: EngineConfig, neighbours: Neighbours) -> EngineParts:
     from engine.model.loader import load_model
-    from engine.runner.memory import kv_shape, num_kv_blocks
+    from engine.runner.memory import check_weights_fit, host_room, kv_shape, size_engine
     from engine.runner.runner import TorchRunner
 
     config = replace(config, model=str(locate(config.model)))
     tokenizer = Tokenizer.load(config.tokenizer or config.model)
+    room = host_room(config, neighbours)
+    if config.device == "cpu":
+        check_weights_fit(config, room)
     loaded = load_model(config)
-    num_blocks, shape = num_kv_blocks(loaded, config), kv_shape(loaded, config)
+    sized, sizes = size_engine(loaded, config, room, neighbours)
+    logger.info("%s: %s", Path(config.model).name, sizes)
+    loaded = replace(loaded, max_model_len=sized.max_model_len)
+    num_blocks, shape = sizes.num_blocks, kv_shape(loaded, config)
     spec = loaded.image_spec(config.adapter_dtype)
     return EngineParts(
-        runner=TorchRunner(loaded, config, num_blocks),
+        runner=TorchRunner(loaded, sized, num_blocks),
         tokenizer=tokenizer,
         image_spec=spec,
         num_blocks=num_blocks,
@@ -61,10 +79,12 @@ def _load_parts(config: EngineConfig) -> EngineParts:
         quantized_bytes=loaded.footprint.num_bytes if loaded.footprint else 0,
         quantized_16bit_bytes=loaded.footprint.num_bytes_16bit if loaded.footprint else 0,
         block_bytes=shape.block_bytes,
+        sized=sized,
+        sizes=sizes,
     )
 
 
-def limits_of(config: EngineConfig, parts: EngineParts) -> SchedulerConfig:
+def limits_of(config: SizedConfig, parts: EngineParts) -> SchedulerConfig:
     """Raises: ConfigError for limits that exclude each other."""
     max_pages, min_pages = None, 0
     if config.has_adapter_pages():

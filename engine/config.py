@@ -1,4 +1,7 @@
-"""Every setting of the engine, each default once. `None` means: resolved at load from the model and the machine."""
+"""Every setting of the engine, each default once. `None` means: resolved at load from the model and the machine.
+
+So does "auto" where a size may be given: engine/sizing and docs/sizing.md say how.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from engine.errors import ConfigError
 
 MIB = 1 << 20
 
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 AdapterMemory = Literal["auto", "borrowed", "pages"]
@@ -31,19 +36,21 @@ class EngineConfig:
     quantization: Quantization | None = None  # linear layers of a 16-bit checkpoint are rounded to it at load
     quantize_lm_head: bool = False  # the output layer too
     quantize_embeddings: bool = False  # the input embeddings too, to int8
-    max_model_len: int | None = None  # tokens of prompt and output; None: what the model was made for
+    memory_bytes: int | Auto = AUTO  # of RAM, or of a GPU's memory, for weights, cache and steps together
+    memory_fraction: float | Auto = AUTO  # of what there is; auto: 0.9 of a GPU or a container, half of a whole machine
+    max_model_len: int | Auto = AUTO  # tokens of prompt and output; auto: what the model was made for, if it fits
     block_size: int = 16  # P, tokens of KV cache in one block
-    kv_cache_bytes: int | None = None  # with adapters in its pages; None: 256 MiB on the CPU, what a GPU has left
+    kv_cache_bytes: int | Auto = AUTO  # with adapters in its pages; auto: what the rest leaves and sequences can fill
     kv_cache_dtype: KVCacheDType = "auto"  # auto: the model's; a scale per token and head with int8, fp8 (Hopper on)
-    max_num_seqs: int = 64  # running sequences
-    max_num_batched_tokens: int = 1024  # rows of one step
+    max_num_seqs: int | Auto = AUTO  # running sequences; auto: at most 64 on the CPU, 256 on a GPU
+    max_num_batched_tokens: int | Auto = AUTO  # rows of one step; auto: at most 1024 on the CPU, 2048 on a GPU
     max_queued_requests: int = 1024  # waiting requests; one more is refused with QueueFull
-    adapter_bytes: int = 512 * MIB  # resident adapters at most, true rank, as packed
+    adapter_bytes: int | Auto = AUTO  # resident adapters at most, true rank, as packed; auto: a share of the cache
     min_adapter_bytes: int = 0  # of the KV cache's pages: so much of them no sequence gets
     adapter_dtype: AdapterDType = "auto"  # of packed adapters: the model's, or codes of half its bytes and less exact
     adapter_memory: AdapterMemory = "auto"  # borrowed from shared memory, or KV pages; auto: on the CPU, on a GPU
     adapter_copy_bytes_per_s: int | None = None  # into pages, beside the steps; None: as fast as the bus
-    max_resident_adapters: int = 256  # LoRA slots, without the base
+    max_resident_adapters: int | Auto = AUTO  # LoRA slots, without the base; auto: by adapter_bytes, at most 256
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True  # off: a prompt is computed in one step or waits for a free one
     pipeline_depth: int | None = None  # plans in flight; None: 1 on the CPU, 2 on a GPU
@@ -57,14 +64,16 @@ class EngineConfig:
         self._check_types()
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value != AUTO and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
-        check_step_limits(self)
+        if self.memory_fraction != AUTO and not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction={self.memory_fraction} must be more than 0 and at most 1")
         if self.min_adapter_bytes < 0:
             raise ConfigError(f"min_adapter_bytes={self.min_adapter_bytes} must not be negative")
         if not self.step_timeout_s > 0:
             raise ConfigError(f"step_timeout_s={self.step_timeout_s} must be more than 0")
         self._check_choices()
+        check_step_limits(self.resolved())
         self._check_quantization()
         self._check_kv_cache_dtype()
         self._check_adapter_memory()
@@ -99,7 +108,7 @@ class EngineConfig:
                 f"min_adapter_bytes={self.min_adapter_bytes} means nothing where adapters take no pages of the KV "
                 "cache: set adapter_memory='pages' and adapter_bytes, or leave it at 0"
             )
-        if self.min_adapter_bytes > self.adapter_bytes:
+        if self.adapter_bytes != AUTO and self.min_adapter_bytes > self.adapter_bytes:
             raise ConfigError(
                 f"min_adapter_bytes={self.min_adapter_bytes} is more than adapter_bytes={self.adapter_bytes}: lower "
                 "the first or raise the second"
@@ -108,8 +117,55 @@ class EngineConfig:
     def has_adapter_pages(self) -> bool:
         """Whether adapters lie in pages of the KV cache, and share its bytes with sequences."""
         memory = self.adapter_memory
-        has_lora = self.adapter_bytes > 0 and self.max_resident_adapters > 0
-        return has_lora and (memory == "pages" or (memory == "auto" and self.device != "cpu"))
+        return self.has_lora() and (memory == "pages" or (memory == "auto" and self.device != "cpu"))
+
+    def has_lora(self) -> bool:
+        """Whether adapters may be loaded at all."""
+        return all(size == AUTO or size > 0 for size in (self.adapter_bytes, self.max_resident_adapters))
+
+    def plans_in_flight(self) -> int:
+        """pipeline_depth, resolved: on a GPU the host plans a step while the one before it runs."""
+        return self.pipeline_depth or (1 if self.device == "cpu" else 2)
+
+    def resolved(self, **sizes: int) -> SizedConfig:
+        """With `sizes`, and of other sizes left to "auto" the most that is ever chosen beside those that are given."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        most = dict.fromkeys(SIZES, 0) | CEILINGS[self.device]
+        rows, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if rows == AUTO and seqs != AUTO:
+            most["max_num_batched_tokens"] = max(seqs, most["max_num_batched_tokens"])
+        if rows != AUTO:
+            most["max_num_seqs"] = min(rows, most["max_num_seqs"])
+        most["adapter_bytes"] = max(self.min_adapter_bytes, most["adapter_bytes"])
+        return SizedConfig(**fields | {name: (most | sizes)[name] for name in SIZES if fields[name] == AUTO})
+
+    def _check_types(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            if value == AUTO and setting.default == AUTO and isinstance(value, str):
+                continue
+            kind, description = _KINDS.get(setting.name, (int, "a whole number"))
+            description += " or 'auto'" if setting.default == AUTO and kind is not str else ""
+            # bool is an int to Python, and nobody means max_num_seqs=True.
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits and not (value is None and setting.default is None):
+                raise ConfigError(f"{setting.name}={value!r} must be {description}")
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizedConfig(EngineConfig):
+    """An EngineConfig whose sizes are all numbers: what was given, and what was chosen for the rest."""
+
+    max_model_len: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    adapter_bytes: int
+    max_resident_adapters: int
 
     def adapter_pages(self, page_bytes: int) -> tuple[int, int]:
         """Floor and ceiling of adapters in pages of the KV cache, if they lie there: at least and at most so many.
@@ -121,23 +177,31 @@ class EngineConfig:
         most = self.adapter_bytes // page_bytes
         return min(-(-self.min_adapter_bytes // page_bytes), most), most
 
-    def plans_in_flight(self) -> int:
-        """pipeline_depth, resolved: on a GPU the host plans a step while the one before it runs."""
-        return self.pipeline_depth or (1 if self.device == "cpu" else 2)
 
-    def _check_types(self) -> None:
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            kind, description = _KINDS.get(setting.name, (int, "a whole number"))
-            # bool is an int to Python, and nobody means max_num_seqs=True.
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not fits and not (value is None and setting.default is None):
-                raise ConfigError(f"{setting.name}={value!r} must be {description}")
-
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(cls))
-
+SIZES = (
+    "max_model_len",
+    "kv_cache_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "adapter_bytes",
+    "max_resident_adapters",
+)
+"""Settings that SizedConfig has as numbers."""
+CEILINGS: dict[str, dict[str, int]] = {
+    "cpu": {
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 1024,
+        "max_resident_adapters": 256,
+        "adapter_bytes": 512 * MIB,
+    },
+    "cuda": {
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 2048,
+        "max_resident_adapters": 256,
+        "adapter_bytes": 64 << 30,
+    },
+}
+"""The most that "auto" ever chooses, by device."""
 
 _CHOICES: dict[str, Any] = {
     "device": Device,
@@ -167,8 +231,10 @@ _KINDS: dict[str, tuple[type | UnionType, str]] = {
     "enable_prefix_caching": (bool, "True or False"),
     "enable_chunked_prefill": (bool, "True or False"),
     "step_timeout_s": (int | float, "a number of seconds"),
+    "memory_fraction": (int | float, "a number"),
 }
 _POSITIVE = (
+    "memory_bytes",
     "max_model_len",
     "block_size",
     "kv_cache_bytes",

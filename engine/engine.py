@@ -17,6 +17,7 @@ from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
 from engine.request import FinishReason, OutputError, Request
 from engine.runner.protocol import PendingStep, StepNotLaunched
+from engine.sizing.room import ALONE, Neighbours
 from engine.stats import EngineStats, RequestClock, RequestMetrics, Totals
 
 if TYPE_CHECKING:
@@ -37,11 +38,17 @@ class Engine:
     - anything else a runner raises is fatal: `step` raises EngineDead, now and ever after.
     """
 
-    def __init__(self, config: EngineConfig, *, parts: EngineParts | None = None) -> None:
-        """Loads the model, unless `parts` are given. Raises: ConfigError, ModelNotSupported."""
+    def __init__(
+        self, config: EngineConfig, *, parts: EngineParts | None = None, neighbours: Neighbours = ALONE
+    ) -> None:
+        """Loads the model, unless `parts` are given, and sizes it beside its `neighbours`.
+
+        Raises: ConfigError, ModelNotSupported.
+        """
         config.validate()
-        self.config = config
-        parts = parts or load_parts(config)
+        parts = parts or load_parts(config, neighbours)
+        self.config = config = parts.sized_config(config)
+        self._sizes = parts.sizes
         self.tokenizer = parts.tokenizer
         self.image_spec = parts.image_spec
         self.limits = limits_of(config, parts)
@@ -280,6 +287,7 @@ class Engine:
             running=now.running,
             free_blocks=now.free_blocks,
             num_blocks=now.num_blocks,
+            sizes=self._sizes,
             quantized_bytes=self._quantized_bytes[0],
             quantized_16bit_bytes=self._quantized_bytes[1],
             cached_blocks=now.cached_blocks,

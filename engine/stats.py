@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from engine.sizing.room import Sizes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
@@ -15,6 +17,7 @@ class EngineStats:
     running: int
     free_blocks: int  # includes blocks that only the prefix cache holds
     num_blocks: int
+    sizes: Sizes | None  # what was given and chosen at start, and why; None: the engine was not sized
     quantized_bytes: int  # of layers that are quantized, codes and scales; 0: none are
     quantized_16bit_bytes: int  # of the same layers, were they in 16 bits
     cached_blocks: int  # findable by their prefix, in use or free

@@ -8,6 +8,12 @@ from collections.abc import Sequence
 import torch
 
 
+def use_device(device: torch.device) -> None:
+    """From now on kernels of the calling thread are launched on `device`. Each thread begins with the first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def upload(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """A tensor [n] of int64 or int32."""
     # torch reads a list number by number, some with a dozen calls each; an array is read as it is.

@@ -39,6 +39,7 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("checkpoint", "model", "runner", "lora", "quant", "quantize", "kv", "native"), 90),
     (("triton_kernels",), 120),
     (("text", "engine_api"), 20),
+    (("sizing",), 10),
     (("manifests", "."), 50),
     (("equality",), 80),
     (("demo",), 60),

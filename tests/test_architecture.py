@@ -26,6 +26,7 @@ SEAMS = (
     "engine.stats",
     "engine.gc_pause",
     "engine.model_folder",
+    "engine.sizing",
 )
 PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engine.quant")
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
@@ -36,10 +37,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
     "engine.image_spec": (),
-    "engine.stats": (),
+    "engine.stats": ("engine.sizing.room",),
     "engine.gc_pause": (),
     "engine.config": ("engine.errors",),
     "engine.model_folder": ("engine.errors",),
+    "engine.sizing": ("engine.errors", "engine.config", "engine.sizing"),
     "engine.request": ("engine.errors",),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),

@@ -20,6 +20,7 @@ from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Call, Fault
 from deployments.errors import fault_of
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
+from deployments.replica.neighbours import neighbours_here
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
 from deployments.store.actor import connector
@@ -43,9 +44,10 @@ class Replica:
         """Raises: ConfigError, ModelNotSupported; ValueError when a secret is missing; Refused without a store."""
         self._id = serve.get_replica_context().replica_id.unique_id
         config = args.engine_config()
-        engine = await asyncio.to_thread(Engine, config)
+        engine = await asyncio.to_thread(Engine, config, neighbours=await asyncio.to_thread(neighbours_here, args))
+        logger.info("sizes of this replica: %s", engine.stats().sizes)
         spec = engine.image_spec
-        self._capacity = config.max_num_seqs
+        self._capacity = engine.config.max_num_seqs
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
             connector(args.adapters),
@@ -68,7 +70,7 @@ class Replica:
             self._engine,
             self._store,
             pinned=args.adapters.pinned,
-            budget_bytes=args.warm_bytes,
+            budget_bytes=args.warm_bytes(engine.config.adapter_bytes),
             refresh_s=args.adapters.refresh_s,
         )
         self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run())]

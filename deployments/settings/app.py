@@ -7,10 +7,11 @@ replica may run.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
 from pydantic import model_validator as check
@@ -36,8 +37,10 @@ class AdapterSettings(Settings):
     sources: tuple[Source, ...] = Field(default=(), strict=False)  # in order: the first that knows a name has it
     allowed: tuple[str, ...] | None = Field(default=None, strict=False)  # shell patterns of names; None: all
     pinned: tuple[str, ...] = Field(default=(), strict=False)  # names that every replica keeps on its device
-    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of adapter_bytes
-    host_bytes: PositiveInt = GIB  # packed adapters in host memory (Ray's object store)
+    warm_bytes: int | None = Field(default=None, ge=0)  # a new replica begins with at most; None: half of its own
+    # Packed adapters in host memory (Ray's object store); auto: a sixteenth of the memory where the application is
+    # built, at most 1 GiB, and room for one adapter.
+    host_bytes: PositiveInt | Literal["auto"] = "auto"
     disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
     max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as packed; its file may have four times as many
@@ -77,6 +80,12 @@ class AdapterSettings(Settings):
                 raise ValueError(f"pinned: the patterns of `allowed` leave out {name!r}; pin what may be served")
         return self
 
+    def host_bytes_in(self, memory_bytes: int) -> int:
+        """host_bytes, on a node of so much memory."""
+        if self.host_bytes != "auto":
+            return self.host_bytes
+        return max(self.max_adapter_bytes, min(GIB, memory_bytes // 16))
+
     @property
     def source_names(self) -> tuple[str, ...]:
         """What a request's adapter_source may say."""
@@ -110,7 +119,8 @@ class AppArgs(Settings):
     """The arguments of `deployments.app:build`."""
 
     model: str  # folder with a transformers checkpoint
-    model_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)  # name of the base in the API
+    # Name of the base in the API; not given: that of its folder, with hyphens for what a name may not have.
+    model_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)
     engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
     num_replicas: PositiveInt = 1
     num_routers: PositiveInt = 1
@@ -126,6 +136,14 @@ class AppArgs(Settings):
     replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
     max_resumes: int = Field(default=8, ge=0)  # an answer moves so often; replicas that were stopped are not counted
     drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
+
+    @check(mode="before")
+    @classmethod
+    def _named_after_its_folder(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("model"), str) or data.get("model_id") is not None:
+            return data
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data["model"]).resolve().name).lstrip("._-")
+        return data | {"model_id": name[:200] or "base"}
 
     @field_validator("model")
     @classmethod
@@ -150,11 +168,25 @@ class AppArgs(Settings):
             raise ValueError("open: true says that everyone may ask, api_keys_env that a key is needed; leave one out")
         return self
 
-    @property
-    def warm_bytes(self) -> int:
-        """How many bytes of adapters a new replica brings in before anybody asks for them."""
+    def warm_bytes(self, adapter_bytes: int) -> int:
+        """How many bytes of adapters a new replica that keeps `adapter_bytes` brings in before anybody asks."""
         given = self.adapters.warm_bytes
-        return self.engine_config().adapter_bytes // 2 if given is None else given
+        return adapter_bytes // 2 if given is None else given
+
+    def on_a_machine_of(self, memory_bytes: int) -> Self:
+        """With host_bytes as a number: the same for all who may make the store."""
+        adapters = self.adapters.model_copy(update={"host_bytes": self.adapters.host_bytes_in(memory_bytes)})
+        return self.model_copy(update={"adapters": adapters})
+
+    @property
+    def host_bytes(self) -> int:
+        return self.adapters.host_bytes_in(16 * GIB)
+
+    @property
+    def store_bytes_of_a_replica(self) -> int:
+        """What each replica may hold leases on in the store, so that one more adapter still finds room there."""
+        largest = self.adapters.max_adapter_bytes
+        return max(largest, (self.host_bytes - largest) // self.num_replicas)
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings, paths absolute."""

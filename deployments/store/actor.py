@@ -11,14 +11,14 @@ from urllib.parse import urlsplit
 from adapter_store.actor import get_or_create_store
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceConfig
-from deployments.settings.app import AdapterSettings
+from deployments.settings.app import GIB, AdapterSettings
 from deployments.settings.sources import FileSource, HttpSource, S3Source, Source
 
 
 def store_config(settings: AdapterSettings) -> StoreConfig:
     """The store's settings. It looks at its sources within half of `refresh_s`; replicas ask it in the other half."""
     return StoreConfig(
-        host_bytes=settings.host_bytes,
+        host_bytes=settings.host_bytes_in(16 * GIB),
         max_adapter_bytes=settings.max_adapter_bytes,
         max_rank=settings.max_rank,
         lease_ttl_s=settings.lease_ttl_s,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.lora.image import AdapterImage
 from engine.lora.pages import Chunk, PageLayout, cut_chunks
+from engine.to_device import use_device
 
 STAGING_BYTES = 4 << 20
 NUM_STAGING = 2
@@ -29,6 +30,10 @@ class HostToDevice(Protocol):
     """What copying asks of a device. `mark` is called by the step thread, all else by the copying one."""
 
     staging: tuple[npt.NDArray[np.uint8], ...]  # of equal size
+
+    def enter(self) -> None:
+        """The calling thread is the one that copies, and has copied nothing yet."""
+        ...
 
     def mark(self) -> Any:
         """Everything that the step thread has given to the device until now."""
@@ -58,6 +63,8 @@ class HostPages:
         self._pages = pages  # uint8 [num_bytes]
         self.staging = tuple(np.empty(staging_bytes, dtype=np.uint8) for _ in range(NUM_STAGING))
 
+    def enter(self) -> None: ...
+
     def mark(self) -> None:
         """Whatever the step thread does is done when it returns."""
 
@@ -84,6 +91,9 @@ class CudaPages:
         # Blocking: who waits for them sleeps, and leaves its core to the step thread. Not recorded yet: over.
         self._copied = [torch.cuda.Event(blocking=True) for _ in range(NUM_STAGING)]
         self._finished = torch.cuda.Event(blocking=True)
+
+    def enter(self) -> None:
+        use_device(self._device)
 
     def mark(self) -> torch.cuda.Event:
         # The pages may have belonged to kernels still queued on the step's stream: the copy comes after them.
@@ -140,7 +150,7 @@ class Copier:
     def __init__(self, device: HostToDevice, pacer: Pacer) -> None:
         self._device = device
         self._pacer = pacer
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-copy")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-copy", initializer=device.enter)
 
     def start(self, image: AdapterImage, layout: PageLayout, pages: tuple[int, ...]) -> Load:
         """Copy an image to its pages. Waits for nothing."""

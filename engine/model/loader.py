@@ -35,7 +35,7 @@ from engine.checkpoint.names import CheckpointNames
 from engine.checkpoint.rounded import RoundedQuantization
 from engine.checkpoint.stored import StoredQuantization, check_plain_tensors, plan_layers
 from engine.checkpoint.weight_files import WeightFiles
-from engine.config import AdapterDType, EngineConfig
+from engine.config import AUTO, AdapterDType, EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
 from engine.image_spec import ImageSpec, LinearSite
 from engine.model.attention import ATTENTION_NAME, keep_window
@@ -95,7 +95,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     hf_config, stored = read_config(folder)
     checkpoint = _Checkpoint(folder, hf_config, stored)
     _refuse_quantizing_twice(checkpoint, config)
-    max_model_len = resolve_max_model_len(hf_config, config.max_model_len)
+    wanted = None if config.max_model_len == AUTO else config.max_model_len
+    max_model_len = resolve_max_model_len(hf_config, wanted)
     dtype = resolve_dtype(config, hf_config, is_quantized=stored is not None)
     eos = eos_token_ids(folder, Path(config.tokenizer or folder))
     model = _read_weights(checkpoint, config, dtype, device)

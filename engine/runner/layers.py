@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint.free_memory import FreeMemory
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SizedConfig
 from engine.errors import ConfigError
 from engine.kv.backend import AttentionBackend, AttentionInputs
 from engine.kv.native_attention import NativeAttention
@@ -45,7 +45,7 @@ class PreparedLayers:
     triton: tuple[TritonAttention, TritonLora | None] | None = None  # the same backend, and the batch's kernels
 
 
-def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> PreparedLayers:
+def prepare_layers(loaded: LoadedModel, config: SizedConfig, storage: KVStorage) -> PreparedLayers:
     """Give the model's layers LoRA, and kernels where there are any.
 
     Raises: ConfigError if `kernels` asks for some that cannot be used.
@@ -57,23 +57,19 @@ def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage
         prepared, done = _triton(loaded, config, storage)
     else:
         prepared, done = PreparedLayers(TorchAttention(storage), LoraBatch()), set()
-    if _has_lora(config):
+    if config.has_lora():
         left = tuple(site for site in loaded.sites if site.index not in done)
         install_lora(loaded.model, left, prepared.batch, loaded.uses)
     FreeMemory().give_back()  # of layers that kernels have laid out anew
     return prepared
 
 
-def _has_lora(config: EngineConfig) -> bool:
-    return config.adapter_bytes > 0 and config.max_resident_adapters > 0
-
-
 def _native(
-    loaded: LoadedModel, config: EngineConfig, storage: KVStorage, library: NativeLibrary
+    loaded: LoadedModel, config: SizedConfig, storage: KVStorage, library: NativeLibrary
 ) -> tuple[PreparedLayers, set[int]]:
     """Swap what has a compiled twin: whole runs of decoder layers, then what is left, part by part."""
     model, sites = loaded.model, loaded.sites
-    lora = NativeLora(library, config.max_resident_adapters) if _has_lora(config) else None
+    lora = NativeLora(library, config.max_resident_adapters) if config.has_lora() else None
     backend, trial = NativeAttention(library, storage), NativeAttention(library, _trial_storage(storage))
     with torch.inference_mode():
         done = compile_decoder(model, sites, library, lora, trial, _trial(loaded, trial), loaded.uses)
@@ -84,14 +80,14 @@ def _native(
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
 
-def _triton(loaded: LoadedModel, config: EngineConfig, storage: KVStorage) -> tuple[PreparedLayers, set[int]]:
+def _triton(loaded: LoadedModel, config: SizedConfig, storage: KVStorage) -> tuple[PreparedLayers, set[int]]:
     from engine.kv.triton_attention import TritonAttention
     from engine.lora.triton_lora import TritonLora
     from engine.model.triton_decoder import fuse_decoder
     from engine.model.triton_quant import swap_quant_linears
 
     lora, backend, trial = None, TritonAttention(storage), TritonAttention(_trial_storage(storage))
-    if _has_lora(config):
+    if config.has_lora():
         lora = TritonLora(
             len(loaded.sites),
             config.max_resident_adapters,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SizedConfig
 from engine.core.plan import AdapterEvict, AdapterLoad, StepPlan, StepResult, TokenRef
 from engine.errors import AdapterError, ConfigError
 from engine.kv.storage import KVStorage
@@ -23,6 +23,7 @@ from engine.runner.memory import kv_shape
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.rehearsal import rehearse
 from engine.runner.sampler import SampledStep, Sampler
+from engine.to_device import use_device
 
 if TYPE_CHECKING:  # it loads Triton
     from engine.runner.graphs import DecodeGraphs
@@ -55,9 +56,10 @@ class TorchRunner:
     Not thread-safe: one thread submits. `add_adapter` and `remove_adapter` belong to the same thread.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, num_blocks: int) -> None:
+    def __init__(self, loaded: LoadedModel, config: SizedConfig, num_blocks: int) -> None:
         if config.num_threads is not None and loaded.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
+        use_device(loaded.device)
         self.loaded = loaded
         self.num_blocks = num_blocks
         self._storage = KVStorage(kv_shape(loaded, config), num_blocks, loaded.device)
@@ -105,6 +107,7 @@ class TorchRunner:
         if plan.plan_id <= self._last_plan_id:
             raise ValueError(f"plan {plan.plan_id} comes after plan {self._last_plan_id}")
         num_waits = self._adapters.num_waits
+        use_device(self.loaded.device)  # the thread that submits need not be the one that loaded the model
         try:
             with torch.inference_mode():
                 inputs, sampled = self._execute(plan)
@@ -180,7 +183,7 @@ def _adapter_storage(config: EngineConfig, kv: KVStorage) -> AdapterStorage:
     return PagedStorage(kv.pages, kv.shape.block_bytes, Copier(device, Pacer(config.adapter_copy_bytes_per_s)))
 
 
-def _decode_graphs(loaded: LoadedModel, config: EngineConfig, layers: PreparedLayers) -> DecodeGraphs | None:
+def _decode_graphs(loaded: LoadedModel, config: SizedConfig, layers: PreparedLayers) -> DecodeGraphs | None:
     """None: steps are launched kernel by kernel."""
     if layers.triton is None or not config.cuda_graphs or loaded.device.type != "cuda":
         return None

@@ -245,6 +245,15 @@ def test_a_killed_replica_loses_no_request_and_its_streams_go_on(server: Server)
     print(f"killed replica: both serve again after {time.monotonic() - killed:.1f} s")
 
 
+def test_the_stats_tell_what_each_engine_was_given_and_has_chosen(server: Server):
+    for replica in server.stats()["replicas"]:
+        sizes = replica["engine"]["sizes"]
+        assert sizes["kv_cache_bytes"] <= 33554432  # as serve_config.yaml says; the rest is of this machine
+        assert sizes["max_model_len"] >= 256
+        assert sizes["memory_bytes"] > 0
+        assert "shared by 2 replicas" in sizes["why"] or "are free" in sizes["why"]
+
+
 def test_requests_wait_while_no_replica_lives(server: Server):
     for replica in server.stats()["replicas"]:
         os.kill(replica["pid"], signal.SIGKILL)

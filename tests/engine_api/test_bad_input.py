@@ -100,7 +100,7 @@ def test_a_refused_request_leaves_the_streams_of_others_alone(fields: dict[str, 
 
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
-    monkeypatch.setattr(engine.engine, "load_parts", lambda config: make_parts(AlphabetRunner()))
+    monkeypatch.setattr(engine.engine, "load_parts", lambda config, neighbours: make_parts(AlphabetRunner()))
     return LLM("alphabet", max_num_seqs=4, block_size=4, max_queued_requests=2)
 
 
@@ -140,8 +140,11 @@ def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any) 
     ("name", "value"),
     [
         *(("block_size", value) for value in (None, 0, "16", 16.5, True)),
-        *(("max_num_seqs", value) for value in (None, True, -1, 2000)),
+        *(("max_num_seqs", value) for value in (None, True, -1, "Auto")),
         *(("max_num_batched_tokens", value) for value in (None, "64")),
+        *(("kv_cache_bytes", value) for value in (None, 0, "4GiB")),
+        *(("memory_bytes", value) for value in (None, 0, 1.5)),
+        *(("memory_fraction", value) for value in (None, 0, 1.1, "half", float("nan"), True)),
         *(("min_adapter_bytes", value) for value in (None, -1, 0.5, 1)),  # 1: adapters take no pages here
         *(("adapter_dtype", value) for value in (None, 8, "bfloat16")),
         *(("adapter_memory", value) for value in (None, 1, "vram")),

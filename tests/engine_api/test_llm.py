@@ -26,7 +26,7 @@ def runner() -> AlphabetRunner:
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch, runner: AlphabetRunner) -> LLM:
     """After each letter it says the next."""
-    monkeypatch.setattr(engine.engine, "load_parts", lambda config: make_parts(runner))
+    monkeypatch.setattr(engine.engine, "load_parts", lambda config, neighbours: make_parts(runner))
     return LLM("alphabet", max_num_seqs=4, block_size=4)
 
 
@@ -80,7 +80,7 @@ def test_a_stop_string_ends_the_text_and_is_named(llm: LLM) -> None:
 
 
 def test_more_prompts_than_the_queue_holds_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.engine, "load_parts", lambda config: make_parts(AlphabetRunner()))
+    monkeypatch.setattr(engine.engine, "load_parts", lambda config, neighbours: make_parts(AlphabetRunner()))
     outputs = LLM("alphabet", max_num_seqs=2, max_queued_requests=2).generate(["a"] * 9, GREEDY)
     assert [output.text for output in outputs] == ["bcde"] * 9
 
@@ -111,7 +111,7 @@ def test_an_interrupt_between_steps_leaves_nothing_running(llm: LLM, monkeypatch
 
 
 def test_what_an_interrupt_left_in_the_queue_takes_no_room_from_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.engine, "load_parts", lambda config: make_parts(AlphabetRunner()))
+    monkeypatch.setattr(engine.engine, "load_parts", lambda config, neighbours: make_parts(AlphabetRunner()))
     llm = LLM("alphabet", max_num_seqs=1, block_size=4, max_queued_requests=2)
     with monkeypatch.context() as patch:
         patch.setattr(OutputProcessor, "process", interrupted)
@@ -138,7 +138,7 @@ def test_a_conversation_is_written_with_the_template(monkeypatch: pytest.MonkeyP
     hf_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     parts = make_parts(AlphabetRunner())
     object.__setattr__(parts, "tokenizer", Tokenizer(hf_tokenizer))
-    monkeypatch.setattr(engine.engine, "load_parts", lambda config: parts)
+    monkeypatch.setattr(engine.engine, "load_parts", lambda config, neighbours: parts)
     chats = [[{"role": "user", "content": "a"}], [{"role": "system", "content": "x"}, {"role": "user", "content": "c"}]]
     llm = LLM("alphabet")
     assert [output.text for output in llm.chat(chats, GREEDY)] == ["bcde", "defg"]

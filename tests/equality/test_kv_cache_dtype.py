@@ -16,11 +16,12 @@ from engine import LLM, EngineConfig, SamplingParams
 from engine.assembly import load_parts
 from engine.errors import ConfigError
 from engine.model.loader import load_model
-from engine.runner.memory import kv_shape, num_kv_blocks
+from engine.runner.memory import kv_shape
 from tests.equality.conftest import Zoo
 from tests.kv.quantized_oracle import round_rows
 from tests.support.native import native_or_skip
 from tests.support.plan_driver import PlanDriver
+from tests.support.sizes import num_kv_blocks
 from tests.support.tiny_model import reference_model
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

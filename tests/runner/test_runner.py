@@ -14,10 +14,10 @@ from engine.core.plan import AdapterEvict, AdapterLoad, BlockCopy, StepPlan, Tok
 from engine.errors import AdapterError, ConfigError
 from engine.lora.image import AdapterImage, AdapterManifest
 from engine.model.loader import LoadedModel, load_model
-from engine.runner.memory import DEFAULT_CPU_BYTES, num_kv_blocks
 from engine.runner.protocol import StepNotLaunched
 from tests.runner.test_runner_architectures import MAX_LOGIT_DIFFERENCE, check_against_reference
 from tests.support.plan_driver import PlanDriver
+from tests.support.sizes import AMPLE, num_kv_blocks
 from tests.support.tiny_model import make_adapter, make_base, reference_generate
 
 PROMPT = b"An odd number of tokens"
@@ -180,9 +180,9 @@ def test_the_cache_has_the_blocks_that_its_bytes_buy(bases: Path) -> None:
     wanted = f"needs 17, with the null block: raise kv_cache_bytes to at least {17 * block_bytes}"
     with pytest.raises(ConfigError, match=wanted):
         num_kv_blocks(loaded, small)
-    # The default is far more than 2 sequences of 256 tokens could ever fill.
+    # What there is is far more than 2 sequences of 256 tokens could ever fill.
     needed = num_kv_blocks(loaded, EngineConfig(model=str(base), max_num_seqs=2))
-    assert 2 * 16 <= needed < DEFAULT_CPU_BYTES // block_bytes
+    assert 2 * 16 <= needed < AMPLE.total_bytes // block_bytes
 
 
 def test_without_room_for_adapters_no_layer_is_swapped(bases: Path) -> None:

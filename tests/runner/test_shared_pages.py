@@ -17,11 +17,11 @@ from engine.kv.storage import KVShape, KVStorage
 from engine.lora.pages import lay_out
 from engine.lora.storage import PagedStorage
 from engine.model.loader import load_model
-from engine.runner.memory import num_kv_blocks
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.runner import _adapter_storage
 from tests.runner.test_runner import PROMPT, image_of
 from tests.support.plan_driver import PlanDriver
+from tests.support.sizes import num_kv_blocks
 from tests.support.tiny_model import make_adapter, make_base, reference_generate
 
 PER_SEQUENCE = 16  # blocks of 16 tokens, for the 256 that the tiny models were made for

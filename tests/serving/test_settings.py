@@ -59,6 +59,23 @@ def test_a_setting_that_cannot_work_is_named(changes: dict[str, Any], named: str
         _args(**changes)
 
 
+@pytest.mark.parametrize(
+    ("folder", "model_id"),
+    [
+        ("SmolLM2-135M", "SmolLM2-135M"),
+        ("my model (v2)", "my-model-v2-"),
+        ("..", None),
+        ("_x", "x"),
+        ("\u00fc", "base"),
+    ],
+)
+def test_a_model_without_a_name_is_called_like_its_folder(tmp_path: Path, folder: str, model_id: str | None):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    args = AppArgs.model_validate({"model": str(tmp_path / folder)})
+    assert args.model_id == (model_id or tmp_path.parent.name)
+    assert _args(model=str(tmp_path / folder)).model_id == "demo"
+
+
 def test_relative_paths_are_resolved_when_the_application_is_built(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     args = _args(model="demo", adapters={"sources": [{"kind": "file", "path": "demo/adapters"}], "disk_path": "cache"})
@@ -74,8 +91,8 @@ def test_settings_travel_between_processes():
 
 
 def test_a_new_replica_warms_half_of_what_its_device_keeps_unless_it_is_told_otherwise():
-    assert _args(engine={"adapter_bytes": 1000}).warm_bytes == 500
-    assert _args(engine={"adapter_bytes": 1000}, adapters={"warm_bytes": 0}).warm_bytes == 0
+    assert _args().warm_bytes(1000) == 500
+    assert _args(adapters={"warm_bytes": 0}).warm_bytes(1000) == 0
 
 
 def test_the_shipped_config_is_valid_for_serve_and_for_us(monkeypatch: pytest.MonkeyPatch):

@@ -60,7 +60,7 @@ class PlanDriver:
         self, base: Path | LoadedModel, *, block_size: int = 4, num_blocks: int = 256, seed: int = 0, **settings: Any
     ) -> None:
         folder = str(base) if isinstance(base, Path) else "unused"
-        self.config = EngineConfig(model=folder, block_size=block_size, num_threads=1, **settings)
+        self.config = EngineConfig(model=folder, block_size=block_size, num_threads=1, **settings).resolved()
         self.loaded = load_model(self.config) if isinstance(base, Path) else base
         self.runner = TorchRunner(self.loaded, self.config, num_blocks)
         self.free = list(range(num_blocks))
