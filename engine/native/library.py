@@ -26,7 +26,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "chorus_pack": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "chorus_quantized_panel_bytes": (c_int64, [POINTER(Quantization), c_int64]),
     "chorus_pack_quantized": (None, [*[c_void_p] * 3, c_int64, c_int64, POINTER(Quantization), c_void_p]),
-    "chorus_linear": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64, c_int32]),
+    "chorus_linear": (
+        c_int32,
+        [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64, c_int32, c_int32],
+    ),
     "chorus_add_lora": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64]),
     "chorus_attention": (
         c_int32,
@@ -154,18 +157,19 @@ _TRIED_ROWS = (*range(1, 14), 30)  # each number of rows that a tile can have, a
 
 
 def _linear_is_right(library: NativeLibrary) -> bool:
-    """Every size of tile, in both dtypes, element by element, beside a row with one value far above the others."""
+    """Every size of tile, in all dtypes, element by element, beside a row with one value far above the others."""
     generator = torch.Generator().manual_seed(0)
-    for dtype, share in ((torch.bfloat16, 2**-7), (torch.float32, 2**-18)):
+    bf16, float32 = torch.bfloat16, torch.float32
+    for dtype, y_dtype, share in ((bf16, bf16, 2**-7), (bf16, float32, 2**-18), (float32, float32, 2**-18)):
         weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((70, 37), (70,)))
         packed = library.pack(weight)
         for num_rows in _TRIED_ROWS:
             x = torch.randn((num_rows, 37), generator=generator)
             x[0, 5] = 1000.0
-            x, y = x.to(dtype), torch.empty((num_rows, 70), dtype=dtype)
+            x, y = x.to(dtype), torch.empty((num_rows, 70), dtype=y_dtype)
             member = Member(weight=packed.data_ptr(), bias=bias.data_ptr(), out_features=70, y=y.data_ptr())
-            is_bf16 = int(dtype is torch.bfloat16)
-            if library.linear(x.data_ptr(), num_rows, 37, byref(member), 1, None, 0, is_bf16):
+            types = (dtype is bf16, y_dtype is bf16)
+            if library.linear(x.data_ptr(), num_rows, 37, byref(member), 1, None, 0, *types):
                 return False
             if not _near(y, x, weight, share, bias):
                 return False
@@ -194,7 +198,7 @@ def _quantized_is_right(library: NativeLibrary) -> bool:
             x, y = torch.randn((num_rows, width), generator=generator), torch.empty((num_rows, out_features))
             member = Member(weight=packed.data_ptr(), out_features=out_features, y=y.data_ptr())
             member.quantization = ctypes.addressof(how)
-            if library.linear(x.data_ptr(), num_rows, width, byref(member), 1, None, 0, 0):
+            if library.linear(x.data_ptr(), num_rows, width, byref(member), 1, None, 0, 0, 0):
                 return False
             if not _near(y, x, weight, 2**-12):  # inputs become 16-bit numbers
                 return False

@@ -21,6 +21,7 @@ from engine.lora.batch import LoraBatch
 from engine.lora.native_lora import NativeLora
 from engine.model.attention import forward_hidden
 from engine.model.fused import fuse
+from engine.model.head import widen_head
 from engine.model.loader import LoadedModel
 from engine.model.native_decoder import compile_decoder
 from engine.model.packed import pack_experts, pack_linears
@@ -51,6 +52,8 @@ def prepare_layers(loaded: LoadedModel, config: EngineConfig, storage: KVStorage
     Raises: ConfigError if `kernels` asks for some that cannot be used.
     """
     library = native_library(loaded, config)
+    if library is None:
+        widen_head(loaded.model)
     if library is not None:
         prepared, done = _native(loaded, config, storage, library)
     elif _use_triton(loaded, config):
@@ -82,6 +85,7 @@ def _native(
         left = [site for site in sites if site.index not in done]
         done |= pack_linears(model, left, library, lora, loaded.dtype)
         pack_experts(model, library, loaded.dtype)
+    widen_head(model)  # one that is not packed
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
 
