@@ -11,7 +11,6 @@ to two steps, an eighth apart in FP8, and so much must not be forgiven.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,7 +19,17 @@ from torch import Tensor, nn
 
 from engine.image_spec import LinearSite
 from engine.kv.backend import AttentionBackend, LayerCall
-from engine.model.trial import Bench, craft, is_rms_norm, largest_output, magnitude, muted, widened
+from engine.model.trial import (
+    Bench,
+    craft,
+    in_float32,
+    inputs_kept,
+    is_rms_norm,
+    largest_output,
+    magnitude,
+    muted,
+    widened,
+)
 from engine.quant.linear import QuantLinear
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -175,7 +184,7 @@ def _try_exactly(
     observed: _Observed, layer: nn.Module, site_of: Mapping[str, int], bench: Bench, maker: Maker[Any]
 ) -> _Expected | None:
     """Everything in float32, the compiled layer too; None: it does not do what the layer does."""
-    arguments = _in_float32(observed.arguments)
+    arguments = in_float32(observed.arguments)
     with widened(layer):
         wide = replace(observed, hidden=observed.hidden.float(), output=observed.output.float())
         parts = _take_apart(wide, layer, site_of)
@@ -230,15 +239,6 @@ def _run(
     backend.plan(bench.trial.inputs)
     output: Tensor = layer(hidden, **{**arguments, "attention_backend": backend})
     return output
-
-
-def _in_float32(value: Any) -> Any:
-    """The same with all floating-point tensors in it widened."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_in_float32(item) for item in value)
-    return {key: _in_float32(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _norms_are_known(layer: nn.Module, parts: LayerParts) -> bool:
@@ -345,17 +345,3 @@ def _get(module: nn.Module, name: str) -> nn.Module | None:
         if module is None:
             return None
     return module
-
-
-@contextmanager
-def inputs_kept(module: nn.Module) -> Iterator[int]:
-    """Inside, no quantized layer of the module rounds its inputs. Gives: how many would."""
-    layers = [part for part in module.modules() if isinstance(part, QuantLinear) and part.quantized.activations]
-    weights = [layer.quantized for layer in layers]
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.quantized = replace(weight, activations=None)
-    try:
-        yield len(layers)
-    finally:
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.quantized = weight

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.model.decoder import inputs_kept
-from engine.model.trial import is_rms_norm, largest_output, magnitude, rows_of_all_sizes, widened
+from engine.model.trial import inputs_kept, is_rms_norm, largest_output, magnitude, rows_of_all_sizes, widened
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary
 from engine.quant.linear import QuantLinear
 

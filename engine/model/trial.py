@@ -234,3 +234,26 @@ def is_rms_norm(norm: nn.Module, weight: Tensor, eps: float, offset: float = 0.0
     if not isinstance(expected, Tensor) or expected.shape != got.shape or expected.dtype is not x.dtype:
         return False
     return bool(((got - expected).abs() <= 2**-18 * got.abs()).all())
+
+
+def in_float32(value: Any) -> Any:
+    """The same with all floating-point tensors in it widened."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(in_float32(item) for item in value)
+    return {key: in_float32(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@contextmanager
+def inputs_kept(module: nn.Module) -> Iterator[int]:
+    """Inside, no quantized layer of the module rounds its inputs. Gives: how many would."""
+    layers = [part for part in module.modules() if isinstance(part, QuantLinear) and part.quantized.activations]
+    weights = [layer.quantized for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.quantized = replace(weight, activations=None)
+    try:
+        yield len(layers)
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.quantized = weight

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine import LLM, SamplingParams
 from engine.checkpoint.folder import resolve_max_model_len
 from engine.errors import ConfigError
+from tests.equality.oracle import block_bytes
 from tests.support.native import native_or_skip
 from tests.support.tiny_model import make_base
 
 ORIGINAL = 64
 FACTOR = 4.0
-NUM_TOKENS = 9
-PROMPTS = (20, 60, 64, 65, 100, 200)  # tokens: within, growing beyond, just there, beyond
+NUM_TOKENS = 6
+PROMPTS = (20, 62, 64, 65, 200)  # tokens: within, growing beyond, just there, beyond
 
 
 def scaled(kind: str, dims: int = 8) -> dict[str, Any]:
@@ -119,8 +120,19 @@ def reference(base: Path, prompt: list[int], outputs: list[int], kind: str) -> t
     return model(torch.tensor([text])).logits[0, len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("kernels", ["torch", "native"])
-@pytest.mark.parametrize("family", FAMILIES)
+OFTEN = (("llama longrope", "native"), ("llama dynamic", "native"), ("qwen3 yarn", "native"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels"),
+    [
+        pytest.param(
+            family, kernels, marks=() if kernels == "torch" or (family, kernels) in OFTEN else pytest.mark.slow
+        )
+        for family in FAMILIES
+        for kernels in ("torch", "native")
+    ],
+)
 def test_logits_far_out_are_those_of_transformers(family: str, kernels: str, bases: Path) -> None:
     if kernels == "native":
         native_or_skip()
@@ -137,7 +149,7 @@ def test_logits_far_out_are_those_of_transformers(family: str, kernels: str, bas
     )
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=5)
     kind = "dynamic" if "dynamic" in family else "longrope" if "longrope" in family else ""
-    for _ in range(2):  # the second time with what the prefix cache has
+    for _ in range(2 if kind else 1):  # the second time with what the prefix cache has
         for output in llm.generate(prompts(), params):
             expected = torch.log_softmax(reference(base, output.prompt_token_ids, output.token_ids, kind), dim=-1)
             assert output.logprobs is not None
@@ -197,3 +209,24 @@ def test_the_longest_text_is_what_the_published_configuration_means(name: str) -
     assert resolve_max_model_len(config, expected) == expected
     with pytest.raises(ConfigError, match=f"max_model_len={expected + 1} is more than the {expected} tokens"):
         resolve_max_model_len(config, expected + 1)
+
+
+def test_a_text_that_outgrows_its_frequencies_is_the_same_however_it_is_computed(bases: Path) -> None:
+    """Guesses, samples side by side, a cache too small for all: none of it decides which frequencies a row has."""
+    base = make_base("llama", bases / "llama-longrope", **FAMILIES["llama longrope"][1])
+    common: dict[str, Any] = {"dtype": "float32", "block_size": 4, "num_threads": 1}
+    texts: list[list[tuple[int, ...]]] = []
+    preempted: list[int] = []
+    for settings, guesses in (
+        ({"kv_cache_bytes": 8 << 20, "max_num_seqs": 1}, 0),
+        ({"kv_cache_bytes": 8 << 20}, 3),
+        ({"kv_cache_bytes": 8 << 20, "max_num_batched_tokens": 16, "max_num_seqs": 8}, 0),
+        ({"kv_cache_bytes": 45 * block_bytes(base, 4), "max_model_len": 128, "max_num_seqs": 4}, 2),
+    ):
+        llm = LLM(base, **common, **settings)
+        params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, prompt_lookup_num_tokens=guesses)
+        texts.append([output.token_ids for output in llm.generate([text[:62] for text in prompts()[1:]], params)])
+        preempted.append(llm.stats().total_preemptions)
+    assert texts[1:] == texts[:1] * 3
+    assert preempted[:3] == [4, 4, 4]  # each text once, where it passes the original length
+    assert preempted[3] >= 4
