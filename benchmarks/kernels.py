@@ -78,7 +78,7 @@ class Linear:
     def __call__(self, i: int) -> None:
         members = self._members[i % self.num_copies]
         chunks = (ctypes.addressof(self._chunks), len(self._chunks)) if self.lora_bytes else (None, 0)
-        self._library.linear(self._x.data_ptr(), self._rows, self._in, members, len(members), *chunks, 1)
+        self._library.linear(self._x.data_ptr(), self._rows, self._in, members, len(members), *chunks, 1, 1)
 
 
 class Attention:

@@ -16,6 +16,7 @@ from engine.sizing.room import ALONE, Neighbours, Sizes
 from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from engine.checkpoint.rope import LengthRule
     from engine.image_spec import ImageSpec
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class EngineParts:
     vocab_size: int  # columns of the logits: ids beyond it are refused
     eos_token_ids: tuple[int, ...]
     cache_namespace: str  # base revision, KV scheme and element type of adapters
+    length_rule: LengthRule | None = None  # None: rotary frequencies are the same for texts of all lengths
     quantized_bytes: int = 0  # of weights; see EngineStats
     quantized_16bit_bytes: int = 0
     block_bytes: int = 0  # of the KV cache: the pages of adapters that lie in it; 0: none do
@@ -75,6 +77,7 @@ def _load_parts(config: EngineConfig, neighbours: Neighbours) -> EngineParts:
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
+        length_rule=loaded.length_rule,
         cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}/{spec.dtype}",
         quantized_bytes=loaded.footprint.num_bytes if loaded.footprint else 0,
         quantized_16bit_bytes=loaded.footprint.num_bytes_16bit if loaded.footprint else 0,
@@ -108,5 +111,7 @@ def limits_of(config: SizedConfig, parts: EngineParts) -> SchedulerConfig:
         enable_chunked_prefill=config.enable_chunked_prefill,
         pipeline_depth=config.plans_in_flight(),
         eos_token_ids=parts.eos_token_ids,
+        long_from=None if parts.length_rule is None else parts.length_rule.original_tokens,
+        recomputes_long=parts.length_rule is not None and parts.length_rule.is_one_switch,
         cache_namespace=parts.cache_namespace,
     )

@@ -73,7 +73,7 @@ def our_layers(library: NativeLibrary, name: str, in_features: int, widths: tupl
         keep.append(packed)
 
     def work(i: int, _: Any = keep) -> None:
-        library.linear(x.data_ptr(), rows, in_features, calls[i % len(calls)], len(widths), None, 0, 1)
+        library.linear(x.data_ptr(), rows, in_features, calls[i % len(calls)], len(widths), None, 0, 1, 1)
 
     return work
 

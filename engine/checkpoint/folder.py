@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.checkpoint.rope import max_rope_tokens
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelNotSupported
 from engine.model_folder import locate
@@ -95,13 +96,7 @@ def causal_class(config: Any) -> tuple[Any, Any]:
 
 def resolve_max_model_len(hf_config: Any, wanted: int | None) -> int:
     """Tokens of prompt and output. Raises: ConfigError if the model was made for fewer, or does not say."""
-    text = hf_config.get_text_config()
-    limit: int | None = getattr(text, "max_position_embeddings", None)
-    for rope in _rope_parameters(text):
-        # These frequencies depend on the longest sequence of a batch. Below this length they do not.
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            original = rope.get("original_max_position_embeddings")
-            limit = min((length for length in (limit, original) if length), default=None)
+    limit = max_rope_tokens(hf_config.get_text_config())
     if limit is None or limit < 1:  # XLNet says -1
         if wanted is None:
             raise ConfigError("the model's config has no max_position_embeddings; set max_model_len")
@@ -109,13 +104,6 @@ def resolve_max_model_len(hf_config: Any, wanted: int | None) -> int:
     if wanted is not None and wanted > limit:
         raise ConfigError(f"max_model_len={wanted} is more than the {limit} tokens that the model can place; lower it")
     return int(wanted or limit)
-
-
-def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
-    """The model's rope parameters: one set, or one per layer type."""
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]
 
 
 def resolve_dtype(config: EngineConfig, hf_config: Any, *, is_quantized: bool) -> torch.dtype:

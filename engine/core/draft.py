@@ -105,7 +105,16 @@ class PlanDraft:
         output = RowOutput.SAMPLE if samples else RowOutput.NONE
         output_position = num_tokens - len(seq.prompt)
         return SequenceSlice(
-            seq.seq_id, row, inputs, position, seq.table, lora_slot, output, output_position, len(guesses)
+            seq.seq_id,
+            row,
+            inputs,
+            position,
+            seq.table,
+            lora_slot,
+            output,
+            output_position,
+            len(guesses),
+            seq.rope_tokens,
         )
 
 

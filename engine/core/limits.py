@@ -27,6 +27,8 @@ class SchedulerConfig:
     enable_chunked_prefill: bool
     pipeline_depth: int  # plans in flight
     eos_token_ids: tuple[int, ...]
+    long_from: int | None = None  # texts of more tokens have other rotary frequencies; None: all have the same
+    recomputes_long: bool = False  # a text that grows beyond is computed again; else what is computed stays
     cache_namespace: str  # base revision, KV scheme, adapters' element type: KV is never shared between two of them
 
     def __post_init__(self) -> None:

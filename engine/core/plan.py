@@ -94,6 +94,7 @@ class SequenceSlice(NamedTuple):
     output: RowOutput
     output_position: int  # index in the output of the first token that would be sampled: keys the random number
     num_guesses: int = 0  # so many of the last tokens are guesses, each to be checked against the row before it
+    rope_tokens: int = 0  # rotary frequencies are those of a text of so many tokens, or up to the row if that is more
 
     @property
     def num_rows(self) -> int:

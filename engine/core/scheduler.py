@@ -97,6 +97,8 @@ class Scheduler:
             request.sample_index + index,
             max_tokens_total=max_tokens_total(request, self.config),
             cache_namespace=self.config.cache_namespace,
+            long_from=self.config.long_from,
+            recomputes_long=self.config.recomputes_long,
         )
         seq.token_cost = token_cost(0 if request.adapter is None else self._slots.num_bytes(request.adapter))
         seq.waiting_since_ns = self._time_ns
@@ -193,7 +195,10 @@ class Scheduler:
         guessing: list[tuple[int, Sequence]] = []
         for seq in tuple(self._roster.running):
             num_rows = seq.num_to_compute
-            if num_rows > 1:
+            if seq.is_outgrown:
+                if not seq.num_pending and seq.state is SequenceState.RUNNING:
+                    self._roster.preempt(seq, self._time_ns)
+            elif num_rows > 1:
                 prefills.append(seq)
             elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
                 if seq.lookup is not None:

@@ -72,6 +72,7 @@ class Sequence:
         "has_pin",
         "is_started",
         "last_sample",
+        "long_from",
         "lookup",
         "lora_slot",
         "max_tokens_total",
@@ -85,7 +86,9 @@ class Sequence:
         "outputs",
         "overtaken",
         "prompt",
+        "recomputes_long",
         "request",
+        "rope_tokens",
         "sample_index",
         "seq_id",
         "siblings",
@@ -98,7 +101,15 @@ class Sequence:
     )
 
     def __init__(
-        self, seq_id: int, request: Request, sample_index: int, *, max_tokens_total: int, cache_namespace: str
+        self,
+        seq_id: int,
+        request: Request,
+        sample_index: int,
+        *,
+        max_tokens_total: int,
+        cache_namespace: str,
+        long_from: int | None = None,
+        recomputes_long: bool = False,
     ) -> None:
         self.seq_id = seq_id
         self.request = request
@@ -106,6 +117,8 @@ class Sequence:
         self.max_tokens_total = max_tokens_total  # with this many tokens it ends by LENGTH
         self.tenant = request.tenant or request.adapter or "base"
         self.namespace: Namespace = (cache_namespace, request.cache_salt, request.adapter)
+        self.long_from, self.recomputes_long = long_from, recomputes_long
+        self.rope_tokens = 0  # its rows' rotary frequencies are those of a text of so many tokens; 0: of a short one
         self.siblings: tuple[Sequence, ...] = ()  # all samples of the request, this one included
         self.token_cost = 0  # what one prompt token costs the tenant, in units of fairness.py
         self.state = SequenceState.WAITING
@@ -132,7 +145,24 @@ class Sequence:
         self.num_pending = 0
         self.last_sample: TokenRef | None = None
         self.num_published_blocks = 0
+        if self.long_from is not None:
+            self._choose_frequencies(self.long_from)
         self.cache_parent: int | Namespace = self.namespace
+
+    def _choose_frequencies(self, long_from: int) -> None:
+        """By its length now, or by its prompt's: by nothing that the other sequences of a step can change."""
+        length = self.num_known_tokens if self.recomputes_long else len(self.prompt)
+        self.rope_tokens = 0 if length <= long_from else long_from + 1 if self.recomputes_long else length
+        base = self.namespace[0].partition("/rope")[0]
+        mark = f"/rope{self.rope_tokens}" if self.rope_tokens else ""
+        self.namespace = (base + mark, *self.namespace[1:])
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Its next row belongs to a longer text than what is computed was rotated for."""
+        if self.long_from is None or not self.recomputes_long or self.rope_tokens:
+            return False
+        return self.num_tokens > self.long_from
 
     def move_to(self, state: SequenceState) -> None:
         if state not in TRANSITIONS[self.state]:
@@ -194,6 +224,8 @@ class Sequence:
         if self.lookup is None:
             return ()
         room = self.max_tokens_total - self.num_known_tokens - 1
+        if self.long_from is not None and self.recomputes_long and not self.rope_tokens:
+            room = min(room, self.long_from - self.num_known_tokens)
         return self.lookup.guess(self.prompt, self.outputs, min(max_tokens, room))
 
     def gain(self, token_ids: tuple[int, ...], eos_token_ids: tuple[int, ...]) -> tuple[int, Ending | None]:

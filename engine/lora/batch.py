@@ -171,5 +171,7 @@ def add_expanded(out: Tensor, low: Tensor, weights: BoundWeights, scaling: float
         low, b = low * of_a * of_b, b.to(weights.dtype)
     if out.dtype == b.dtype:
         out.addmm_(low, b, alpha=scaling)
+    elif out.dtype is torch.float32:  # logits: what the product sums is not rounded on the way
+        out.addmm_(low.float(), b.float(), alpha=scaling)
     else:
         out.add_(low.mm(b), alpha=scaling)

@@ -94,7 +94,7 @@ class TritonLora:
 
 
 class TritonAddition:
-    """LoraAddition in the dtype of the activations."""
+    """LoraAddition to outputs in the dtype of the activations or, as the head's are, in float32."""
 
     def __init__(self, lora: TritonLora, site: LinearSite, *, sampled: bool) -> None:
         self._lora = lora
@@ -102,7 +102,7 @@ class TritonAddition:
         self._group = lora.group([site.index], [site.out_features], site.in_features)
 
     def add(self, y: Tensor, x: Tensor) -> bool:
-        if not (x.dtype is y.dtype is self._lora.dtype and y.is_contiguous()):
+        if x.dtype is not self._lora.dtype or y.dtype not in (x.dtype, torch.float32) or not y.is_contiguous():
             if self._lora.is_fixed:
                 # A recorded step replays kernels only: what Python would do here would be done once.
                 raise RuntimeError(f"LoRA of {x.dtype} rows on {y.dtype} outputs cannot be recorded")

@@ -1,7 +1,8 @@
 """Small modules that transformers computes in many passes, swapped for one call each.
 
-A swap is proposed by the module's shape and decided by its numbers: what does not give the original's output on random
-input stays as it is. Rounding differs: the kernels round once, transformers after every operation.
+A swap is proposed by the module's shape and decided by its numbers: what does not give the original's output stays as
+it is, in float32 on rows of all sizes (`trial.py`), and in the model's dtype. Rounding differs: the kernels round once,
+transformers after every operation.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from engine.model.decoder import inputs_kept
+from engine.model.trial import inputs_kept, is_rms_norm, largest_output, magnitude, rows_of_all_sizes, widened
 from engine.model.watch import Use, may_replace
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary
 from engine.quant.linear import QuantLinear
 
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-_ROWS = 5
+# Shares of an element of a norm; of what the terms of an MLP's last product add up to.
+_NORM = {torch.float32: 2**-18, torch.bfloat16: 2**-7}
+_MLP = {torch.float32: 2**-16, torch.bfloat16: 2**-5}
 
 
 class NativeRMSNorm(nn.Module):
@@ -98,9 +100,21 @@ def _norm_twin(module: nn.Module, library: NativeLibrary) -> nn.Module | None:
         return None
     for offset in (0.0, 1.0):
         twin = NativeRMSNorm(library, module, weight, float(eps), offset)
-        if _agree(module, twin, weight.shape[0], weight.dtype):
-            return twin
+        try:
+            if _is_norm(module, twin):
+                return twin
+        except Exception:  # it wants other arguments: then it is something else
+            return None
     return None
+
+
+def _is_norm(norm: nn.Module, twin: NativeRMSNorm) -> bool:
+    with widened(norm):
+        if not is_rms_norm(norm, norm.weight, twin.eps, twin.offset):
+            return False
+    x = rows_of_all_sizes(twin.weight.shape[0]).to(twin.weight.dtype)
+    expected, got = norm(x), twin(x)
+    return got.dtype is expected.dtype and _within(got, expected, _NORM[x.dtype] * expected.abs())
 
 
 def _mlp_twin(module: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> nn.Module | None:
@@ -109,23 +123,41 @@ def _mlp_twin(module: nn.Module, library: NativeLibrary, dtype: torch.dtype) -> 
         return None
     if dtype not in SUPPORTED_DTYPES or any(p.dtype is not dtype for p in module.parameters()):
         return None
-    gate = parts[0]
-    assert isinstance(gate, nn.Linear | QuantLinear)
     twin = NativeGatedMLP(library, module)
+    with inputs_kept(module), widened(module):
+        rows = _mlp_rows(module).to(dtype).float()
+        if not _is_mlp(module, twin, rows, _MLP[torch.float32]):
+            return None
     with inputs_kept(module):
-        return twin if _agree(module, twin, gate.in_features, dtype) else None
+        return twin if _is_mlp(module, twin, rows.to(dtype), _MLP[dtype]) else None
+
+
+def _mlp_rows(mlp: nn.Module) -> Tensor:
+    """Of all sizes, and those that give the largest outputs: where a clamp would show."""
+    linears = (mlp.gate_proj, mlp.up_proj)
+    width = linears[0].in_features
+    ones = torch.ones(width)
+    largest = torch.stack([sign * largest_output(linear, ones) for linear in linears for sign in (1, -1)])
+    scale = largest.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+    return torch.cat([rows_of_all_sizes(width), (10 * largest / scale)[None]], dim=1)
 
 
 @torch.inference_mode()
-def _agree(module: nn.Module, twin: nn.Module, width: int, dtype: torch.dtype) -> bool:
-    x = torch.randn((1, _ROWS, width), generator=torch.Generator().manual_seed(0)).to(dtype)
+def _is_mlp(mlp: nn.Module, twin: NativeGatedMLP, x: Tensor, share: float) -> bool:
+    inputs: list[Tensor] = []
+    hook = twin.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        expected, got = module(x), twin(x)
+        expected, got = mlp(x), twin(x)
     except Exception:  # it wants other arguments, or does not work by itself: then it is something else
         return False
-    if not isinstance(expected, Tensor):
+    finally:
+        hook.remove()
+    if not isinstance(expected, Tensor) or got.dtype is not expected.dtype or got.shape != expected.shape:
         return False
-    if got.dtype is not expected.dtype or got.shape != expected.shape:
-        return False
-    scale = float(expected.float().abs().max())
-    return bool((got.float() - expected.float()).abs().max() <= _TOLERANCE[dtype] * max(scale, 1e-6))
+    return _within(got, expected, share * magnitude(twin.down_proj, inputs[-1], fixed_point=False))
+
+
+def _within(got: Tensor, expected: Tensor, limits: Tensor) -> bool:
+    """Element by element; two steps of the dtype are always forgiven."""
+    steps = 2 * torch.finfo(expected.dtype).eps * expected.float().abs()
+    return bool(((got.float() - expected.float()).abs() <= limits.float() + steps).all())

@@ -32,6 +32,7 @@ from engine.checkpoint.footprint import Footprint, measure
 from engine.checkpoint.free_memory import FreeMemory
 from engine.checkpoint.hook import Swap, SwapConfig
 from engine.checkpoint.names import CheckpointNames
+from engine.checkpoint.rope import LengthRule, length_rule
 from engine.checkpoint.rounded import RoundedQuantization
 from engine.checkpoint.stored import StoredQuantization, check_plain_tensors, plan_layers
 from engine.checkpoint.weight_files import WeightFiles
@@ -61,6 +62,7 @@ class LoadedModel:
     device: torch.device
     eos_token_ids: tuple[int, ...]
     max_model_len: int  # tokens
+    length_rule: LengthRule | None = None  # None: frequencies are the same for texts of all lengths
     footprint: Footprint | None = None  # None: no layer is quantized
     unused: tuple[str, ...] = ()  # modules through which no text passes
     uses: Mapping[str, Use] | None = None  # by name, what the model does with its modules; None: not looked at
@@ -122,6 +124,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=device,
         eos_token_ids=eos,
         max_model_len=max_model_len,
+        length_rule=length_rule(hf_config.get_text_config(), max_model_len),
         footprint=footprint,
         unused=find_unused(model, trace, sites),
         uses=trace.uses,

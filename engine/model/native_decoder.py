@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.image_spec import LinearSite
-from engine.kv.backend import AttentionInputs
 from engine.kv.native_attention import NativeAttention
 from engine.lora.native_lora import NativeLora
-from engine.model.decoder import LayerParts, swap_decoder
+from engine.model.decoder import swap_decoder
+from engine.model.llama_layer import LayerParts
 from engine.model.packed import Packer, can_pack
+from engine.model.trial import Bench
 from engine.model.watch import Use
 from engine.native.library import NativeLibrary, check
 from engine.native.structs import Decoder, DecoderLayer
@@ -87,28 +88,28 @@ class NativeDecoder(nn.Module):
         return f"layers={len(self._compiled)}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    library: NativeLibrary
+    lora: NativeLora | None
+
+    def compile(self, parts: LayerParts, *, with_lora: bool) -> _Compiled | None:
+        return _compile(parts, self.library, self.lora if with_lora else None)
+
+    def join(self, members: list[_Compiled], hidden: Tensor, *, with_lora: bool) -> nn.Module:
+        return NativeDecoder(self.library, members, self.lora if with_lora else None, hidden)
+
+
 def compile_decoder(
     model: nn.Module,
     sites: tuple[LinearSite, ...],
     library: NativeLibrary,
     lora: NativeLora | None,
-    backend: NativeAttention,
-    run: Callable[[AttentionInputs], Any],
+    bench: Bench,
     uses: Mapping[str, Use] | None = None,
 ) -> set[int]:
-    """Swap the layers that the kernel can compute. Returns: the indices of the sites they hold.
-
-    `run(inputs)` is a forward of the model over `backend`, whose blocks 1 and 2 it may write.
-    """
-    return swap_decoder(
-        model,
-        sites,
-        backend,
-        run,
-        compile_one=lambda parts: _compile(parts, library, lora),
-        make_run=lambda compiled, hidden: NativeDecoder(library, compiled, lora, hidden),
-        uses=uses,
-    )
+    """Swap the layers that the kernel can compute. Returns: the indices of the sites they hold."""
+    return swap_decoder(model, sites, bench, _Maker(library, lora), uses)
 
 
 def _compile(parts: LayerParts, library: NativeLibrary, lora: NativeLora | None) -> _Compiled | None:
@@ -118,6 +119,8 @@ def _compile(parts: LayerParts, library: NativeLibrary, lora: NativeLora | None)
     if hidden % 2 or q_width % 2 or intermediate % 2:
         return None
     if not all(can_pack(linear, parts.dtype) for linear in linears.values()):
+        return None
+    if not _share_eps(parts, "input_norm", "post_norm") or not _share_eps(parts, "q_norm", "k_norm"):
         return None
     layer = DecoderLayer(index=call.index, window=call.sliding_window or 0, scaling=call.scaling)
     one = _Compiled(layer, (parts.num_heads, intermediate))
@@ -132,3 +135,8 @@ def _compile(parts: LayerParts, library: NativeLibrary, lora: NativeLora | None)
         one.keep.append(norm.weight)
         setattr(layer, "head_norm_eps" if key in ("q_norm", "k_norm") else "norm_eps", norm.eps)
     return one
+
+
+def _share_eps(parts: LayerParts, *keys: str) -> bool:
+    """Of such norms the kernel knows one eps."""
+    return len({parts.norms[key].eps for key in keys if key in parts.norms}) <= 1

@@ -98,12 +98,16 @@ class PackedGroup:
         lora: NativeLora | None,
         sites: Sequence[LinearSite],
         dtype: torch.dtype,
+        *,
+        is_head: bool = False,
     ) -> None:
-        """`dtype`: of inputs, outputs and all that is not quantized. `sites`: of the layers, where there is LoRA."""
+        """`dtype`: of inputs, outputs and all that is not quantized; the head's outputs stay in float32. `sites`: of
+        the layers, where there is LoRA."""
         self._library = library
         self._lora = lora
         self._in_features = linears[0].in_features
         self.dtype = dtype
+        self.output_dtype = torch.float32 if is_head else dtype
         self._widths = [linear.out_features for linear in linears]
         packer = Packer(library)
         tables = [None] * len(linears) if lora is None else [lora.table_address(site.index) for site in sites]
@@ -114,7 +118,7 @@ class PackedGroup:
         self._waiting: dict[int, Tensor] = {}
 
     def run(self, index: int, x: Tensor, *, sampled: bool) -> Tensor:
-        """The output of layer `index`. Shapes: x [..., in] in the group's dtype; returns [..., out]."""
+        """The output of layer `index`, of `output_dtype`. Shapes: x [..., in] of the group's; returns [..., out]."""
         if x is not self._x or index not in self._waiting:
             self._compute(x, sampled)
         y = self._waiting.pop(index)
@@ -125,7 +129,7 @@ class PackedGroup:
     def _compute(self, x: Tensor, sampled: bool) -> None:
         rows = x.contiguous()
         num_rows = rows.numel() // self._in_features
-        outputs = [torch.empty((*x.shape[:-1], width), dtype=self.dtype) for width in self._widths]
+        outputs = [torch.empty((*x.shape[:-1], width), dtype=self.output_dtype) for width in self._widths]
         for member, y in zip(self._members, outputs, strict=True):
             member.y = y.data_ptr()
         address, count = None, 0
@@ -133,9 +137,16 @@ class PackedGroup:
             chunks = self._lora.sampled_rows if sampled else self._lora.rows
             chunks.check_rows(num_rows)
             address, count = chunks.address, chunks.count
-        is_bf16 = self.dtype is torch.bfloat16
         status = self._library.linear(
-            rows.data_ptr(), num_rows, self._in_features, self._members, len(outputs), address, count, is_bf16
+            rows.data_ptr(),
+            num_rows,
+            self._in_features,
+            self._members,
+            len(outputs),
+            address,
+            count,
+            self.dtype is torch.bfloat16,
+            self.output_dtype is torch.bfloat16,
         )
         check(status, f"linear layers of {num_rows} rows")
         self._x, self._waiting = x, dict(enumerate(outputs))
@@ -153,7 +164,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is not self._group.dtype:
-            return self._group.run(self._index, x.to(self._group.dtype), sampled=self._sampled).to(x.dtype)
+            y = self._group.run(self._index, x.to(self._group.dtype), sampled=self._sampled)
+            return y if self._sampled else y.to(x.dtype)
         return self._group.run(self._index, x, sampled=self._sampled)
 
     def extra_repr(self) -> str:
@@ -173,14 +185,14 @@ def pack_linears(
     `dtype`: of the activations. `uses`: layers whose weights the model looks at keep them. The others' own weights go,
     unless something else (a tied embedding) has them too.
     """
-    groups: dict[str, list[LinearSite]] = {}
+    head, groups = model.get_output_embeddings(), dict[str, list[LinearSite]]()
     for site in sites:
         if can_pack(model.get_submodule(site.name), dtype) and may_replace(uses, site.name, *_ATTRIBUTES):
             groups.setdefault(site.fusion_group or site.name, []).append(site)
     for members in groups.values():
         linears: list[Any] = [model.get_submodule(site.name) for site in members]
         sampled = [sees_sampled_rows(model, site.name, uses) for site in members]
-        group = PackedGroup(library, linears, lora, members, dtype)
+        group = PackedGroup(library, linears, lora, members, dtype, is_head=linears[0] is head)
         for index, (site, linear) in enumerate(zip(members, linears, strict=True)):
             parent_name, _, child = site.name.rpartition(".")
             packed = PackedLinear(linear, group, index, sampled=sampled[index])

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.image_spec import LinearSite
-from engine.kv.backend import AttentionInputs, LayerCall
+from engine.kv.backend import LayerCall
 from engine.kv.triton_attention import TritonAttention
 from engine.lora.triton_lora import TritonLora
-from engine.model.decoder import LayerParts, Norm, swap_decoder
+from engine.model.decoder import swap_decoder
+from engine.model.llama_layer import LayerParts, Norm
+from engine.model.trial import Bench
 from engine.model.triton_quant import QuantProduct, can_run, join
 from engine.model.watch import Use
 from engine.quant.linear import QuantLinear
@@ -109,28 +111,27 @@ class TritonDecoder(nn.Module):
         return f"layers={len(self._layers)}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    head_dim: int
+    lora: TritonLora | None
+
+    def compile(self, parts: LayerParts, *, with_lora: bool) -> _Layer | None:
+        return _fuse(parts, self.head_dim, self.lora if with_lora else None)
+
+    def join(self, members: list[_Layer], hidden: Tensor, *, with_lora: bool) -> nn.Module:
+        return TritonDecoder(members, self.lora if with_lora else None)
+
+
 def fuse_decoder(
     model: nn.Module,
     sites: tuple[LinearSite, ...],
     lora: TritonLora | None,
-    backend: TritonAttention,
-    run: Callable[[AttentionInputs], Any],
+    bench: Bench,
     uses: Mapping[str, Use] | None = None,
 ) -> set[int]:
-    """Swap the layers that can be computed so. Returns: the indices of the sites they hold.
-
-    `run(inputs)` is a forward of the model over `backend`, whose blocks 1 and 2 it may write.
-    """
-    head_dim = backend.storage.shape.head_dim
-    return swap_decoder(
-        model,
-        sites,
-        backend,
-        run,
-        compile_one=lambda parts: _fuse(parts, head_dim, lora),
-        make_run=lambda layers, _: TritonDecoder(layers, lora),
-        uses=uses,
-    )
+    """Swap the layers that can be computed so. Returns: the indices of the sites they hold."""
+    return swap_decoder(model, sites, bench, _Maker(bench.own.storage.shape.head_dim, lora), uses)
 
 
 def _fuse(parts: LayerParts, head_dim: int, lora: TritonLora | None) -> _Layer | None:
@@ -139,7 +140,7 @@ def _fuse(parts: LayerParts, head_dim: int, lora: TritonLora | None) -> _Layer |
         return None
     head_norms = None
     if q_norm is not None and k_norm is not None:
-        if q_norm.weight.shape != (head_dim,):
+        if q_norm.weight.shape != (head_dim,) or k_norm.eps != q_norm.eps:
             return None  # OLMo normalises all heads together
         head_norms = torch.stack([q_norm.weight, k_norm.weight]).detach(), q_norm.eps
     return _Layer(

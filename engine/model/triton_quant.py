@@ -27,41 +27,44 @@ class QuantProduct:
     to torch's product where the device has one, all else to `quant_linear`.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        """`dtype`: of the inputs and the bias."""
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, output_dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype`: of the inputs and the bias, and of the outputs where `output_dtype` is None."""
+        self._output_dtype = output_dtype
         self._bias = None if bias is None else bias.detach()
         self._activations = weight.activations
         self._fp8: tuple[Tensor, Tensor] | None = None  # codes [in, out], scales [1, out]
         self._packed: PackedWeight | None = None
-        if _suits_scaled_mm(weight) and has_scaled_mm(weight.codes.device, dtype):
+        if output_dtype is None and _suits_scaled_mm(weight) and has_scaled_mm(weight.codes.device, dtype):
             self._fp8 = weight.codes.contiguous().t(), weight.scales.t().contiguous()
             return
         table = torch.tensor(NF4_VALUES, dtype=dtype, device=weight.codes.device) if weight.kind == "nf4" else None
         self._packed = pack_weight(weight.kind, weight.codes, weight.scales, weight.zeros, weight.order, table)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Shapes: [T, in] -> [T, out], in x's dtype."""
+        """Shapes: [T, in] -> [T, out]."""
         if self._fp8 is not None:
             rows, row_scales = round_rows(x, "fp8", torch.float8_e4m3fn)
             return _scaled_mm(rows, row_scales, *self._fp8, self._bias)
         assert self._packed is not None
         if self._activations is None:
-            return quant_linear(x, self._packed, self._bias)
+            return quant_linear(x, self._packed, self._bias, dtype=self._output_dtype)
         # Either type holds such numbers exactly.
         rows, row_scales = round_rows(x, self._activations, torch.int8 if self._takes_int8() else x.dtype)
-        return quant_linear(rows, self._packed, self._bias, row_scales, dtype=x.dtype)
+        return quant_linear(rows, self._packed, self._bias, row_scales, dtype=self._output_dtype or x.dtype)
 
     def _takes_int8(self) -> bool:
         return self._activations == "int8" and self._packed is not None and self._packed.takes_int8
 
 
 class TritonQuantLinear(nn.Module):
-    """Shapes: x [.., in] -> y [.., out], in x's dtype."""
+    """Shapes: x [.., in] -> y [.., out], in the dtype that the layer gave."""
 
     def __init__(self, linear: QuantLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._product = QuantProduct(linear.quantized, linear.bias, dtype)
+        self._product = QuantProduct(linear.quantized, linear.bias, dtype, linear.output_dtype)
         self._description = linear.extra_repr()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "chorus_pack": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
     "chorus_quantized_panel_bytes": (c_int64, [POINTER(Quantization), c_int64]),
     "chorus_pack_quantized": (None, [*[c_void_p] * 3, c_int64, c_int64, POINTER(Quantization), c_void_p]),
-    "chorus_linear": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64, c_int32]),
+    "chorus_linear": (
+        c_int32,
+        [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64, c_int32, c_int32],
+    ),
     "chorus_add_lora": (c_int32, [c_void_p, c_int64, c_int64, POINTER(Member), c_int64, c_void_p, c_int64]),
     "chorus_attention": (
         c_int32,
@@ -150,24 +153,61 @@ def load_library() -> NativeLibrary:
     return library
 
 
+_TRIED_ROWS = (*range(1, 14), 30)  # each number of rows that a tile can have, and several tiles
+
+
 def _linear_is_right(library: NativeLibrary) -> bool:
+    """Every size of tile, in all dtypes, element by element, beside a row with one value far above the others."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((3, 37), generator=generator).bfloat16()
-    weight = torch.randn((70, 37), generator=generator).bfloat16()
-    packed, y = library.pack(weight), torch.empty((3, 70), dtype=torch.bfloat16)
-    member = Member(weight=packed.data_ptr(), out_features=70, y=y.data_ptr())
-    status = library.linear(x.data_ptr(), 3, 37, byref(member), 1, None, 0, 1)
-    expected = functional.linear(x.float(), weight.float())
-    return status == 0 and torch.allclose(y.float(), expected, rtol=2**-7, atol=1e-3)
+    bf16, float32 = torch.bfloat16, torch.float32
+    for dtype, y_dtype, share in ((bf16, bf16, 2**-7), (bf16, float32, 2**-18), (float32, float32, 2**-18)):
+        weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((70, 37), (70,)))
+        packed = library.pack(weight)
+        for num_rows in _TRIED_ROWS:
+            x = torch.randn((num_rows, 37), generator=generator)
+            x[0, 5] = 1000.0
+            x, y = x.to(dtype), torch.empty((num_rows, 70), dtype=y_dtype)
+            member = Member(weight=packed.data_ptr(), bias=bias.data_ptr(), out_features=70, y=y.data_ptr())
+            types = (dtype is bf16, y_dtype is bf16)
+            if library.linear(x.data_ptr(), num_rows, 37, byref(member), 1, None, 0, *types):
+                return False
+            if not _near(y, x, weight, share, bias):
+                return False
+    return True
 
 
 def _quantized_is_right(library: NativeLibrary) -> bool:
+    """Codes of four and of eight bits, with zero points, scales of groups and an order of inputs."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((3, 37), generator=generator)
-    codes = torch.randint(-128, 128, (70, 37), generator=generator, dtype=torch.int8)
-    scales, y = torch.full((70, 1), 1 / 64), torch.empty((3, 70))
-    how = Quantization(group_size=37, kind=1)
-    packed = library.pack_quantized(codes, scales, None, how)
-    member = Member(weight=packed.data_ptr(), out_features=70, y=y.data_ptr(), quantization=ctypes.addressof(how))
-    status = library.linear(x.data_ptr(), 3, 37, byref(member), 1, None, 0, 0)
-    return status == 0 and torch.allclose(y, functional.linear(x, codes / 64), rtol=0, atol=1e-2)
+    groups, size, out_features = 3, 16, 70
+    width = groups * size
+    order = torch.randperm(width, generator=generator).to(torch.int32)
+    for kind, low, high in ((0, -8, 8), (1, -128, 128)):
+        values = torch.randint(low, high, (out_features, width), generator=generator)
+        zeros = torch.randint(-3, 4, (out_features, groups), generator=generator, dtype=torch.int16)
+        scales = (torch.rand((out_features, groups), generator=generator) + 0.5) / high
+        nibbles = (values + 8).to(torch.uint8)
+        codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4 if kind == 0 else values.to(torch.int8)
+        weight = torch.empty((out_features, width))
+        weight[:, order.long()] = (values - zeros.repeat_interleave(size, dim=1)) * scales.repeat_interleave(
+            size, dim=1
+        )
+        how = Quantization(order=order.data_ptr(), group_size=size, kind=kind, has_zeros=1)
+        packed = library.pack_quantized(codes, scales, zeros, how)
+        for num_rows in _TRIED_ROWS:
+            x, y = torch.randn((num_rows, width), generator=generator), torch.empty((num_rows, out_features))
+            member = Member(weight=packed.data_ptr(), out_features=out_features, y=y.data_ptr())
+            member.quantization = ctypes.addressof(how)
+            if library.linear(x.data_ptr(), num_rows, width, byref(member), 1, None, 0, 0, 0):
+                return False
+            if not _near(y, x, weight, 2**-12):  # inputs become 16-bit numbers
+                return False
+    return True
+
+
+def _near(y: Tensor, x: Tensor, weight: Tensor, share: float, bias: Tensor | None = None) -> bool:
+    """Whether y = x W^T + bias, each element within a share of what its terms add up to without their signs."""
+    x, weight = x.double(), weight.double()
+    offset = 0.0 if bias is None else bias.double()
+    limit = share * (functional.linear(x.abs(), weight.abs()) + abs(offset))
+    return bool(((y.double() - functional.linear(x, weight) - offset).abs() <= limit).all())

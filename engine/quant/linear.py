@@ -16,13 +16,14 @@ _TILE_BYTES = 4 << 20  # of weights that are dequantized at once
 class QuantLinear(nn.Module):
     """y = x W^T + bias with a `QuantizedWeight`. The weight is no parameter: transformers neither loads nor moves it.
 
-    Shapes: x [.., in] -> y [.., out], in x's dtype; products and sums in float32.
+    Shapes: x [.., in] -> y [.., out], in `output_dtype` (None: x's); products and sums in float32.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.quantized = weight
         self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.output_dtype: torch.dtype | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class QuantLinear(nn.Module):
         y = torch.cat(tiles, dim=-1)
         if self.bias is not None:
             y = y + self.bias.float()
-        return y.to(x.dtype)
+        return y.to(self.output_dtype or x.dtype)
 
     def __getattr__(self, name: str) -> Any:
         """`weight` is there for models that look at it beside calling the layer: computed anew each time."""

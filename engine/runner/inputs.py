@@ -34,6 +34,7 @@ class StepInputs:
     attention: AttentionInputs
     segments: tuple[LoraSegment, ...]  # of the T rows
     sampled_segments: tuple[LoraSegment, ...]  # of the N sampled rows
+    lengths: torch.Tensor | None = None  # [T] int64: tokens of the text by which a row is rotated, where that counts
 
 
 class InputBuilder:
@@ -42,8 +43,16 @@ class InputBuilder:
     `resolve` gives the sampled token of an earlier plan as a tensor [] on the device: no waiting for the host.
     """
 
-    def __init__(self, block_size: int, device: torch.device, resolve: Callable[[TokenRef], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        device: torch.device,
+        resolve: Callable[[TokenRef], torch.Tensor],
+        *,
+        with_lengths: bool = False,
+    ) -> None:
         self._block_size, self._device, self._resolve = block_size, device, resolve
+        self._with_lengths = with_lengths
         self._tables = _BlockTables()
 
     def build(self, plan: StepPlan) -> StepInputs:
@@ -76,7 +85,13 @@ class InputBuilder:
             ),
             segments=plan.lora_segments,
             sampled_segments=_sampled_segments(samples),
+            lengths=_lengths(plan, device) if self._with_lengths else None,
         )
+
+
+def _lengths(plan: StepPlan, device: torch.device) -> torch.Tensor:
+    rows = [max(piece.rope_tokens, piece.position + i + 1) for piece in plan.slices for i in range(piece.num_rows)]
+    return upload(rows, device)
 
 
 class _BlockTables:
@@ -116,7 +131,7 @@ class _Rows:
 
     def add(self, piece: SequenceSlice) -> None:
         """Raises: ValueError if slices do not follow each other or a block table is too short."""
-        seq_id, start, tokens, position, table, lora_slot, output, output_position, num_guesses = piece
+        seq_id, start, tokens, position, table, lora_slot, output, output_position, num_guesses, _ = piece
         num_rows, size = len(tokens), self._block_size
         end, row_end = position + num_rows, start + num_rows
         if start != self.starts[-1] or not num_rows or len(table) * size < end:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.checkpoint.free_memory import FreeMemory
 from engine.config import EngineConfig, SizedConfig
 from engine.errors import ConfigError
-from engine.kv.backend import AttentionBackend, AttentionInputs
+from engine.kv.backend import AttentionBackend
 from engine.kv.native_attention import NativeAttention
 from engine.kv.storage import KVStorage
 from engine.kv.torch_attention import TorchAttention
 from engine.lora.batch import LoraBatch
 from engine.lora.native_lora import NativeLora
 from engine.model.attention import forward_hidden
-from engine.model.decoder import num_trial_blocks
 from engine.model.fused import fuse
+from engine.model.head import widen_head
 from engine.model.loader import LoadedModel
 from engine.model.native_decoder import compile_decoder
 from engine.model.packed import pack_experts, pack_linears
 from engine.model.surgery import install_lora
+from engine.model.trial import Bench, make_bench
 from engine.native.library import SUPPORTED_DTYPES, NativeLibrary, NativeUnavailable, load_library
 
 if TYPE_CHECKING:  # Triton is loaded where it is used: it takes a second, and CPU builds of torch lack it
@@ -51,6 +52,8 @@ def prepare_layers(loaded: LoadedModel, config: SizedConfig, storage: KVStorage)
     Raises: ConfigError if `kernels` asks for some that cannot be used.
     """
     library = native_library(loaded, config)
+    if library is None:
+        widen_head(loaded.model)
     if library is not None:
         prepared, done = _native(loaded, config, storage, library)
     elif _use_triton(loaded, config):
@@ -70,13 +73,15 @@ def _native(
     """Swap what has a compiled twin: whole runs of decoder layers, then what is left, part by part."""
     model, sites = loaded.model, loaded.sites
     lora = NativeLora(library, config.max_resident_adapters) if config.has_lora() else None
-    backend, trial = NativeAttention(library, storage), NativeAttention(library, _trial_storage(storage))
+    backend = NativeAttention(library, storage)
     with torch.inference_mode():
-        done = compile_decoder(model, sites, library, lora, trial, _trial(loaded, trial), loaded.uses)
+        bench = _bench(loaded, storage, lambda trial: NativeAttention(library, trial))
+        done = compile_decoder(model, sites, library, lora, bench, loaded.uses)
         fuse(model, library, loaded.dtype, loaded.uses)
         left = [site for site in sites if site.index not in done]
         done |= pack_linears(model, left, library, lora, loaded.dtype, loaded.uses)
         pack_experts(model, library, loaded.dtype)
+    widen_head(model)  # one that is not packed
     return PreparedLayers(backend, LoraBatch(lora), library=library), done
 
 
@@ -86,7 +91,7 @@ def _triton(loaded: LoadedModel, config: SizedConfig, storage: KVStorage) -> tup
     from engine.model.triton_decoder import fuse_decoder
     from engine.model.triton_quant import swap_quant_linears
 
-    lora, backend, trial = None, TritonAttention(storage), TritonAttention(_trial_storage(storage))
+    lora, backend = None, TritonAttention(storage)
     if config.has_lora():
         lora = TritonLora(
             len(loaded.sites),
@@ -96,28 +101,17 @@ def _triton(loaded: LoadedModel, config: SizedConfig, storage: KVStorage) -> tup
             are_codes=config.adapter_dtype == "int8",
         )
     with torch.inference_mode():
-        done = fuse_decoder(loaded.model, loaded.sites, lora, trial, _trial(loaded, trial), loaded.uses)
+        done = fuse_decoder(loaded.model, loaded.sites, lora, _bench(loaded, storage, TritonAttention), loaded.uses)
         swap_quant_linears(loaded.model, loaded.dtype, loaded.uses)
     return PreparedLayers(backend, LoraBatch(lora), triton=(backend, lora)), done
 
 
-def _trial_storage(storage: KVStorage) -> KVStorage:
-    """Where layers are tried: not in a quantized cache, whose rounding would blur what a layer has wrong."""
-    shape = storage.shape
-    if shape.quantization is None:
-        return storage
-    return KVStorage(replace(shape, quantization=None), num_trial_blocks(shape.block_size), storage.data.device)
+def _bench(loaded: LoadedModel, storage: KVStorage, make_backend: Callable[[KVStorage], AttentionBackend]) -> Bench:
+    def forward(positions: torch.Tensor, backend: AttentionBackend) -> None:
+        ids = torch.arange(len(positions), device=loaded.device) * 7 + 3
+        forward_hidden(loaded.model, ids % loaded.capabilities.vocab_size, positions, backend)
 
-
-def _trial(loaded: LoadedModel, backend: AttentionBackend) -> Callable[[AttentionInputs], Any]:
-    """A forward of some tokens, to look at."""
-
-    def run(inputs: AttentionInputs) -> None:
-        backend.plan(inputs)
-        positions = torch.arange(inputs.query_starts[-1], device=loaded.device)
-        forward_hidden(loaded.model, (positions * 7 + 3) % loaded.capabilities.vocab_size, positions, backend)
-
-    return run
+    return make_bench(loaded.hf_config, loaded.max_model_len, storage.shape, loaded.device, make_backend, forward)
 
 
 def native_library(loaded: LoadedModel, config: EngineConfig) -> NativeLibrary | None:

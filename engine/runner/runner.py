@@ -16,6 +16,7 @@ from engine.lora.image import ALIGNMENT_BYTES, AdapterImage
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage
 from engine.model.attention import forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
+from engine.model.rope import install_row_lengths
 from engine.runner.guesses import check_guesses
 from engine.runner.inputs import InputBuilder, StepInputs
 from engine.runner.layers import PreparedLayers, prepare_layers
@@ -63,11 +64,13 @@ class TorchRunner:
         self.loaded = loaded
         self.num_blocks = num_blocks
         self._storage = KVStorage(kv_shape(loaded, config), num_blocks, loaded.device)
+        self._lengths = None if loaded.length_rule is None else install_row_lengths(loaded.model)
         layers = prepare_layers(loaded, config, self._storage)
         swapped = layers.library is not None or layers.triton is not None
         rehearse(loaded, layers, self._storage, num_blocks, swapped=swapped)
         self._backend, self._batch = layers.backend, layers.batch
-        self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve)
+        with_lengths = self._lengths is not None
+        self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve, with_lengths=with_lengths)
         self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids, layers.library)
         self._graphs = _decode_graphs(loaded, config, layers)
         self._images: dict[str, AdapterImage] = {}
@@ -138,7 +141,10 @@ class TorchRunner:
         inputs = self._inputs.build(plan)
         self._batch.set(inputs.segments, inputs.sampled_segments)
         model = self.loaded.model
-        if self._graphs is not None and self._graphs.fits(inputs) and not self._batch.needs_python:
+        is_recorded = self._graphs is not None and self._graphs.fits(inputs) and not self._batch.needs_python
+        if self._lengths is not None:  # of recorded rows, which are the last of their texts, those up to themselves
+            self._lengths.tokens = None if is_recorded else inputs.lengths
+        if self._graphs is not None and is_recorded:
             return inputs, self._sampler.sample(self._graphs.logits(inputs), inputs.samples)
         self._backend.plan(inputs.attention)
         if not inputs.samples:

@@ -37,7 +37,7 @@ class LoraTables:
     pointers: Tensor  # [sites, slots, 3] int64: addresses of a [R, in], b [R, out], and scales float32 [2, R] or 0
     ranks: Tensor  # [sites, slots] int32
     scalings: Tensor  # [sites, slots] float32
-    are_codes: bool  # a and b are int8; else they have the dtype of x and y
+    are_codes: bool  # a and b are int8; else they have the dtype of x
 
     @staticmethod
     def empty(num_sites: int, num_slots: int, device: torch.device | str, *, are_codes: bool = False) -> LoraTables:
@@ -155,7 +155,7 @@ def _rank_scales(scales, r, rank):
 def _expand_row(
     y, b, scales, source, low_split, rank, scaling, in_y, in_b, width,
     NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr,
-    CODES: tl.constexpr,
+    CODES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     sums = tl.zeros([BLOCK_N], tl.float32)
     for first_rank in range(0, rank, BLOCK_R):
@@ -170,7 +170,7 @@ def _expand_row(
         if ALIGNED:
             where = tl.multiple_of(where, [1, 16])
         weights = tl.load(where, mask=(r < rank)[:, None] & (in_b < width)[None, :], other=0.0)
-        narrow = lows.to(y.dtype.element_ty)  # as PEFT rounds it
+        narrow = lows.to(dtype)  # as PEFT rounds it
         sums += tl.sum(narrow.to(tl.float32)[:, None] * weights.to(tl.float32), axis=0)
     base = tl.load(y + in_y, mask=in_b < width, other=0.0)
     tl.store(y + in_y, (base.to(tl.float32) + scaling * sums).to(base.dtype), mask=in_b < width)
@@ -180,7 +180,7 @@ def _expand_row(
 def _expand_rows(
     y, y_row, num_rows, b, scales, source, low_split, low_row, rank, scaling, in_y, in_b, width,
     NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALIGNED: tl.constexpr, UPCAST: tl.constexpr, CODES: tl.constexpr,
+    ALIGNED: tl.constexpr, UPCAST: tl.constexpr, CODES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     is_row = m < num_rows
@@ -198,7 +198,7 @@ def _expand_rows(
         if ALIGNED:
             where = tl.multiple_of(where, [1, 16])
         weights = tl.load(where, mask=(r < rank)[:, None] & (in_b < width)[None, :], other=0.0)
-        narrow = lows.to(y.dtype.element_ty)  # as PEFT rounds it
+        narrow = lows.to(dtype)  # as PEFT rounds it
         if UPCAST:
             narrow = narrow.to(tl.float32)
         acc += tl.dot(narrow, weights.to(narrow.dtype), input_precision="ieee")
@@ -210,11 +210,13 @@ def _expand_rows(
 
 @triton.jit
 def _expand(
-    y, y_row, chunks, tiles, sites, pointers, ranks, scalings, low, low_split, low_row, max_rank,
+    y, y_row, x, chunks, tiles, sites, pointers, ranks, scalings, low, low_split, low_row, max_rank,
     NUM_SLOTS: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """y[rows of the chunk, columns of the tile] += scaling * (sum of low over its splits) b."""
+    """y[rows of the chunk, columns of the tile] += scaling * (sum of low over its splits) b. x is not read: b has its
+    dtype."""
+    dtype: tl.constexpr = x.dtype.element_ty
     chunk, tile = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(chunks + chunk * 3).to(tl.int64)
     num_rows = tl.load(chunks + chunk * 3 + 1)
@@ -229,7 +231,7 @@ def _expand(
         b = tl.load(pointers + entry * 3 + 1).to(tl.pointer_type(tl.int8))
         scaling /= _NUM_STEPS
     else:
-        b = tl.load(pointers + entry * 3 + 1).to(tl.pointer_type(y.dtype.element_ty))
+        b = tl.load(pointers + entry * 3 + 1).to(tl.pointer_type(dtype))
     n = tl.arange(0, BLOCK_N)
     in_y, in_b = tl.load(tiles + tile * 4 + 1) + n, tl.load(tiles + tile * 4 + 2) + n
     width = tl.load(tiles + tile * 4 + 3)
@@ -240,12 +242,12 @@ def _expand(
     if num_rows == 1:
         _expand_row(
             rows, b, scales, source, low_split, rank, scaling, in_y, in_b, width,
-            NUM_SPLITS, BLOCK_N, BLOCK_R, ALIGNED, CODES,
+            NUM_SPLITS, BLOCK_N, BLOCK_R, ALIGNED, CODES, dtype,
         )  # fmt: skip
     else:
         _expand_rows(
             rows, y_row, num_rows, b, scales, source, low_split, low_row, rank, scaling, in_y, in_b, width,
-            NUM_SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, ALIGNED, UPCAST, CODES,
+            NUM_SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, ALIGNED, UPCAST, CODES, dtype,
         )  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def add_lora(y: Tensor, x: Tensor, chunks: Tensor, group: LoraGroup, tables: Lor
     """y += scaling * (x a^T) b for the rows of the chunks, in place.
 
     `max_rank`: no rank in the tables is larger. Chunks may follow in any order but share no row.
-    Shapes: x [T, in], y [T, all members' out], rows contiguous, both in one dtype; chunks [N, 3].
+    Shapes: x [T, in], y [T, all members' out], rows contiguous, y in x's dtype or float32; chunks [N, 3].
     """
     assert x.stride(1) == y.stride(1) == 1
     assert x.shape == (y.shape[0], group.in_features)
@@ -273,7 +275,7 @@ def add_lora(y: Tensor, x: Tensor, chunks: Tensor, group: LoraGroup, tables: Lor
         SPLIT_K=_SPLIT_FEATURES, BLOCK_K=_BLOCK_FEATURES, ALIGNED=group.in_features % 16 == 0, num_warps=4, **shared,
     )  # fmt: skip
     _expand[(chunks.shape[0], group.tiles.shape[0])](
-        y, y.stride(0), chunks, group.tiles, group.sites, tables.pointers, tables.ranks, tables.scalings,
+        y, y.stride(0), x, chunks, group.tiles, group.sites, tables.pointers, tables.ranks, tables.scalings,
         low, low.stride(0), low.stride(1), max_rank,
         NUM_SPLITS=num_splits, BLOCK_N=_BLOCK_OUT, ALIGNED=group.widths_aligned, num_warps=4, **shared,
     )  # fmt: skip

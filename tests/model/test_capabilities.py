@@ -145,21 +145,6 @@ def test_max_model_len_is_what_the_model_was_made_for_unless_less_is_asked() -> 
         resolve_max_model_len(AutoConfig.for_model("bloom"), None)
 
 
-def test_frequencies_that_depend_on_the_batch_bound_the_length() -> None:
-    """Longrope switches its frequencies for a whole batch at once, where its longest sequence passes the original."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0] * 4,
-        "original_max_position_embeddings": 64,
-    }
-    config = make_config("phi3", rope_parameters=rope, original_max_position_embeddings=64)
-    assert resolve_max_model_len(config, None) == 64
-    with pytest.raises(ConfigError, match="64 tokens"):
-        resolve_max_model_len(config, 65)
-
-
 def test_what_is_no_local_checkpoint_is_refused_without_asking_a_hub(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a folder"):
         load_model(EngineConfig(model="gpt2"))

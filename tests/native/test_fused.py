@@ -34,9 +34,54 @@ class MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class ScaledRMSNorm(LlamaRMSNorm):
+class OtherRMSNorm(LlamaRMSNorm):
+    """LlamaRMSNorm, but for one point that usual rows hardly show."""
+
+    def __init__(self, width: int, point: str) -> None:
+        super().__init__(width)
+        self.point = point
+
     def forward(self, x: Tensor) -> Tensor:
-        return 1.5 * super().forward(x)
+        eps, clamp = self.variance_epsilon, None
+        if self.point == "eps":
+            eps *= 10
+        elif self.point == "clamp":
+            clamp = 5000.0
+        wide = x.float() if clamp is None else x.float().clamp(-clamp, clamp)
+        mean = wide.square().mean(-1, keepdim=True)
+        scale = 1 / (mean.sqrt() + eps) if self.point == "eps outside" else (mean + eps).rsqrt()
+        if self.point == "ceiling":
+            scale = scale.clamp(max=500.0)
+        weight = {"half": 0.5 + self.weight, "no weight": 1.0}.get(self.point, self.weight)
+        factor = {"scaled": 1.5, "scaled a little": 1.001}.get(self.point, 1.0)
+        return (factor * weight * (wide * scale)).to(x.dtype)
+
+
+class CappedMLP(MLP):
+    """The same, but beyond a limit that usual rows do not reach."""
+
+    def __init__(self, width: int, point: str) -> None:
+        super().__init__(width, nn.SiLU())
+        self.point = point
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.point == "up":
+            up = up.clamp(-10, 10)
+        elif self.point == "gate":
+            gate = gate.clamp(max=10.0)
+        elif self.point == "swapped":
+            gate, up = up, gate
+        elif self.point == "small":
+            up = torch.where(up.abs() < 1e-3, 0.0, up)
+        y = self.down_proj(self.act_fn(gate) * up)
+        return (
+            1000 * torch.tanh(y / 1000) if self.point == "output" else y - self.down_proj.bias * (self.point == "bias")
+        )
+
+
+NORM_POINTS = ("eps", "eps outside", "clamp", "ceiling", "half", "no weight", "scaled", "scaled a little")
+MLP_POINTS = ("up", "gate", "swapped", "small", "output", "bias")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -75,8 +120,26 @@ def test_a_gated_mlp_is_that_of_transformers(dtype: torch.dtype) -> None:
         assert deviation(model(x), original(x)) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("point", ["norm of Llama", *NORM_POINTS])
+def test_a_norm_that_differs_in_one_point_is_left_alone(point: str, dtype: torch.dtype) -> None:
+    norm = OtherRMSNorm(40, point)
+    norm.weight.normal_()
+    model = nn.Sequential(norm.to(dtype))
+    assert fuse(model, native_or_skip(), dtype) == (point == "norm of Llama")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("point", ["mlp of Llama", *MLP_POINTS])
+def test_an_mlp_that_differs_in_one_point_is_left_alone(point: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(CappedMLP(40, point).to(dtype))
+    assert fuse(model, native_or_skip(), dtype) == (point == "mlp of Llama")
+
+
 @pytest.mark.parametrize(
-    "module", [MLP(40, nn.GELU()), ScaledRMSNorm(40), nn.LayerNorm(40), LlamaRMSNorm(40).half()], ids=str
+    "module",
+    [MLP(40, nn.GELU()), MLP(40, nn.GELU("tanh")), MLP(40, nn.Mish()), nn.LayerNorm(40), LlamaRMSNorm(40).half()],
+    ids=str,
 )
 def test_what_computes_something_else_is_left_alone(module: nn.Module) -> None:
     model = nn.Sequential(module)

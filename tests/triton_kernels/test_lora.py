@@ -134,6 +134,9 @@ def test_a_site_alone_takes_the_dtype_it_knows_and_leaves_others_alone() -> None
     assert not addition.add(y.float(), x.float())
     assert addition.add(y, x)
     assert deviation(y[0], lora_linear(torch.zeros(3, 16, device=DEVICE), x[0], segments, {1: w})) < 4e-3
+    logits = torch.full((1, 3, 16), 1000.0, device=DEVICE)  # whose steps in float16 are of a half
+    assert addition.add(logits, x)
+    assert deviation(logits[0] - 1000, lora_linear(torch.zeros(3, 16, device=DEVICE), x[0], segments, {1: w})) < 4e-3
     lora.set_fixed(None)
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         addition.add(y.float(), x.float())

@@ -237,13 +237,13 @@ static void widen_row(void *args, int64_t row) {
     }
 }
 
-/* x [rows, in_features], y of each member [rows, out_features]; both contiguous and of the weights' type.
+/* x [rows, in_features] of the weights' type, y of each member [rows, out_features], bfloat16 or float32: contiguous.
  * Returns 0, or -1 without memory. */
 int32_t chorus_linear(const void *x, int64_t rows, int64_t in_features, const member *members, int64_t num_members,
-                      const lora_chunk *chunks, int64_t num_chunks, int32_t is_bf16) {
-    const element type = is_bf16 ? BFLOAT16 : FLOAT32;
+                      const lora_chunk *chunks, int64_t num_chunks, int32_t is_bf16, int32_t y_is_bf16) {
+    const element type = is_bf16 ? BFLOAT16 : FLOAT32, y_type = y_is_bf16 ? BFLOAT16 : FLOAT32;
     const int64_t stride = (in_features + 1) / 2 * 2;
-    linear_call call = {x, rows, stride, in_features, type, type, 0, chunks, num_chunks};
+    linear_call call = {x, rows, stride, in_features, type, y_type, 0, chunks, num_chunks};
     if (is_bf16 || stride != in_features) {
         widening c = {x, in_features, stride, type, scratch_memory(WIDE, (size_t)(rows * stride) * sizeof(float))};
         if (!c.wide) return -1;
