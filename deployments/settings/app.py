@@ -7,12 +7,13 @@ replica may run.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
 from pydantic import model_validator as check
 
 from adapter_store.errors import AdapterNameInvalid
@@ -87,8 +88,18 @@ class LimitSettings(Settings):
 
     max_body_bytes: PositiveInt = 4 * MIB
     max_prompt_bytes: PositiveInt = MIB  # text of one prompt or conversation
+    max_prompt_ids: PositiveInt = 2**18  # token ids in all prompts that are sent as such
     max_prompts: PositiveInt = 64  # in a list of prompts
     max_samples: PositiveInt = 128  # prompts times n
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+", text):
+        raise ValueError(f"{text!r} is no origin; write scheme, host and port as browsers do, or '*' for all")
+    return text
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 def _engine_settings() -> type[BaseModel]:
@@ -118,6 +129,9 @@ class AppArgs(Settings):
     router_num_cpus: float = Field(default=0.25, ge=0.0)
     adapters: AdapterSettings = AdapterSettings()
     limits: LimitSettings = LimitSettings()
+    # Of sampling, where a request gives none: what the model's generation_config.json says, or OpenAI's.
+    generation_config: Literal["auto", "none"] = "auto"
+    cors: tuple[Origin, ...] = Field(default=(), strict=False)  # web pages that may ask: their origins, or "*" for all
     api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: anyone may ask
     admin_keys_env: VariableName | None = (
         None  # keys that may change adapters; None: nobody, or anyone without api_keys
@@ -140,6 +154,12 @@ class AppArgs(Settings):
             self.engine_config().validate()
         except ConfigError as error:
             raise ValueError(f"engine: {error}") from error
+        return self
+
+    @check(mode="after")
+    def _base_is_no_adapter(self) -> Self:
+        if self.model_id in self.adapters.pinned:
+            raise ValueError(f"adapters.pinned: {self.model_id!r} is the base's model_id, which no adapter can have")
         return self
 
     @property

@@ -114,7 +114,7 @@ def _text(part: object, where: str) -> str:
 class _Generation(Extension):
     """`{% generation %}`, by which transformers' templates mark what an assistant said."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -20,7 +20,8 @@ LOOP = "{% for part in message.content %}{% if part.type == 'text' %}{{ part.tex
 OF_STRINGS = {
     "llama 2": "{% if messages[0].role == 'system' %}{% set system = '<<' + messages[0]['content'] + '>>' %}"
     "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{% if loop.first %}{{ system }}{% endif %}[{{ m.role }}] {{ m['content'].strip() }}\n{% endfor %}",
+    "{% for m in rest %}{% if loop.first %}{{ system }}{% endif %}[{{ m.role }}] {{ m['content'].strip() }}\n"
+    "{% endfor %}",
     "deepseek": "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
     "{% set ns.system = m['content'] %}{% endif %}{% endfor %}{{ ns.system }}{% for m in messages %}"
     "{% if m['role'] != 'system' %}|{{ m['role'] }}|{{ m['content'] }}{% endif %}{% endfor %}",
@@ -37,8 +38,8 @@ OF_BOTH = {
     "llama 3.2 vision": "{% for message in messages %}<{{ message.role }}>{% if message.content is string %}"
     "{{ message.content }}{% else %}" + LOOP + "{% endif %}{% endfor %}",
     "gemma 3": "{% if messages[0]['role'] == 'system' %}{% if messages[0]['content'] is string %}"
-    "{% set first = messages[0]['content'] + '\n' %}{% else %}{% set first = messages[0]['content'][0]['text'] + '\n' %}"
-    "{% endif %}{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% set first = messages[0]['content'] + '\n' %}{% else %}"
+    "{% set first = messages[0]['content'][0]['text'] + '\n' %}{% endif %}{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
     "{% for message in rest %}[{{ message.role }}]{{ first if loop.first else '' }}"
     "{% if message.content is string %}{{ message.content | trim }}{% elif message.content is iterable %}"
     + LOOP
@@ -53,8 +54,8 @@ OF_BOTH = {
 OF_PARTS = {
     "smolvlm": "{% for message in messages %}{{ message.role }}:" + LOOP + "\n{% endfor %}",
     "llava": "{% for m in messages %}{{ m.role }}:{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}"
-    "<image>{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}\n"
-    "{% endfor %}",
+    "<image>{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
+    "\n{% endfor %}",
     "generation": "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}"
     "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endgeneration %}{% else %}"
     "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}\n{% endfor %}",
