@@ -1,7 +1,8 @@
 """The model's tokenizer: text to token ids and back, from a local folder, usable from many threads at once.
 
-Encoding goes to the Rust tokenizer behind the transformers one: that object is immutable after load and releases the
-interpreter lock, where the Python wrapper changes truncation and padding on every call.
+Encoding goes to the Rust tokenizer behind the transformers one: that object is immutable after load, where the Python
+wrapper changes truncation and padding on every call. Of its methods only those for batches release the interpreter lock,
+so a long text is a batch of one: a megabyte takes most of a second, in which nothing else could run.
 transformers (which imports torch) is imported at load, not when this module is.
 """
 
@@ -18,6 +19,8 @@ from engine.text.content import roles_in_parts, with_content
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
     from transformers import PreTrainedTokenizerBase
+
+LONG_CHARS = 2048  # shorter texts are encoded within a millisecond or two
 
 
 class Tokenizer:
@@ -73,7 +76,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises: InvalidRequest if `text` is not Unicode: half of a surrogate pair stands for no character."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG_CHARS:
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         except TypeError as error:
             raise InvalidRequest("prompt", f"it is not text that can be encoded: {error}") from error
         return ids
