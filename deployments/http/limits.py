@@ -97,7 +97,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(ADAPTERS, "sha256", "characters of a file's name", MAX_NAME_CHARS),
     Limit(QUERY, "after", "characters", MAX_CURSOR_CHARS),
     Limit(QUERY, "limit", "models or adapters on a page", MAX_PAGE),
-    Limit(QUERY, "model", "characters of a name in the path", MAX_NAME_CHARS),
+    Limit(QUERY, "name", "characters of a name in the path", MAX_NAME_CHARS),
 )
 
 

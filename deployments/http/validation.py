@@ -36,13 +36,17 @@ def fault_of_validation(errors: Sequence[Mapping[str, Any]], model: type[Any] | 
 
 
 def _unknown(loc: Sequence[str | int], model: type[Any] | None) -> Fault:
-    field = str(loc[-1])
-    name = field if len(field) <= _MAX_NAME else field[:_MAX_NAME] + "…"
+    name = _cut(str(loc[-1]))
     outer = _param(loc[:-1])
     nearest = model.nearest(name) if outer is None and isinstance(model, type) and issubclass(model, Body) else None
     param = name if outer is None else f"{outer}.{name}"
     remedy = f"did you mean {nearest!r}?" if nearest else "leave it out"
     return Fault(code="unknown_parameter", message=f"unknown field {param!r}; {remedy}", param=param)
+
+
+def _cut(name: str) -> str:
+    """What a caller calls a field may be of any length."""
+    return name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "…"
 
 
 def _given(error: Mapping[str, Any]) -> str:
@@ -56,7 +60,7 @@ def _param(loc: Sequence[str | int]) -> str | None:
     while parts and parts[0] in _WRAPPERS and len(parts) > 1:
         parts.pop(0)
     text = ""
-    for part in parts:
+    for part in (part if isinstance(part, int) else _cut(part) for part in parts):
         if isinstance(part, int):
             text += f"[{part}]"
         elif _FIELD.fullmatch(part) and part not in _UNION_BRANCHES:

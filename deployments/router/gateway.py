@@ -75,9 +75,12 @@ class Gateway:
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
 
     def check_adapter(self, name: str, param: str) -> None:
-        """Raises: AdapterNameInvalid; InvalidRequest for the base's id, which no request can mean an adapter by;
-        Refused (`model_not_found`) when the allow-list has no such name."""
-        check_name(name)
+        """Raises: InvalidRequest for the base's id, which no request can mean an adapter by; Refused for what is no name
+        (`adapter_name_invalid`) and when the allow-list has no such name (`model_not_found`)."""
+        try:
+            check_name(name)
+        except AdapterNameInvalid as error:
+            raise Refused(Fault(code=error.code, message=str(error), param=param)) from error
         if name == self.model_id:
             raise InvalidRequest(param, f"{name!r} is the base model; an adapter needs another name")
         if not is_allowed(name, self.allowed):
@@ -87,7 +90,7 @@ class Gateway:
         """Whether a request can ask for the adapter `name`: what `check_adapter` lets pass."""
         try:
             self.check_adapter(name, "name")
-        except (AdapterNameInvalid, InvalidRequest, Refused):
+        except (InvalidRequest, Refused):
             return False
         return True
 
