@@ -75,8 +75,8 @@ class Gateway:
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
 
     def check_adapter(self, name: str, param: str) -> None:
-        """Raises: InvalidRequest for the base's id, which no request can mean an adapter by; Refused for what is no name
-        (`adapter_name_invalid`) and when the allow-list has no such name (`model_not_found`)."""
+        """Raises: InvalidRequest for the base's id, which means no adapter in any request; Refused for what is no name
+        (`adapter_name_invalid`), or is not on the allow-list (`model_not_found`)."""
         try:
             check_name(name)
         except AdapterNameInvalid as error:

@@ -1,8 +1,8 @@
 """The model's tokenizer: text to token ids and back, from a local folder, usable from many threads at once.
 
 Encoding goes to the Rust tokenizer behind the transformers one: that object is immutable after load, where the Python
-wrapper changes truncation and padding on every call. Of its methods only those for batches release the interpreter lock,
-so a long text is a batch of one: a megabyte takes most of a second, in which nothing else could run.
+wrapper changes truncation and padding on every call. Of its methods only those for batches release the interpreter
+lock, so a long text is a batch of one: a megabyte takes most of a second, in which nothing else could run.
 transformers (which imports torch) is imported at load, not when this module is.
 """
 

@@ -69,7 +69,9 @@ def test_a_page_can_read_a_refusal_too(method: str, path: str, status: int):
 
 
 def test_all_pages_may_ask_where_the_setting_says_so():
-    assert _preflight("/v1/completions", ("*",), "https://anywhere.example").headers["access-control-allow-origin"] == "*"
+    assert (
+        _preflight("/v1/completions", ("*",), "https://anywhere.example").headers["access-control-allow-origin"] == "*"
+    )
 
 
 @pytest.mark.parametrize(

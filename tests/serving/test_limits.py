@@ -50,7 +50,9 @@ def _files(n: int, value: str) -> dict[str, str]:
 
 BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (BODY, "", "bytes"): lambda n: ("/v1/completions", json.dumps(_completion()[1]).ljust(n)),
-    (BODY, "", "levels of lists and objects"): lambda n: _chat(metadata={"x": json.loads("[" * (n - 2) + "]" * (n - 2))}),
+    (BODY, "", "levels of lists and objects"): lambda n: _chat(
+        metadata={"x": json.loads("[" * (n - 2) + "]" * (n - 2))}
+    ),
     (BODY, "", "lists and objects"): lambda n: _chat(metadata={"x": [[]] * (n - 5)}),
     (BODY, "", "strings, names of fields among them"): lambda n: _chat(metadata={"x": ["a"] * (n - 9)}),
     (BODY, "", LIMITS[4].what): lambda n: _chat(metadata={"x": [1] * (n + limits.MAX_OTHER_VALUES - 8)}),

@@ -10,9 +10,9 @@ import httpx
 import openai
 import pytest
 
+from deployments.http.openai.logprobs import LogprobWriter
 from engine.request import TokenLogprobs
 from tests.serving.fakes import EOS, FakeBackend, Served, make_prompts, serve
-from deployments.http.openai.logprobs import LogprobWriter
 
 CHAT, COMPLETIONS, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 SERVED = serve()
@@ -200,11 +200,14 @@ def test_a_request_id_is_the_answers_and_two_requests_may_have_one():
 def test_usage_is_null_in_every_chunk_but_the_last_or_counts_up_in_each():
     def usages(path: str, **options: Any) -> list[Any]:
         text = _post(path, stream=True, stream_options=options, n=2).text
-        return [json.loads(line[6:]).get("usage", "none") for line in text.split("\n\n") if line and "[DONE]" not in line]
+        return [
+            json.loads(line[6:]).get("usage", "none") for line in text.split("\n\n") if line and "[DONE]" not in line
+        ]
 
     for path in (CHAT, COMPLETIONS):
         *others, last = usages(path, include_usage=True)
-        assert others and set(map(str, others)) == {"None"}
+        assert others
+        assert set(map(str, others)) == {"None"}
         assert last["completion_tokens"] == 12
         *others, last = usages(path, include_usage=True, continuous_usage_stats=True)
         counts = [usage["completion_tokens"] for usage in others]

@@ -39,7 +39,8 @@ OF_BOTH = {
     "{{ message.content }}{% else %}" + LOOP + "{% endif %}{% endfor %}",
     "gemma 3": "{% if messages[0]['role'] == 'system' %}{% if messages[0]['content'] is string %}"
     "{% set first = messages[0]['content'] + '\n' %}{% else %}"
-    "{% set first = messages[0]['content'][0]['text'] + '\n' %}{% endif %}{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% set first = messages[0]['content'][0]['text'] + '\n' %}{% endif %}{% set rest = messages[1:] %}{% else %}"
+    "{% set first = '' %}{% set rest = messages %}{% endif %}"
     "{% for message in rest %}[{{ message.role }}]{{ first if loop.first else '' }}"
     "{% if message.content is string %}{{ message.content | trim }}{% elif message.content is iterable %}"
     + LOOP

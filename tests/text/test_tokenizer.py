@@ -94,7 +94,9 @@ def test_importing_the_tokenizer_module_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace, byte_fallback, word_piece])
-@pytest.mark.parametrize("text", ["The quick brown fox. ", "héllo wörld, 你好 🙂 ", "a b  c   d\n\te", "</s><plain added>", "x"])
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox. ", "héllo wörld, 你好 🙂 ", "a b  c   d\n\te", "</s><plain added>", "x"]
+)
 def test_a_long_text_has_the_ids_that_one_call_gives(make: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = make()
     long = text * (LONG_CHARS // len(text) + 2)
