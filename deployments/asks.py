@@ -29,6 +29,7 @@ class Ask:
     adapter_source: str | None = None
     cache_salt: str = ""
     user: str = ""
+    request_id: str = ""  # the caller's own; "": one is drawn
     truncate: int | None = None  # keep the last so many prompt tokens
     prompt_param: str = "prompt"  # what the API calls the prompt, for error messages
     model_param: str = "model"  # and the adapter

@@ -19,6 +19,7 @@ from deployments.router.replicas import ServeBackend
 from deployments.settings.app import AppArgs
 from deployments.store.actor import connector
 from deployments.store.client import StoreClient
+from engine.checkpoint.generation import sampling_defaults
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,6 +33,7 @@ class Router:
         host = await asyncio.to_thread(listening_host)
         self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
         self._limits = args.limits
+        self._cors = args.cors
         tokenizer = args.engine_config().tokenizer
         prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
         store = StoreClient(connector(args.adapters), wait_s=args.adapters.store_wait_s)
@@ -44,8 +46,9 @@ class Router:
             sources=args.adapters.source_names,
             allowed=args.adapters.allowed,
             max_resumes=args.max_resumes,
+            defaults=sampling_defaults(args.model, args.generation_config, logger),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return create_api(self._gateway, self._keys, self._limits)
+        return create_api(self._gateway, self._keys, self._limits, self._cors)

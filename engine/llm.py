@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from engine.checkpoint.generation import GenerationConfig, sampling_defaults
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import AdapterError, InvalidRequest
 from engine.output import OutputProcessor, merge
 from engine.request import FinishReason, OutputDelta, OutputError, Request, SamplingParams, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from engine.lora.image import AdapterImage
@@ -88,12 +91,15 @@ class LLM:
         self,
         model: str | os.PathLike[str],
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        generation_config: GenerationConfig = "auto",
         **settings: Any,
     ) -> None:
-        """`settings` are fields of `EngineConfig`.
+        """`settings` are fields of `EngineConfig`. `generation_config`: whether the model's file of that name gives the
+        defaults of sampling.
 
         Raises: TypeError for a setting that does not exist; ConfigError, ModelNotSupported; AdapterError.
         """
+        self._defaults = sampling_defaults(os.fspath(model), generation_config, logger)
         self._engine = Engine(EngineConfig(model=os.fspath(model), **_known(settings)))
         self._outputs = OutputProcessor(self._engine.tokenizer)
         self._images: dict[str, AdapterImage] = {}
@@ -112,6 +118,13 @@ class LLM:
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._images)
 
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """How tokens are chosen when `generate` is told nothing, but for `changes`: fields of `SamplingParams`.
+
+        >>> llm.default_sampling_params(max_tokens=256)  # doctest: +SKIP
+        """
+        return SamplingParams(**{**self._defaults, **changes})
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -125,7 +138,7 @@ class LLM:
         """Continue every prompt; the outputs are in the order of the prompts.
 
         A prompt is text or a list of token ids. `params` and `adapters` are one for all or one per prompt; an adapter
-        is a name, None is the base model.
+        is a name, None is the base model. Without `params`: `default_sampling_params()`.
 
         Raises: InvalidRequest, PromptTooLong, AdapterError before anything runs. What fails while running is an output
         with `finish_reason` ERROR and `error` set.
@@ -135,7 +148,12 @@ class LLM:
             self._job(prompt, one_params, adapter)
             for prompt, one_params, adapter in zip(
                 prompt_list,
-                _per_prompt("params", SamplingParams() if params is None else params, len(prompt_list), SamplingParams),
+                _per_prompt(
+                    "params",
+                    self.default_sampling_params() if params is None else params,
+                    len(prompt_list),
+                    SamplingParams,
+                ),
                 _per_prompt("adapters", adapters, len(prompt_list), str | None),
                 strict=True,
             )

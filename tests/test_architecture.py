@@ -65,7 +65,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.aio": (*SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.aio"),
     # The one arrow out of the engine: docs/decisions/0001-llm-is-the-offline-composition-root.md
     "engine.llm": (
-        *SEAMS, "engine.lora", "engine.output", "engine.engine", "adapter_store.image.packing", "adapter_store.errors",
+        *SEAMS, "engine.checkpoint", "engine.lora", "engine.output", "engine.engine",
+        "adapter_store.image.packing", "adapter_store.errors",
     ),
     "engine": ("engine",),
     # The store, floor by floor: a name, its version, the version's bytes, an image, what is kept of it.

@@ -45,6 +45,12 @@ def test_the_host_s_share_of_a_step_is_measured_without_a_model() -> None:
     assert row["config"]["sequences"] == 4
 
 
+def test_the_cost_of_a_large_body_is_measured_beside_an_idle_loop() -> None:
+    idle, ids = run("bodies", "--rounds", "1", "--cases", "idle;2,000,000 token ids")
+    assert (idle["status"], ids["status"]) == (0, 400)
+    assert all(row["loop_ms"] > 0 and row["thread_ms"] > 0 for row in (idle, ids))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "num_rows"),

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -27,7 +28,9 @@ from deployments.calls import Fault, Refused
 from deployments.errors import answer_for, fault_of
 from deployments.http.auth import ApiKeys
 from deployments.http.gate import DOCS_FILES, Gate
+from deployments.http.reading import route_class
 from deployments.http.validation import fault_of_validation
+from deployments.http.wire import INERT_HEADER
 from deployments.router.gateway import Gateway
 from deployments.settings.app import LimitSettings
 from engine.errors import EngineError
@@ -40,13 +43,13 @@ LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAPI:
-    """The application in front of `gateway`."""
+def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Sequence[str] = ()) -> FastAPI:
+    """The application in front of `gateway`. `cors`: origins of the web pages that may ask."""
     # The page's scripts and styles come from here: a browser without the internet would see nothing else.
     app = FastAPIOffline(title="Chorus", version=_version(), redoc_url=None, static_url=DOCS_FILES)
-    app.include_router(openai_routes.routes(gateway))
-    app.include_router(lorax_routes.routes(gateway))
-    app.include_router(adapters_routes.routes(gateway))
+    bodies = route_class(limits)
+    for routes in (openai_routes, lorax_routes, adapters_routes):
+        app.include_router(routes.routes(gateway, bodies))
     _add_operation(app, gateway)
     for kind in (Refused, EngineError, StoreError):
         app.add_exception_handler(kind, _on_error)
@@ -54,6 +57,15 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings) -> FastAP
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond)
+    if cors:
+        # Around the gate: a browser's first question carries no key, and a page must be able to read a refusal.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[INERT_HEADER, "Retry-After"],
+        )
     return app
 
 

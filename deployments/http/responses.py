@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from deployments.http.wire import INERT_HEADER
 from deployments.router.gateway import Opened
+
+
+def inert_header(names: Iterable[str]) -> dict[str, str]:
+    """The header that names the fields of a request which were accepted without effect; none if there are none."""
+    told = ", ".join(names)
+    return {INERT_HEADER: told} if told else {}
 
 
 @asynccontextmanager
@@ -24,9 +31,11 @@ async def closing(opened: Opened) -> AsyncIterator[None]:
 class EventResponse(StreamingResponse):
     """Server-sent events of `opened`; when the client goes away its sequences are aborted."""
 
-    def __init__(self, events: AsyncGenerator[bytes], opened: Opened) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], opened: Opened, extra_headers: Mapping[str, str] | None = None
+    ) -> None:
         # Proxies must pass events on as they come.
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(extra_headers or {})}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
         self._opened = opened

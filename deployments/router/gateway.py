@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from adapter_store.errors import AdapterNameInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
 from deployments.asks import Ask
 from deployments.calls import Call, Fault, Refused, prefix_hints
@@ -55,8 +56,8 @@ class Adapters(Protocol):
 class Opened:
     """A request that a replica has begun to answer: one stream per prompt."""
 
-    request_id: str
-    seed: int
+    request_id: str  # as its answer says it: the caller's, if it gave one
+    seeds: tuple[int, ...]  # of each prompt
     prompts: tuple[tuple[int, ...], ...]
     streams: Sequence[Primed[OutputDelta]]
 
@@ -73,16 +74,27 @@ class Gateway:
     allowed: tuple[str, ...] | None = None  # shell patterns of adapter names
     max_resumes: int = 8
     suspects: Suspects = field(default_factory=Suspects)
-
-    def allows(self, name: str) -> bool:
-        """Whether the allow-list has the adapter `name`."""
-        return is_allowed(name, self.allowed)
+    defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
 
     def check_adapter(self, name: str, param: str) -> None:
-        """Raises: AdapterNameInvalid; Refused (`model_not_found`) when the allow-list has no such name."""
-        check_name(name)
-        if not self.allows(name):
+        """Raises: InvalidRequest for the base's id, which means no adapter in any request; Refused for what is no name
+        (`adapter_name_invalid`), or is not on the allow-list (`model_not_found`)."""
+        try:
+            check_name(name)
+        except AdapterNameInvalid as error:
+            raise Refused(Fault(code=error.code, message=str(error), param=param)) from error
+        if name == self.model_id:
+            raise InvalidRequest(param, f"{name!r} is the base model; an adapter needs another name")
+        if not is_allowed(name, self.allowed):
             raise Refused(Fault(code="model_not_found", message=f"adapter {name!r} is not served here", param=param))
+
+    def serves(self, name: str) -> bool:
+        """Whether a request can ask for the adapter `name`: what `check_adapter` lets pass."""
+        try:
+            self.check_adapter(name, "name")
+        except (InvalidRequest, Refused):
+            return False
+        return True
 
     def check_source(self, source: str | None, param: str) -> None:
         """Raises: InvalidRequest when there is no source of that name."""
@@ -91,7 +103,7 @@ class Gateway:
             raise InvalidRequest(param, f"{source!r} is not configured; known: {known}")
 
     async def list_adapters(self, after: str | None, limit: int) -> AdapterPage:
-        """Those of at most `limit` names behind `after` that the allow-list has: a page may be short, even empty.
+        """Those of at most `limit` names behind `after` that requests can ask for: a page may be short, even empty.
 
         However many names there are, and however few of them are allowed, a page costs no more than a page.
         """
@@ -105,7 +117,7 @@ class Gateway:
             page = await self.adapters.list_adapters(cursor, limit - num_seen)
             num_seen += len(page.records)
             away |= dict.fromkeys(page.unavailable)
-            found += [record for record in page.records if self.allows(record.name)]
+            found += [record for record in page.records if self.serves(record.name)]
             cursor = page.next_cursor
         return AdapterPage(records=tuple(found), next_cursor=cursor, unavailable=tuple(away))
 
@@ -119,8 +131,12 @@ class Gateway:
             self.check_source(ask.adapter_source, "adapter_source")
             self.adapters.expect(ask.adapter, ask.adapter_source)
         prompts = await self.prompts.encode(ask)
+        # Of our own making whatever the caller's is: two running requests never have one id.
         request_id = uuid.uuid4().hex
-        seed = secrets.randbits(63) if ask.params.seed is None else ask.params.seed
+        # A seed that was given makes each prompt's answer what it would be if it were sent alone. One that is drawn is
+        # drawn for each: a sample depends on nothing but its seed, its index and its position.
+        given = ask.params.seed
+        seeds = tuple(secrets.randbits(63) if given is None else given for _ in prompts)
         # Between keys nothing is shared, not even the time that a cached prefix saves.
         salt = f"{tenant}/{ask.cache_salt}" if tenant or ask.cache_salt else ""
         calls = [
@@ -128,7 +144,7 @@ class Gateway:
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
                 prompt_token_ids=ids,
                 params=ask.params,
-                seed=seed,
+                seed=seeds[index],
                 adapter=ask.adapter,
                 adapter_source=ask.adapter_source,
                 tenant=tenant or ask.user,
@@ -137,8 +153,10 @@ class Gateway:
             )
             for index, ids in enumerate(prompts)
         ]
-        logger.info("request %s tenant=%r user=%r adapter=%r", request_id, tenant, ask.user, ask.adapter)
+        told_id = ask.request_id or request_id
+        asked = (request_id, told_id, tenant, ask.user, ask.adapter)
+        logger.info("request %s id=%r tenant=%r user=%r adapter=%r", *asked)
         streams = await all_primed(
             [answer(self.backend, call, max_resumes=self.max_resumes, suspects=self.suspects) for call in calls]
         )
-        return Opened(request_id=request_id, seed=seed, prompts=tuple(prompts), streams=streams)
+        return Opened(request_id=told_id, seeds=seeds, prompts=tuple(prompts), streams=streams)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,38 +45,47 @@ class Prompts:
                 "n",
                 f"{len(ask.prompts)} prompts times n={ask.params.n} is over the limit of {self._limits.max_samples}",
             )
-        for token_id in ask.params.logit_bias:
-            self._check_id("logit_bias", token_id)
-        encoded = await asyncio.gather(*(self._encode_one(prompt, ask) for prompt in ask.prompts))
-        return [ids[-ask.truncate :] if ask.truncate else ids for ids in encoded]
+        num_ids = sum(len(prompt) for prompt in ask.prompts if isinstance(prompt, tuple))
+        if num_ids > self._limits.max_prompt_ids:
+            message = f"{num_ids} token ids, the limit is {self._limits.max_prompt_ids}; send fewer"
+            raise Refused(
+                Fault(code="prompt_too_large", message=f"{ask.prompt_param}: {message}", param=ask.prompt_param)
+            )
+        self._check_ids("logit_bias", ask.params.logit_bias)
+        run = asyncio.get_running_loop().run_in_executor
+        return await asyncio.gather(*(run(self._pool, self._encode_one, prompt, ask) for prompt in ask.prompts))
 
-    async def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
+    def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
+        """In a thread of the pool, as is all that grows with the prompt."""
+        param = ask.prompt_param
+        ids: Sequence[int]
         if isinstance(prompt, tuple):
-            for token_id in prompt:
-                self._check_id(ask.prompt_param, token_id)
-            ids: Sequence[int] = prompt
+            self._check_ids(param, prompt)
+            ids = prompt
         elif isinstance(prompt, Chat):
-            self._check_size(_num_bytes(prompt), ask.prompt_param)
-            ids = await self._run(lambda: self._tokenizer.apply_chat_template(prompt.messages))
+            self._check_size(_num_bytes(prompt), param)
+            ids = self._tokenizer.apply_chat_template(prompt.messages)
         else:
-            self._check_size(len(prompt.encode(errors="replace")), ask.prompt_param)
-            ids = await self._run(lambda: self._tokenizer.encode(_valid(prompt, ask.prompt_param)))
+            self._check_size(len(prompt.encode(errors="replace")), param)
+            ids = self._tokenizer.encode(_valid(prompt, param))
         if not ids:
-            raise InvalidRequest(ask.prompt_param, "the prompt has no tokens; send at least one")
-        return tuple(ids)
+            raise InvalidRequest(param, "the prompt has no tokens; send at least one")
+        return tuple(ids[-ask.truncate :] if ask.truncate else ids)
 
-    async def _run(self, encode: Callable[[], list[int]]) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
-
-    def _check_id(self, param: str, token_id: int) -> None:
-        if not 0 <= token_id < self._vocab_size:
-            raise InvalidRequest(param, f"token id {token_id} is outside [0, {self._vocab_size})")
+    def _check_ids(self, param: str, token_ids: Collection[int]) -> None:
+        for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequest(param, f"token id {_shown(token_id)} is outside [0, {self._vocab_size})")
 
     def _check_size(self, num_bytes: int, param: str) -> None:
         limit = self._limits.max_prompt_bytes
         if num_bytes > limit:
             message = f"{param} has {num_bytes} bytes, the limit is {limit}; send a shorter one"
             raise Refused(Fault(code="prompt_too_large", message=message, param=param))
+
+    def template_names(self, *fields: str) -> bool:
+        """Whether the chat template names one of `fields` of a message: what it does not name, it does not write."""
+        return any(re.search(rf"\b{field}\b", self._tokenizer.chat_template) for field in fields)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, without special tokens."""
@@ -102,6 +112,11 @@ class Prompts:
         return self._pieces.piece(previous, token_id)
 
 
+def _shown(token_id: int) -> str:
+    """Python refuses to write out the largest numbers that JSON can carry."""
+    return str(token_id) if token_id.bit_length() < 64 else f"of {token_id.bit_length()} bits"
+
+
 def _valid(text: str, param: str) -> str:
     """JSON can carry half a surrogate pair, which no encoding of text has."""
     try:
@@ -112,6 +127,7 @@ def _valid(text: str, param: str) -> str:
 
 
 def _num_bytes(chat: Chat) -> int:
+    """Of the texts as JSON: a little more than the template writes of them."""
     return sum(len(json.dumps(message, ensure_ascii=False).encode(errors="replace")) for message in chat.messages)
 
 

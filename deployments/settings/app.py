@@ -11,9 +11,9 @@ import re
 import typing
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, create_model, field_validator
 from pydantic import model_validator as check
 
 from adapter_store.errors import AdapterNameInvalid
@@ -97,8 +97,18 @@ class LimitSettings(Settings):
 
     max_body_bytes: PositiveInt = 4 * MIB
     max_prompt_bytes: PositiveInt = MIB  # text of one prompt or conversation
+    max_prompt_ids: PositiveInt = 2**18  # token ids in all prompts that are sent as such
     max_prompts: PositiveInt = 64  # in a list of prompts
     max_samples: PositiveInt = 128  # prompts times n
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+", text):
+        raise ValueError(f"{text!r} is no origin; write scheme, host and port as browsers do, or '*' for all")
+    return text
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 def _engine_settings() -> type[BaseModel]:
@@ -129,6 +139,9 @@ class AppArgs(Settings):
     router_num_cpus: float = Field(default=0.25, ge=0.0)
     adapters: AdapterSettings = AdapterSettings()
     limits: LimitSettings = LimitSettings()
+    # Of sampling, where a request gives none: what the model's generation_config.json says, or OpenAI's.
+    generation_config: Literal["auto", "none"] = "auto"
+    cors: tuple[Origin, ...] = Field(default=(), strict=False)  # web pages that may ask: their origins, or "*" for all
     api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: who reaches the port may ask
     # Keys that may change adapters. None: nobody; without api_keys_env and on a loopback address, who reaches the port.
     admin_keys_env: VariableName | None = None
@@ -160,6 +173,12 @@ class AppArgs(Settings):
             self.engine_config().validate()
         except ConfigError as error:
             raise ValueError(f"engine: {error}") from error
+        return self
+
+    @check(mode="after")
+    def _base_is_no_adapter(self) -> Self:
+        if self.model_id in self.adapters.pinned:
+            raise ValueError(f"adapters.pinned: {self.model_id!r} is the base's model_id, which no adapter can have")
         return self
 
     @check(mode="after")

@@ -1,22 +1,27 @@
 """The model's tokenizer: text to token ids and back, from a local folder, usable from many threads at once.
 
-Encoding goes to the Rust tokenizer behind the transformers one: that object is immutable after load and releases the
-interpreter lock, where the Python wrapper changes truncation and padding on every call.
+Encoding goes to the Rust tokenizer behind the transformers one: that object is immutable after load, where the Python
+wrapper changes truncation and padding on every call. Of its methods only those for batches release the interpreter
+lock, so a long text is a batch of one: a megabyte takes most of a second, in which nothing else could run.
 transformers (which imports torch) is imported at load, not when this module is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.text.clean_up import clean_up_spaces
+from engine.text.content import roles_in_parts, with_content
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
     from transformers import PreTrainedTokenizerBase
+
+LONG_CHARS = 2048  # shorter texts are encoded within a millisecond or two
 
 
 class Tokenizer:
@@ -61,10 +66,24 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    @property
+    def chat_template(self) -> str:
+        """The program that writes conversations; "" when there is none."""
+        template = self._hf.chat_template
+        return template or "" if not isinstance(template, dict) else str(self._hf.get_chat_template())
+
+    @cached_property
+    def _roles_in_parts(self) -> frozenset[str]:
+        return roles_in_parts(self.chat_template, lambda messages: self._render(messages, True, {}))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises: InvalidRequest if `text` is not Unicode: half of a surrogate pair stands for no character."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG_CHARS:
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         except TypeError as error:
             raise InvalidRequest("prompt", f"it is not text that can be encoded: {error}") from error
         return ids
@@ -86,7 +105,8 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a conversation. `template_args` go to the template (`tools`, or variables of its own).
 
-        Raises: InvalidRequest when the model has no template, or its template refuses the messages.
+        A content may be a string or a list of text parts: the template gets what it can write.
+        Raises: InvalidRequest when the model has no template, its template refuses the messages, or a part is no text.
         """
         if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
             raise InvalidRequest("messages", "a conversation is a list of mappings, each with a role and a content")
@@ -98,18 +118,18 @@ class Tokenizer:
             )
         from jinja2 import TemplateError
 
+        taken = with_content(messages, self._roles_in_parts)
         try:
-            rendered = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **template_args,
-            )
+            return self._render(taken, add_generation_prompt, template_args)
         except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             # Templates are programs: what they raise on messages they do not expect is not theirs to choose.
             roles = [str(message.get("role")) for message in messages]
             raise InvalidRequest("messages", f"the model's chat template refuses the roles {roles}: {error}") from error
-        return str(rendered)
+
+    def _render(self, messages: list[dict[str, Any]], generation: bool, template_args: Mapping[str, Any]) -> str:
+        return str(
+            self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **template_args)
+        )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **template_args: Any) -> list[int]:
         """Token ids of a conversation, ready to be continued; arguments and errors as in `render_chat`."""

@@ -223,6 +223,8 @@ def serve(
     limits: LimitSettings | None = None,
     allowed: tuple[str, ...] | None = None,
     max_resumes: int = 8,
+    cors: tuple[str, ...] = (),
+    defaults: dict[str, float] | None = None,
 ) -> Served:
     backend = backend or FakeBackend()
     adapters = FakeAdapters()
@@ -235,7 +237,8 @@ def serve(
         sources=("local", "s3"),
         allowed=allowed,
         max_resumes=max_resumes,
+        defaults=defaults or {},
     )
-    app = create_api(gateway, keys or ApiKeys(is_local=True), limits)
+    app = create_api(gateway, keys or ApiKeys(is_local=True), limits, cors)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return Served(backend, adapters, app, httpx.AsyncClient(transport=transport, base_url=URL))

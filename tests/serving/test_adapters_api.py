@@ -83,7 +83,7 @@ def test_a_list_is_registered_as_it_was_written():
     ("body", "status", "code", "param"),
     [
         (ROW | {"location": "nowhere"}, 400, "registration_invalid", None),
-        (ROW | {"name": "../etc"}, 400, "adapter_name_invalid", None),
+        (ROW | {"name": "../etc"}, 400, "adapter_name_invalid", "name"),
         (ROW | {"name": "other"}, 404, "model_not_found", "name"),
         (ROW | {"source": "ftp"}, 400, "invalid_request", "source"),
         ([ROW, ROW | {"source": "ftp"}], 400, "invalid_request", "[1].source"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from engine.errors import ConfigError, InvalidRequest
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import LONG_CHARS, Tokenizer
 from tests.support.tiny_model import make_tokenizer
-from tests.text.tokenizers_for_tests import byte_level, metaspace
+from tests.text.tokenizers_for_tests import byte_fallback, byte_level, metaspace, word_piece
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
@@ -89,3 +91,48 @@ def test_importing_the_tokenizer_module_does_not_import_torch() -> None:
     code = "import sys, engine.text.tokenizer, engine.text.stop, engine.output; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, byte_fallback, word_piece])
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox. ", "héllo wörld, 你好 🙂 ", "a b  c   d\n\te", "</s><plain added>", "x"]
+)
+def test_a_long_text_has_the_ids_that_one_call_gives(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    long = text * (LONG_CHARS // len(text) + 2)
+    for special in (True, False):
+        assert tokenizer.encode(long, special) == tokenizer.backend.encode(long, add_special_tokens=special).ids
+
+
+def test_a_long_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="prompt: it is not text"):
+        byte_level().encode("x" * LONG_CHARS + "\ud800")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    """Counted, not timed: a thread that counts gets through many rounds while the call goes on."""
+    tokenizer = byte_level()
+    rounds, done = 0, threading.Event()
+
+    def encode() -> None:
+        tokenizer.encode("hello world " * 20_000)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    began = threading.Event()
+
+    def count() -> None:
+        nonlocal rounds
+        began.set()
+        while not done.is_set() and rounds < 1000:
+            rounds += 1
+            done.wait(0.0001)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    assert began.wait(10), "the counting thread did not start within 10 s"
+    thread.start()
+    for worker in (thread, counter):
+        worker.join(60)
+        assert not worker.is_alive(), "encoding did not end within 60 s"
+    assert rounds > 20

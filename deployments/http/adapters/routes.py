@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.routing import APIRoute
 
-from adapter_store.records import AdapterRecord
+from adapter_store.records import AdapterRecord, check_name
 from deployments.calls import Fault, Refused
 from deployments.http.adapters import examples
 from deployments.http.adapters.schema import NamedRequest, RegisterRequest
 from deployments.http.auth import Caller
 from deployments.http.documented import answers, failures
+from deployments.http.limits import MAX_CURSOR_CHARS, MAX_PAGE
 from deployments.http.openai.replies import error_body
 from deployments.http.origin import check_is_json, check_is_local
 from deployments.router.gateway import Gateway
 
-MAX_PAGE = 1000
 DEFAULT_PAGE = 100
 
 
@@ -36,14 +37,14 @@ ADMIN = [Depends(_check_may_change)]
 """Of every route that changes what is served, or makes the server fetch something."""
 
 
-def routes(gateway: Gateway) -> APIRouter:
-    """/adapters and what is below it."""
+def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
+    """/adapters and what is below it. `route_class`: see `deployments.http.reading`."""
     told = failures(lambda answer: answer.status, error_body)
-    router = APIRouter(prefix="/adapters", tags=["Adapters"], responses=told)
+    router = APIRouter(prefix="/adapters", tags=["Adapters"], responses=told, route_class=route_class)
 
     @router.get("", responses=answers(examples.LISTING))
     async def adapters(
-        after: Annotated[str | None, Query(max_length=400, pattern=r"^\d+:")] = None,
+        after: Annotated[str | None, Query(max_length=MAX_CURSOR_CHARS, pattern=r"^\d+:")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
     ) -> dict[str, Any]:
         """The adapters, a page at a time: give what a page says as `next` as the next one's `after`, until it is null.
@@ -74,7 +75,7 @@ def routes(gateway: Gateway) -> APIRouter:
     @router.delete("/{name:path}", responses=answers(examples.UNREGISTERED), dependencies=ADMIN)
     async def unregister(name: str) -> dict[str, Any]:
         """Take back what was registered. Running requests end as they began, new ones hear of it within `refresh_s`."""
-        gateway.check_adapter(name, "name")
+        check_name(name)  # nothing else: what may no longer be registered can still be taken back
         gone = await gateway.adapters.unregister((name,))
         if not gone:
             message = f"adapter {name!r} is not registered; what sources have is taken back there"

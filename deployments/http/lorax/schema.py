@@ -6,31 +6,35 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from deployments.http.limits import MAX_MODEL_CHARS, MAX_SOURCE_CHARS
 from deployments.http.lorax import examples
-from deployments.http.wire import Body, refused
+from deployments.http.openai.schema import Stop
+from deployments.http.wire import Body, Whole, refused
 
 
 class Parameters(Body):
     """`parameters` of a request."""
 
-    adapter_id: str | None = None  # None or "": the base
-    adapter_source: str | None = None  # local, s3, or the name of a configured source
+    adapter_id: Annotated[str, Field(max_length=MAX_MODEL_CHARS)] | None = None  # None or "": the base
+    adapter_source: Annotated[str, Field(max_length=MAX_SOURCE_CHARS)] | None = (
+        None  # local, s3, or the name of a configured source
+    )
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None  # 0: greedy
-    top_k: Annotated[int, Field(gt=0)] | None = None
+    top_k: Annotated[Whole, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    max_new_tokens: Annotated[int, Field(gt=0)] | None = None  # None: until the context is full
+    seed: Annotated[Whole, Field(ge=0, lt=2**64)] | None = None
+    max_new_tokens: Annotated[Whole, Field(gt=0)] | None = None  # None: until the context is full
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    stop: list[str] | None = None
+    stop: Stop = None  # LoRAX takes lists only
     ignore_eos_token: bool | None = None
-    best_of: Annotated[int, Field(gt=0)] | None = None
+    best_of: Annotated[Whole, Field(gt=0)] | None = None
     return_full_text: bool | None = None
-    truncate: Annotated[int, Field(gt=0)] | None = None  # keep the last so many prompt tokens
+    truncate: Annotated[Whole, Field(gt=0)] | None = None  # keep the last so many prompt tokens
     details: bool | None = None
-    return_k_alternatives: Annotated[int, Field(gt=0)] | None = None
+    return_k_alternatives: Annotated[Whole, Field(gt=0)] | None = None
     # Refused.
     merged_adapters: Annotated[Any, refused("merged adapters; merge them offline and upload the result")] = None
     api_token: Annotated[Any, refused("private hub adapters")] = None

@@ -34,7 +34,7 @@ class LogprobWriter:
             token = self._text(item.token_id)
             tokens.append(token)
             offsets.append(self._offset)
-            tops.append({self._text(token_id): logprob for token_id, logprob in item.top})
+            tops.append(self._top(item))
             self._offset += len(token)
             self._note(item.token_id)
         return {
@@ -47,6 +47,13 @@ class LogprobWriter:
     def _note(self, token_id: int) -> None:
         if not self._prompts.is_special(token_id):
             self._previous = token_id
+
+    def _top(self, item: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the chosen one if it is none of them. Of tokens with one text the likeliest."""
+        top: dict[str, float] = {}
+        for token_id, logprob in (*item.top, (item.token_id, item.logprob)):
+            top.setdefault(self._text(token_id), logprob)
+        return top
 
     def _text(self, token_id: int) -> str:
         return self._prompts.token_bytes(self._previous, token_id).decode(errors="replace")

@@ -27,6 +27,9 @@ class Head:
     request_id: str
     created: int
     model: str
+    include_usage: bool = False  # chunks have a field `usage`: null, but in the last
+    continuous_usage: bool = False  # and in none it is null
+    token_ids: bool = False  # of prompts and of answers, beside the texts
 
     def body(self, *, chunk: bool = False) -> dict[str, Any]:
         name = (_CHUNK_OBJECT if chunk else _OBJECT)[self.kind]
@@ -38,12 +41,15 @@ class Head:
         }
 
 
+Ids = Sequence[int]
+
+
 def whole(
     head: Head,
     samples: Sequence[dict[int, Sample]],
     usage: Usage,
     prompts: Prompts,
-    prompt_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Ids],
     echoes: Sequence[str],
 ) -> dict[str, Any]:
     """The reply of a request that does not stream. `echoes`: text in front of each prompt's samples."""
@@ -51,8 +57,16 @@ def whole(
     for prompt, by_index in enumerate(samples):
         for _, sample in sorted(by_index.items()):
             writer = LogprobWriter(prompts, prompt_ids[prompt], len(echoes[prompt]))
-            choices.append(_choice(head.kind, len(choices), sample, writer, echoes[prompt]))
-    return {**head.body(), "choices": choices, "usage": usage_body(usage)}
+            choice = _choice(head.kind, len(choices), sample, writer, echoes[prompt])
+            if head.token_ids:
+                choice["token_ids"] = sample.token_ids
+                if head.kind == "completion":
+                    choice["prompt_token_ids"] = list(prompt_ids[prompt])
+            choices.append(choice)
+    body = {**head.body(), "choices": choices, "usage": usage_body(usage)}
+    if head.token_ids and head.kind == "chat":
+        body["prompt_token_ids"] = list(prompt_ids[0])
+    return body
 
 
 def _choice(kind: Kind, index: int, sample: Sample, writer: LogprobWriter, echo: str) -> dict[str, Any]:
@@ -68,32 +82,42 @@ def _choice(kind: Kind, index: int, sample: Sample, writer: LogprobWriter, echo:
     return choice
 
 
-def role_chunk(head: Head, index: int) -> dict[str, Any]:
-    """The first chunk of a chat choice."""
-    delta = {"role": "assistant", "content": ""}
-    return _chunk(head, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+def first_chunks(head: Head, index: int, echo: str, prompt_ids: Ids, usage: Usage) -> list[dict[str, Any]]:
+    """Before a choice's first token: the role of a chat, the echo of a completion, the prompt's token ids if asked."""
+    choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": None}
+    if head.kind == "chat":
+        chunk = _chunk(head, {**choice, "delta": {"role": "assistant", "content": ""}}, usage)
+        return [chunk | {"prompt_token_ids": list(prompt_ids)} if head.token_ids else chunk]
+    if head.token_ids:
+        ids = {"token_ids": [], "prompt_token_ids": list(prompt_ids)}
+        return [_chunk(head, {**choice, "text": echo, **ids}, usage)]
+    return [_chunk(head, {**choice, "text": echo}, usage)] if echo else []
 
 
-def echo_chunk(head: Head, index: int, echo: str) -> dict[str, Any]:
-    """The first chunk of a completion that echoes its prompt."""
-    return _chunk(head, {"index": index, "text": echo, "logprobs": None, "finish_reason": None})
+def delta_chunks(
+    head: Head, index: int, delta: OutputDelta, writer: LogprobWriter, usage: Usage
+) -> list[dict[str, Any]]:
+    """Chunks of one delta: text, then the end. A delta without either (text is held back) gives none.
 
-
-def delta_chunks(head: Head, index: int, delta: OutputDelta, writer: LogprobWriter) -> list[dict[str, Any]]:
-    """Chunks of one delta: text, then the end. A delta without either (text is held back) gives none."""
-    chunks = []
+    `usage`: so far, this delta included.
+    """
+    chunks: list[dict[str, Any]] = []
+    has_news = bool(delta.text or delta.logprobs or (head.token_ids and delta.token_ids))
     finish = None if delta.finish_reason is None else str(delta.finish_reason)
     if head.kind == "chat":
-        if delta.text or delta.logprobs:
+        if has_news:
             logprobs = writer.chat(delta.logprobs) if delta.logprobs else None
             content = {"content": delta.text}
             chunks.append({"index": index, "delta": content, "logprobs": logprobs, "finish_reason": None})
         if finish is not None:
             chunks.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": finish})
-    elif delta.text or delta.logprobs or finish is not None:
+    elif has_news or finish is not None:
         logprobs = writer.completion(delta.logprobs) if delta.logprobs else None
         chunks.append({"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": finish})
-    return [_chunk(head, chunk) for chunk in chunks]
+    if head.token_ids:
+        for at, chunk in enumerate(chunks):
+            chunk["token_ids"] = list(delta.token_ids) if at == 0 and has_news else []
+    return [_chunk(head, chunk, usage) for chunk in chunks]
 
 
 def usage_chunk(head: Head, usage: Usage) -> dict[str, Any]:
@@ -101,8 +125,13 @@ def usage_chunk(head: Head, usage: Usage) -> dict[str, Any]:
     return {**head.body(chunk=True), "choices": [], "usage": usage_body(usage)}
 
 
-def _chunk(head: Head, choice: dict[str, Any]) -> dict[str, Any]:
-    return {**head.body(chunk=True), "choices": [choice]}
+def _chunk(head: Head, choice: dict[str, Any], usage: Usage) -> dict[str, Any]:
+    body = {**head.body(chunk=True), "choices": [choice]}
+    if head.continuous_usage:
+        body["usage"] = usage_body(usage)
+    elif head.include_usage:
+        body["usage"] = None
+    return body
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

@@ -7,40 +7,45 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 from adapter_store.records import AdapterRecord
 from deployments.asks import Ask
 from deployments.http.collect import collect
 from deployments.http.documented import answers, failures
+from deployments.http.limits import MAX_CURSOR_CHARS, MAX_PAGE
 from deployments.http.openai import examples, replies, sse, translate
 from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
-from deployments.http.responses import EventResponse, closing
+from deployments.http.responses import EventResponse, closing, inert_header
 from deployments.router.gateway import Gateway, Opened
 
 OWNER = "chorus"
-MAX_PAGE = 1000
+REASONING = ("reasoning_content", "reasoning", "thinking")  # as chat templates name an earlier answer's reasoning
 
 
-def routes(gateway: Gateway) -> APIRouter:
-    """/v1/chat/completions, /v1/completions, /v1/models."""
+def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
+    """/v1/chat/completions, /v1/completions, /v1/models. `route_class`: see `deployments.http.reading`."""
     told = failures(lambda answer: answer.status, replies.error_body)
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=told)
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=told, route_class=route_class)
     started = int(time.time())
 
     @router.post("/chat/completions", responses=answers(examples.CHAT_ANSWER, examples.CHAT_EVENTS))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. `model` is the base's id or an adapter's name. Fields are honoured or refused."""
-        return await _serve(gateway, "chat", body, translate.chat_ask(body, gateway.model_id), request)
+        ask = translate.chat_ask(body, gateway.model_id, gateway.defaults)
+        has_reasoning = any(m.reasoning is not None or m.reasoning_content is not None for m in body.messages)
+        inert = ("reasoning_content",) if has_reasoning and not gateway.prompts.template_names(*REASONING) else ()
+        return await _serve(gateway, "chat", body, ask, request, inert=inert)
 
     @router.post("/completions", responses=answers(examples.COMPLETION_ANSWER, examples.COMPLETION_EVENTS))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or several: texts or lists of token ids."""
-        ask = translate.completion_ask(body, gateway.model_id)
+        ask = translate.completion_ask(body, gateway.model_id, gateway.defaults)
         return await _serve(gateway, "completion", body, ask, request, echo=bool(body.echo))
 
     @router.get("/models")
     async def models(
-        after: Annotated[str | None, Query(max_length=400, pattern=r"^\d+:")] = None,
+        after: Annotated[str | None, Query(max_length=MAX_CURSOR_CHARS, pattern=r"^\d+:")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
     ) -> dict[str, Any]:
         """The base, then the adapters, a page at a time: give what a page says as `next` as the next one's `after`."""
@@ -50,7 +55,7 @@ def routes(gateway: Gateway) -> APIRouter:
     async def model(model: str) -> dict[str, Any]:
         """One model. An adapter is looked up in its source now; `adapter.reason` says why a broken one is refused."""
         if model == gateway.model_id:
-            return _base(gateway.model_id, started)
+            return _base_itself(gateway, started)
         gateway.check_adapter(model, "model")
         return _adapter(await gateway.adapters.resolve(model), gateway.model_id, started)
 
@@ -58,18 +63,36 @@ def routes(gateway: Gateway) -> APIRouter:
 
 
 async def _serve(
-    gateway: Gateway, kind: replies.Kind, body: Sampling, ask: Ask, request: Request, *, echo: bool = False
+    gateway: Gateway,
+    kind: replies.Kind,
+    body: Sampling,
+    ask: Ask,
+    request: Request,
+    *,
+    echo: bool = False,
+    inert: tuple[str, ...] = (),
 ) -> Response:
+    if body.user is not None and body.safety_identifier not in (None, body.user):
+        inert = (*inert, "user")  # the newer name of the two counts
+    headers = inert_header((*request.state.inert, *inert))
     opened = await gateway.open(ask, request.state.caller.tenant)
-    head = replies.Head(kind=kind, request_id=opened.request_id, created=int(time.time()), model=body.model)
+    options = body.stream_options
+    head = replies.Head(
+        kind=kind,
+        request_id=opened.request_id,
+        created=int(time.time()),
+        model=body.model,
+        include_usage=options is not None and options.include_usage,
+        continuous_usage=options is not None and options.continuous_usage_stats,
+        token_ids=bool(body.return_token_ids),
+    )
     echoes = [_echo(gateway, ask, opened, index) if echo else "" for index in range(len(opened.prompts))]
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = sse.events(head, opened, ask.params.n, gateway.prompts, echoes, include_usage=include_usage)
-        return EventResponse(events, opened)
+        return EventResponse(sse.events(head, opened, ask.params.n, gateway.prompts, echoes), opened, headers)
     async with closing(opened):
         samples, usage = await collect(opened)
-    return JSONResponse(replies.whole(head, samples, usage, gateway.prompts, opened.prompts, echoes))
+    whole = replies.whole(head, samples, usage, gateway.prompts, opened.prompts, echoes)
+    return JSONResponse(whole, headers=headers)
 
 
 def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:
@@ -79,7 +102,7 @@ def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:
 
 async def _models(gateway: Gateway, started: int, after: str | None, limit: int) -> dict[str, Any]:
     """One page: the base, then the adapters, source by source. `after` is what the last page gave as `next`."""
-    found = {gateway.model_id: _base(gateway.model_id, started)} if after is None else {}
+    found = {gateway.model_id: _base_itself(gateway, started)} if after is None else {}
     page = await gateway.list_adapters(after, limit - len(found))
     for record in page.records:
         # Of a name that two sources have, the first is the one that is served.
@@ -95,6 +118,11 @@ async def _models(gateway: Gateway, started: int, after: str | None, limit: int)
         "first_id": ids[0] if ids else None,
         "last_id": ids[-1] if ids else None,
     }
+
+
+def _base_itself(gateway: Gateway, created: int) -> dict[str, Any]:
+    """With what its folder says of sampling: the defaults of requests for it and for every adapter."""
+    return _base(gateway.model_id, created) | {"default_sampling_params": dict(gateway.defaults)}
 
 
 def _base(model_id: str, created: int) -> dict[str, Any]:

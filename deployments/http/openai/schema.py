@@ -4,113 +4,200 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
+from deployments.http import limits
 from deployments.http.openai import examples
-from deployments.http.wire import Body, refused
+from deployments.http.openai.foreign import Foreign, ForeignChat, ForeignCompletion
+from deployments.http.wire import Body, Whole, inert, refused, shown, whole_numbers, wrong
+from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 Real = float | None
-Count = Annotated[int, Field(ge=1)] | None
+Count = Annotated[Whole, Field(ge=1)] | None
+Label = Annotated[str, Field(max_length=limits.MAX_LABEL_CHARS)] | None
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple):
+        raise wrong(f"{shown(value)} is neither a string nor a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise wrong(f"{len(stops)} strings, the limit is {MAX_STOP_STRINGS}; send fewer")
+    for stop in stops:
+        if not isinstance(stop, str):
+            raise wrong(f"{shown(stop)} is not a string")
+        if len(stop) > MAX_STOP_CHARS:
+            raise wrong(f"a string of {len(stop)} characters, the limit is {MAX_STOP_CHARS}; send a shorter one")
+    return tuple(stops)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise wrong(f"{shown(value)} is not a list of token ids")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise wrong(f"{len(value)} token ids, the limit is {MAX_STOP_TOKEN_IDS}; send fewer")
+    return whole_numbers(list(value), "a token id")
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise wrong(f"{shown(value)} is not an object of token ids and numbers")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise wrong(f"{len(value)} tokens, the limit is {MAX_LOGIT_BIAS}; send fewer")
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 20):
+            raise wrong(f"{shown(key)} is not a token id; keys are token ids as strings")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise wrong(f"{shown(bias)}, the bias of token {key}, is not a number")
+    if len({int(key) for key in value}) < len(value):
+        raise wrong("a token id is named twice")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Texts and lists of token ids. Types are looked at list by list, not item by item."""
+    if isinstance(value, str):
+        return (value,)
+    kinds = set(map(type, value)) if isinstance(value, list) else set()
+    if isinstance(value, list) and not value:
+        raise wrong("the list is empty; send at least one prompt")
+    if kinds == {str}:
+        return tuple(value)
+    if kinds and kinds <= {int, float}:
+        return (whole_numbers(value, "a token id"),)
+    if kinds == {list}:
+        return tuple(whole_numbers(ids, "a token id") for ids in value)
+    what = shown(value) if not kinds else f"a list of {' and '.join(sorted(_JSON_NAMES[kind] for kind in kinds))}"
+    raise wrong(f"{what}; send a text, a list of texts, a list of token ids or a list of such lists")
+
+
+_JSON_NAMES = {
+    str: "strings", int: "numbers", float: "numbers", bool: "booleans", list: "lists", dict: "objects",
+    type(None): "nulls",
+}  # fmt: skip
+_STRINGS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
+_BIASES: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "number"}}
+_PROMPTS: dict[str, Any] = {"anyOf": [*_STRINGS["anyOf"], _IDS, {"type": "array", "items": _IDS}]}
+
+
+Stop = Annotated[tuple[str, ...] | None, PlainValidator(_stop), WithJsonSchema(_STRINGS)]
 
 
 class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # usage so far on every chunk
     include_obfuscation: Annotated[Any, refused("streams are not padded", False)] = None
 
 
 class TextPart(Body):
-    """A part of a message's content."""
+    """A part of a message's content. Parts that are no text are refused by their type."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    cache_control: Annotated[Any, inert("equal prefixes are found by their tokens")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind == "refusal":  # what an assistant said instead
+            return {"text" if name == "refusal" else name: item for name, item in value.items()} | {"type": "text"}
+        if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
+            raise PydanticCustomError(
+                "unsupported_parameter", "{reason}", {"reason": f"not supported: {shown(kind)} parts; send text"}
+            )
+        return value
+
+
+def _shape(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "str"
+
+
+_Parts = Annotated[list[TextPart], Field(min_length=1, max_length=limits.MAX_PARTS, fail_fast=True)]
 
 
 class Message(Body):
     """One message of a conversation. What it means to the model is the chat template's affair."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = None
+    content: Annotated[Annotated[str, Tag("str")] | Annotated[_Parts, Tag("list")], Discriminator(_shape)]
+    name: Label = None
+    reasoning_content: str | None = None  # of an earlier answer, for templates that write it
+    reasoning: str | None = None  # its other name
     refusal: Annotated[Any, refused("send the text as content")] = None
     audio: Annotated[Any, refused("text only")] = None
-    tool_calls: Annotated[Any, refused("tools")] = None
+    tool_calls: Annotated[Any, refused("tools", [])] = None
     function_call: Annotated[Any, refused("functions")] = None
     annotations: Annotated[Any, refused("text only", [])] = None
+    cache_control: Annotated[Any, inert("equal prefixes are found by their tokens")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_words(cls, value: Any) -> Any:
+        """An assistant that had nothing to say comes back with null."""
+        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
 
 
-class Sampling(Body):
+class Sampling(Foreign):
     """Fields that both endpoints have."""
 
-    model: Annotated[str, Field(min_length=1, max_length=400)]
+    model: Annotated[str, Field(min_length=1, max_length=limits.MAX_MODEL_CHARS)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count = None
     temperature: Real = None
     top_p: Real = None
     n: Count = None
-    stop: str | list[str] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Stop = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Real = None
     frequency_penalty: Real = None
-    logit_bias: dict[str, float] | None = None
-    user: Annotated[str, Field(max_length=200)] | None = None
+    logit_bias: Annotated[dict[int, float] | None, PlainValidator(_logit_bias), WithJsonSchema(_BIASES)] = None
+    user: Label = None
+    safety_identifier: Label = None  # the newer name of user
     # Extensions.
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
     min_p: Real = None
     repetition_penalty: Real = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop_token_ids: list[int] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[tuple[int, ...] | None, PlainValidator(_token_ids), WithJsonSchema(_IDS)] = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_lookup_num_tokens: Annotated[int, Field(ge=0)] | None = None
-    cache_salt: Annotated[str, Field(max_length=200)] | None = None
-    adapter_source: str | None = None
-    # Refused.
-    response_format: Annotated[Any, refused("only {'type': 'text'}", {"type": "text"})] = None
-    metadata: Annotated[Any, refused("nothing is stored", {})] = None
-    store: Annotated[Any, refused("nothing is stored", False)] = None
-    service_tier: Annotated[Any, refused("there is one tier", "auto", "default")] = None
-    prompt_cache_key: Annotated[Any, refused("use cache_salt to keep prompts apart")] = None
-    safety_identifier: Annotated[Any, refused("use user")] = None
+    prompt_lookup_num_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    cache_salt: Label = None
+    adapter_source: Annotated[str, Field(max_length=limits.MAX_SOURCE_CHARS)] | None = None
+    return_token_ids: bool | None = None
+    request_id: (
+        Annotated[
+            str, Field(min_length=1, max_length=limits.MAX_REQUEST_ID_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
+        ]
+        | None
+    ) = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, ForeignChat):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(json_schema_extra={"example": examples.CHAT_REQUEST})
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Count = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[Any, refused("tools", [])] = None
-    tool_choice: Annotated[Any, refused("tools", "none")] = None
-    parallel_tool_calls: Annotated[Any, refused("tools", False)] = None
-    functions: Annotated[Any, refused("functions", [])] = None
-    function_call: Annotated[Any, refused("functions", "none")] = None
-    modalities: Annotated[Any, refused("text only", ["text"])] = None
-    audio: Annotated[Any, refused("text only")] = None
-    prediction: Annotated[Any, refused("predicted outputs")] = None
-    reasoning_effort: Annotated[Any, refused("reasoning models", "none")] = None
-    verbosity: Annotated[Any, refused("reasoning models")] = None
-    web_search_options: Annotated[Any, refused("web search")] = None
-    guided_json: Annotated[Any, refused("constrained output")] = None
-    guided_regex: Annotated[Any, refused("constrained output")] = None
-    guided_choice: Annotated[Any, refused("constrained output")] = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Sampling, ForeignCompletion):
     """Body of POST /v1/completions."""
 
     model_config = ConfigDict(json_schema_extra={"example": examples.COMPLETION_REQUEST})
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Count = None
-    suffix: Annotated[Any, refused("insertion; put everything into prompt", "")] = None
-
-
-JsonObject = dict[str, Any]

@@ -32,8 +32,6 @@ async def events(
     num_samples: int,
     prompts: Prompts,
     echoes: Sequence[str],
-    *,
-    include_usage: bool,
 ) -> AsyncGenerator[bytes]:
     """The events of `opened`. A failure after the first token becomes an error event: the status is long sent."""
     usage = usage_of(opened)
@@ -41,17 +39,15 @@ async def events(
     prompt_of = [choice // num_samples for choice in range(num_choices)]
     writers = [LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])) for prompt in prompt_of]
     for choice in range(num_choices):
-        echo = echoes[choice // num_samples]
-        if head.kind == "chat":
-            yield event(replies.role_chunk(head, choice))
-        elif echo:
-            yield event(replies.echo_chunk(head, choice, echo))
+        prompt = choice // num_samples
+        for chunk in replies.first_chunks(head, choice, echoes[prompt], opened.prompts[prompt], usage):
+            yield event(chunk)
     try:
         async with aclosing(merge(opened.streams)) as deltas:
             async for prompt, delta in deltas:
                 usage.add(prompt, delta)
                 choice = prompt * num_samples + delta.sample_index
-                chunks = replies.delta_chunks(head, choice, delta, writers[choice])
+                chunks = replies.delta_chunks(head, choice, delta, writers[choice], usage)
                 if chunks:
                     yield b"".join(map(event, chunks))
     except Exception as error:
@@ -59,6 +55,6 @@ async def events(
         logger.warning("request %s failed in its stream: %s", opened.request_id, fault, exc_info=error)
         yield event(replies.error_body(fault))
         return
-    if include_usage:
+    if head.include_usage:
         yield event(replies.usage_chunk(head, usage))
     yield DONE

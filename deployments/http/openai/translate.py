@@ -1,55 +1,64 @@
-"""OpenAI bodies to `Ask`s: pure. A missing field means OpenAI's default.
+"""OpenAI bodies to `Ask`s: pure. A missing field means the model's default, if its folder names one, else OpenAI's.
 
 `user` names the tenant for fairness on an open server; with API keys the key does, and `user` is only logged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from deployments.asks import Ask, Chat, Prompt
-from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
+from deployments.http.openai.schema import ChatRequest, CompletionRequest, Message, Sampling
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 
+Defaults = Mapping[str, Any]
+NO_DEFAULTS: Defaults = {}
 
-def chat_ask(body: ChatRequest, model_id: str) -> Ask:
+
+def chat_ask(body: ChatRequest, model_id: str, defaults: Defaults = NO_DEFAULTS) -> Ask:
     """Raises: InvalidRequest naming the field."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise InvalidRequest("max_completion_tokens", "it contradicts max_tokens; send one of the two")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "it needs logprobs=true")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    messages = tuple(message.model_dump(exclude_none=True) for message in body.messages)
-    return _ask(body, model_id, (Chat(messages),), _params(body, max_tokens, logprobs), "messages")
+    messages = tuple(map(_message, body.messages))
+    return _ask(body, model_id, (Chat(messages),), _params(body, max_tokens, logprobs, defaults), "messages")
 
 
-def completion_ask(body: CompletionRequest, model_id: str) -> Ask:
+def completion_ask(body: CompletionRequest, model_id: str, defaults: Defaults = NO_DEFAULTS) -> Ask:
     """Raises: InvalidRequest naming the field."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest("best_of", f"best_of={body.best_of} must equal n={body.n or 1}; choose among n yourself")
     if body.echo and body.logprobs is not None:
         raise InvalidRequest("echo", "with logprobs it would need those of the prompt; send one of the two")
     max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    return _ask(body, model_id, _prompts(body.prompt), _params(body, max_tokens, body.logprobs), "prompt")
+    return _ask(body, model_id, body.prompt, _params(body, max_tokens, body.logprobs, defaults), "prompt")
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Prompt, ...]:
-    if isinstance(prompt, str):
-        return (prompt,)
-    if not prompt:
-        raise InvalidRequest("prompt", "the list is empty; send at least one prompt")
-    if isinstance(prompt[0], int):
-        return (tuple(prompt),)
-    return tuple(one if isinstance(one, str) else tuple(one) for one in prompt)
+def _message(message: Message) -> dict[str, Any]:
+    """As a chat template takes it: what was said, by whom, and an earlier answer's reasoning."""
+    content = message.content
+    told: dict[str, Any] = {"role": message.role}
+    told["content"] = content if isinstance(content, str) else [{"type": "text", "text": p.text} for p in content]
+    if message.name is not None:
+        told["name"] = message.name
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if reasoning is not None:
+        told |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return told
 
 
 def _ask(body: Sampling, model_id: str, prompts: tuple[Prompt, ...], params: SamplingParams, prompt_param: str) -> Ask:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "it needs stream=true")
+    if body.lora_path is not None and body.lora_path != body.model:
+        raise InvalidRequest("lora_path", f"{body.lora_path!r} is not model={body.model!r}; name the adapter in model")
     adapter = None if body.model == model_id else body.model
     if adapter is None and body.adapter_source is not None:
         raise InvalidRequest("adapter_source", f"model {body.model!r} is the base; name an adapter in model")
@@ -59,13 +68,13 @@ def _ask(body: Sampling, model_id: str, prompts: tuple[Prompt, ...], params: Sam
         adapter=adapter,
         adapter_source=body.adapter_source,
         cache_salt=body.cache_salt or "",
-        user=body.user or "",
+        user=body.safety_identifier or body.user or "",
+        request_id=body.request_id or "",
         prompt_param=prompt_param,
     )
 
 
-def _params(body: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+def _params(body: Sampling, max_tokens: int | None, logprobs: int | None, defaults: Defaults) -> SamplingParams:
     optional: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -80,19 +89,17 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None) -> Sam
         "prompt_lookup_num_tokens": body.prompt_lookup_num_tokens,
         "include_stop_str_in_output": body.include_stop_str_in_output,
     }
+    given = {name: value for name, value in optional.items() if value is not None}
+    penalty = defaults.get("repetition_penalty", 1.0)
+    if body.prompt_lookup_num_tokens and penalty != 1.0 and body.repetition_penalty is None:
+        says = f"the model's generation_config.json says repetition_penalty={penalty:g}, which changes with every token"
+        raise InvalidRequest("prompt_lookup_num_tokens", f"{says}; send repetition_penalty=1 too, or leave it out")
     return SamplingParams(
         max_tokens=max_tokens,
-        stop=tuple(stop),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
+        stop=body.stop or (),
+        stop_token_ids=body.stop_token_ids or (),
         seed=None if body.seed is None else body.seed % 2**64,
-        logit_bias=_logit_bias(body.logit_bias or {}),
+        logit_bias=body.logit_bias or {},
         logprobs=logprobs,
-        **{name: value for name, value in optional.items() if value is not None},
+        **{**defaults, **given},
     )
-
-
-def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
-    for key in biases:
-        if not (key.isascii() and key.isdigit()):
-            raise InvalidRequest("logit_bias", f"{key!r} is not a token id; keys are token ids as strings")
-    return {int(key): bias for key, bias in biases.items()}
