@@ -41,7 +41,7 @@ class _Watched(nn.Module):
     def __init__(self, module: nn.Module, use: Use) -> None:
         super().__init__()
         self._modules["watched"] = module  # past __setattr__
-        vars(self).update(use=use)
+        self.__dict__["use"] = use
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         use: Use = vars(self)["use"]
