@@ -44,7 +44,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
 
 def make_llm(zoo: Zoo, arch: str = "mistral", **settings: Any) -> LLM:
     return LLM(
-        zoo.base(arch), **{"max_num_seqs": 4, "block_size": 4, "num_threads": 1, "max_num_batched_tokens": 8, **settings}
+        zoo.base(arch),
+        **{"max_num_seqs": 4, "block_size": 4, "num_threads": 1, "max_num_batched_tokens": 8, **settings},
     )
 
 
@@ -95,7 +96,7 @@ def test_a_cache_of_little_more_than_a_window_holds_texts_of_any_length(
 
 def test_prefix_hits_and_guesses_and_forks_across_windows(zoo: Zoo, plans: list[StepPlan]) -> None:
     llm, base = make_llm(zoo), zoo.base("mistral")
-    prompts = [long_prompts(3)[-1], long_prompts(3)[-1], long_prompts(3)[-1][:45] + [70, 71, 72]]
+    prompts = [long_prompts(3)[-1], long_prompts(3)[-1], [*long_prompts(3)[-1][:45], 70, 71, 72]]
     for _ in range(2):
         outputs = llm.generate(prompts, replace(GREEDY, prompt_lookup_num_tokens=3))
         assert_greedy(base, None, texts_of(prompts, outputs))

@@ -184,7 +184,7 @@ def test_what_another_sequence_left_in_a_block_is_never_seen(fast, window) -> No
     assert torch.equal(outputs[0], outputs[1])
 
 
-@pytest.mark.parametrize("fast", ("reference", *FAST))
+@pytest.mark.parametrize("fast", ["reference", *FAST])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("kind", ["plain", "capped", "int8"])
 def test_a_block_behind_the_window_may_be_gone(fast, block_size, kind) -> None:
