@@ -28,7 +28,7 @@ from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
 from adapter_store.tiers.blobs import BlobsFull
 
-PROTOCOL_VERSION = 2  # rises with every change to what the actor's methods take and return
+PROTOCOL_VERSION = 3  # rises with every change to what the actor's methods take and return
 NAMESPACE = "chorus"
 NAME = "adapter-store"
 IDLE_EXIT_S = 300.0
@@ -93,9 +93,9 @@ class AdapterStoreActor:
         """What this actor speaks."""
         return PROTOCOL_VERSION
 
-    async def register_spec(self, spec: Mapping[str, Any]) -> str:
+    async def register_spec(self, spec: Mapping[str, Any], owner: str = "") -> str:
         """See `AdapterStore.register_spec`."""
-        return await self._answer(self._store.register_spec(spec))
+        return await self._answer(self._store.register_spec(spec, owner))
 
     async def resolve(self, name: str, source: str | None = None) -> AdapterRecord:
         """See `AdapterStore.resolve`."""
@@ -139,13 +139,13 @@ class AdapterStoreActor:
         """See `AdapterStore.acquire`; `image` is an ObjectRef of the uint8 array."""
         return await self._answer(self._store.acquire(name, spec_digest, owner, version, source))
 
-    async def release(self, version: str, owner: str) -> None:
+    async def release(self, version: str, owner: str, number: int | None = None) -> None:
         """See `AdapterStore.release`."""
-        await self._answer(self._store.release(version, owner))
+        await self._answer(self._store.release(version, owner, number))
 
-    async def heartbeat(self, owner: str, versions: tuple[str, ...]) -> tuple[str, ...]:
+    async def heartbeat(self, owner: str, versions: tuple[str, ...], spec_digest: str | None = None) -> tuple[str, ...]:
         """See `AdapterStore.heartbeat`."""
-        return await self._answer(self._store.heartbeat(owner, versions))
+        return await self._answer(self._store.heartbeat(owner, versions, spec_digest))
 
     async def list_adapters(self, cursor: str | None = None, limit: int = 100) -> AdapterPage:
         """See `AdapterStore.list_adapters`."""

@@ -92,6 +92,7 @@ class Lease:
     num_bytes: int
     rank: int
     ttl_s: float
+    number: int = 0  # rises with each lease: an end that was meant for an earlier one does not end a later one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

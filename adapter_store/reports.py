@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 from adapter_store.names.catalog import ImageKey, NameKey, Version
 from adapter_store.names.database import IndexUnavailable
@@ -12,6 +11,7 @@ from adapter_store.names.index import ImageRow
 from adapter_store.records import AdapterPage, AdapterRecord, AdapterState, StoreConfig, StoreStatus
 from adapter_store.tiers.assembly import Tiers
 from adapter_store.tiers.host import Held
+from adapter_store.tiers.specs import Specs
 
 _STATE_ORDER = (
     AdapterState.HOST,
@@ -23,9 +23,9 @@ _STATE_ORDER = (
 
 
 class Reports:
-    """Reads, changes nothing. `specs` are those that are known at the time, by digest."""
+    """Reads, changes nothing. `specs` are those that somebody serves at the time."""
 
-    def __init__(self, tiers: Tiers, specs: Mapping[str, Any], config: StoreConfig, clock: Callable[[], float]) -> None:
+    def __init__(self, tiers: Tiers, specs: Specs, config: StoreConfig, clock: Callable[[], float]) -> None:
         self._tiers, self._specs, self._config, self._clock = tiers, specs, config, clock
         self._started_at = clock()
         self._num_registered = 0
@@ -34,7 +34,7 @@ class Reports:
         """What is known of a version. Of several images, the one that is nearest counts."""
         tiers = self._tiers
         states = dict(tiers.catalog.states_of(version.digest))
-        for spec_digest in self._specs:
+        for spec_digest in self._specs.digests():
             key = ImageKey(version.digest, spec_digest)
             if tiers.disk is not None and tiers.disk.row(key) and key not in states:
                 states[key] = AdapterState.DISK
@@ -95,7 +95,7 @@ class Reports:
             num_leases=catalog.num_leases,
             num_fetching=len(self._tiers.flights),
             num_failed=catalog.count(AdapterState.FAILED),
-            num_specs=len(self._specs),
+            num_specs=len(self._specs.live()),
             sources=self._tiers.resolver.source_names,
             hits=counts["hits"],
             misses=counts["misses"],

@@ -42,7 +42,7 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("manifests", "."), 50),
     (("equality",), 80),
     (("demo",), 60),
-    (("serving",), 15),
+    (("serving",), 25),
     (("soak",), 15),
     (("e2e",), 120),
 )

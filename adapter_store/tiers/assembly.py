@@ -14,6 +14,7 @@ from adapter_store.names.database import IndexUnavailable
 from adapter_store.names.index import CATALOG, FILE_NAME, Index
 from adapter_store.names.pins import Pins
 from adapter_store.names.registered import CatalogSource
+from adapter_store.names.registry import Registry
 from adapter_store.names.resolver import Resolver
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import Source
@@ -68,6 +69,7 @@ class Tiers:
             )
         every_source = (CatalogSource(self.index, sources), *sources)
         self.resolver = Resolver(self.catalog, every_source, self.index, config, clock, self._replaced, wall)
+        self.registry = Registry(self.index, self.resolver)
         self._fetcher = Fetcher(config, clock, sleep, jitter)
         self.flights = Flights(
             self.catalog,

@@ -55,7 +55,7 @@ class Replica:
         await self._store.start()
         # The store looks at its sources half as often as it may, this replica asks the store as often again.
         self._adapters = HeldAdapters(self._store, spec, refresh_s=args.adapters.refresh_s / 2)
-        self._engine = AsyncEngine(engine, on_adapter_released=self._adapters.dropped, on_death=_exit_soon)
+        self._engine = AsyncEngine(engine, image_owner=self._adapters, on_death=_exit_soon)
         self._engine.start()
         self._in_hand = 0
         self._prefixes: OrderedDict[int, None] = OrderedDict()
@@ -85,8 +85,6 @@ class Replica:
                 stream = self._engine.generate(request, held.image if held else None)
                 async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
                     async for delta in deltas:
-                        if held:
-                            held.in_engine = True
                         yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
         except Exception as error:
             if not isinstance(error, EngineError | StoreError | Refused):
@@ -145,7 +143,7 @@ class Replica:
         """Keeps the leases of this replica alive. A missed beat costs nothing: there is time for two more."""
         while True:
             try:
-                await self._store.heartbeat(self._adapters.versions)
+                await self._adapters.beat()
             except Exception as error:  # whatever it is: without beats the leases would run out
                 logger.warning("no heartbeat to the adapter store: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._lease_ttl_s / 3)

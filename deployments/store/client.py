@@ -49,7 +49,7 @@ class StoreClient:
         """Raises: Refused (`store_unavailable`) when no store could be started in time."""
         await self._call("status")
         if self._spec is not None:
-            await self._call("register_spec", self._spec)
+            await self._call("register_spec", self._spec, self._owner)
 
     # ---- for routers
 
@@ -115,11 +115,16 @@ class StoreClient:
         records: tuple[AdapterRecord, ...] = await self._call("warm_set", self._digest, budget_bytes)
         return records
 
-    async def release(self, version: str) -> None:
-        await self._call("release", version, self._owner)
+    async def lease_again(self, lease: Lease) -> Lease:
+        again: Lease = await self._call("acquire", lease.name, self._digest, self._owner, lease.version, lease.source)
+        return again
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> None:
-        await self._call("heartbeat", self._owner, versions)
+    async def release(self, lease: Lease) -> None:
+        await self._call("release", lease.version, self._owner, lease.number)
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        lost: tuple[str, ...] = await self._call("heartbeat", self._owner, versions, self._digest)
+        return lost
 
     # ---- the actor
 
@@ -134,7 +139,7 @@ class StoreClient:
             except SpecUnknown:
                 if self._spec is None or time.monotonic() > deadline:
                     raise
-                await self._try("register_spec", (self._spec,), None)
+                await self._try("register_spec", (self._spec, self._owner), None)
             except RayTaskError:
                 raise  # the store is there and has a fault; its class may also be one of those below
             except (RayActorError, ValueError, TimeoutError) as error:

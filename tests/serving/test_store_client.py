@@ -91,7 +91,7 @@ def test_a_restarted_store_is_told_the_spec_again():
 
     asyncio.run(lease())
     assert [call[0] for call in actor.calls] == ["acquire", "register_spec", "acquire"]
-    assert actor.calls[1] == ("register_spec", SPEC)
+    assert actor.calls[1] == ("register_spec", SPEC, "r")
 
 
 def test_an_image_that_died_with_its_owner_is_leased_again(monkeypatch: pytest.MonkeyPatch):
@@ -128,7 +128,7 @@ def test_a_request_is_told_to_the_store_without_waiting_and_before_there_is_a_st
         client.expect("a", "s3")
         return actor.calls
 
-    assert asyncio.run(main()) == [("status",), ("register_spec", SPEC), ("expect", "a", "s3")]
+    assert asyncio.run(main()) == [("status",), ("register_spec", SPEC, "r"), ("expect", "a", "s3")]
 
 
 def test_an_image_that_is_a_file_is_mapped_and_one_that_is_gone_is_leased_again(tmp_path: Path):
@@ -191,18 +191,18 @@ def test_an_image_that_never_arrives_is_unavailable_after_the_wait(monkeypatch: 
 def test_no_fault_of_the_store_ends_the_heartbeats_of_a_replica():
     """Without beats its leases would run out."""
 
-    class Store:
+    class Adapters:
         num_beats = 0
 
-        async def heartbeat(self, versions: tuple[str, ...]) -> None:
+        async def beat(self) -> None:
             self.num_beats += 1
             raise (RuntimeError, ValueError, Refused(Fault(code="store_unavailable", message="")))[self.num_beats % 3]
 
     async def main() -> None:
-        replica: Any = SimpleNamespace(_store=Store(), _adapters=SimpleNamespace(versions=()), _lease_ttl_s=0.003)
+        replica: Any = SimpleNamespace(_adapters=Adapters(), _lease_ttl_s=0.003)
         beating = asyncio.ensure_future(Replica._beat(replica))
         async with asyncio.timeout(20):
-            while replica._store.num_beats < 6:
+            while replica._adapters.num_beats < 6:
                 await asyncio.sleep(0.001)
         assert not beating.done()
         beating.cancel()
