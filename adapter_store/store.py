@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from adapter_store.errors import AdapterRejected, AdapterTooLarge, AdapterVersionGone, SourceUnavailable, StoreError
+from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable, StoreError
 from adapter_store.image.spec import Spec, read_spec
-from adapter_store.names.catalog import ImageKey, Version
+from adapter_store.names.catalog import ImageKey
+from adapter_store.names.mirror import Shelf
 from adapter_store.records import (
     AdapterPage,
     AdapterRecord,
-    AdapterState,
     Lease,
     Registration,
     StoreConfig,
@@ -32,7 +32,6 @@ from adapter_store.reports import Reports
 from adapter_store.sources.base import Source, SourceChanged
 from adapter_store.tiers.assembly import Tiers
 from adapter_store.tiers.blobs import BlobStore
-from adapter_store.tiers.host import Held
 from adapter_store.tiers.specs import Specs
 
 _log = logging.getLogger(__name__)
@@ -40,7 +39,8 @@ TICK_S = 5.0  # between two looks at what could be better
 
 
 class AdapterStore:
-    """See the methods; all of them are for one event loop. `sources` are asked in their order.
+    """See the methods; all of them are for one event loop. `sources` are asked in their order. `shelf` is where
+    registrations and pins are mirrored, `owner` what the stores that follow each other on a disk have in common.
 
     Raises: StoreConfigInvalid when `disk_path` is no folder and cannot become one, or a source is named "catalog".
     """
@@ -56,11 +56,13 @@ class AdapterStore:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
         tick_s: float = TICK_S,
+        shelf: Shelf | None = None,
+        owner: str = "",
     ) -> None:
         self.config = config or StoreConfig()
         self._clock, self._tick_s = clock, tick_s
         self._lease_numbers = count(int(wall() * 1e6))  # those of a restarted store go on behind its last ones
-        self._tiers = Tiers(sources, blobs, self.config, clock, wall, sleep, jitter)
+        self._tiers = Tiers(sources, blobs, self.config, clock, wall, sleep, jitter, shelf, owner)
         self._catalog, self._resolver, self._pins = self._tiers.catalog, self._tiers.resolver, self._tiers.pins
         self._flights, self._warmth, self._registry = self._tiers.flights, self._tiers.warmth, self._tiers.registry
         self._specs = Specs(self.config.lease_ttl_s, clock, self._forget_spec)
@@ -106,9 +108,8 @@ class AdapterStore:
     async def register(self, rows: tuple[Registration, ...]) -> None:
         """Makes names known that their sources would not find by themselves, or replaces what they stood for.
 
-        They come before the same names in any source. A call may be repeated.
-        Raises: RegistrationInvalid, having written nothing; SourceUnavailable (of "catalog") when the index cannot be
-        written now, and only some rows may have been.
+        They come before the same names in any source. A call may be repeated. Raises: RegistrationInvalid, having
+        written nothing; SourceUnavailable (of "catalog") when only some rows may have been written, if any.
         """
         await self._registry.register(rows)
 
@@ -122,12 +123,17 @@ class AdapterStore:
     # Bringing images to the host
 
     async def expect(self, name: str, source: str | None = None) -> None:
-        """A request for `name` has come to a router: it counts as traffic, and its image starts to come to the host.
+        """`expect_all` of one request."""
+        await self.expect_all(((name, source, 1),))
+
+    async def expect_all(self, expected: Sequence[tuple[str, str | None, int]]) -> None:
+        """(name, source, how many requests have come to a router): traffic, whose images start to come to the host.
 
         Returns at once; what goes wrong is told to the one who acquires it. Raises: AdapterNameInvalid.
         """
-        check_name(name)
-        self._spawn(self._bring(name, self._specs.live(), source, is_request=True))
+        for name, source, number in expected:
+            check_name(name)
+            self._spawn(self._bring(name, self._specs.live(), source, num_requests=number))
 
     async def prefetch(self, name: str, spec_digest: str | None = None, source: str | None = None) -> None:
         """Starts to bring an adapter to the host, for one spec or all that are served, and returns at once.
@@ -157,7 +163,7 @@ class AdapterStore:
         refusals: list[StoreError] = []
         for spec in self._specs.live():
             try:
-                version, held = await self._found(name, spec, None, source)
+                version, held = await self._tiers.finder.found(name, spec, None, source)
             except (AdapterRejected, AdapterTooLarge) as error:  # another base model may be what it was made for
                 refusals.append(error)
             else:
@@ -201,7 +207,7 @@ class AdapterStore:
         spec = self._specs.named(spec_digest, owner)
         await self._begin()
         self._tiers.host.expire()
-        target, held = await self._found(name, spec, version, source)
+        target, held = await self._tiers.finder.found(name, spec, version, source)
         # No await since the image was found, so it is still there.
         key = ImageKey(target.digest, spec_digest)
         number = next(self._lease_numbers)
@@ -239,6 +245,10 @@ class AdapterStore:
         self._tiers.host.expire()
         expires_at = self._clock() + self.config.lease_ttl_s
         return tuple(version for version in versions if not self._catalog.renew(version, owner, expires_at))
+
+    async def read_image(self, version: str, spec_digest: str, start: int, num_bytes: int) -> bytes | None:
+        """Bytes of a leased image that lies in a file, for who cannot open it. None: it is not there any more."""
+        return await self._tiers.host.part(ImageKey(version, spec_digest), start, num_bytes)
 
     # Telling
 
@@ -309,34 +319,11 @@ class AdapterStore:
         self._pins.drop_spec(spec_digest)
         self._tiers.host.evict(self._catalog.forget_spec(spec_digest))
 
-    async def _found(self, name: str, spec: Spec, version: str | None, source: str | None) -> tuple[Version, Held]:
-        """The version that is asked for and its image on the host. What is returned is there until the next await."""
-        for _ in range(self.config.fetch_retries + 1):
-            target = await self._target(name, version, spec.digest, source)
-            try:
-                return target, await self._flights.image(ImageKey(target.digest, spec.digest), target, spec)
-            except SourceChanged:
-                await self._resolver.resolve(name, source, force=True)
-        raise SourceUnavailable(source or "any", f"the files of adapter {name!r} change faster than they can be read")
-
-    async def _target(self, name: str, version: str | None, spec_digest: str, source: str | None) -> Version:
-        if version is None:
-            return await self._resolver.resolve(name, source)
-        known = self._catalog.version(version)
-        if known is not None and known.key.name == name and source in (None, known.key.source):
-            state = self._catalog.state(ImageKey(version, spec_digest))
-            if state in (AdapterState.HOST, AdapterState.FETCHING):
-                return known
-        current = await self._resolver.resolve(name, source)
-        if current.digest != version:
-            raise AdapterVersionGone(name, version)
-        return current
-
-    async def _bring(self, name: str, specs: Sequence[Spec], source: str | None, *, is_request: bool = False) -> None:
+    async def _bring(self, name: str, specs: Sequence[Spec], source: str | None, *, num_requests: int = 0) -> None:
         try:
             await self._begin()
             version = await self._resolver.resolve(name, source)
-            if is_request:
+            for _ in range(num_requests):
                 self._warmth.count(version.key)
         except (StoreError, SourceChanged) as error:
             _log.info("adapter %s was not brought to the host: %s", name, error)

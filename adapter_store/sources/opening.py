@@ -15,7 +15,7 @@ from adapter_store.sources.base import Source, SourceConfig
 from adapter_store.sources.local import LocalSource
 
 _TOKEN = re.compile(r"[!-~]+")  # else the client would show it in an error about its header
-_ALL = ("uri", "name")
+_ALL = ("uri", "name", "secrets_env")
 _WEB = (*_ALL, "connect_timeout_s", "read_timeout_s", "max_attempts", "max_connections", "verify_tls", "token")
 _S3 = (
     "endpoint_url", "region", "addressing_style", "access_key_id", "secret_access_key", "session_token",

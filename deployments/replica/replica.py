@@ -20,7 +20,7 @@ from deployments.errors import fault_of
 from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
-from deployments.store.actor import connector
+from deployments.store.actor import connector, current_app
 from deployments.store.client import StoreClient
 from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
@@ -46,7 +46,7 @@ class Replica:
         self._capacity = config.max_num_seqs
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
-            connector(args.adapters),
+            connector(args.adapters, f"{args.model_id} {args.model}", current_app()),
             wait_s=args.adapters.store_wait_s,
             owner=self._id,
             spec=spec.to_dict(),
