@@ -35,7 +35,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
 # fails on a busy machine.
 BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("core",), 60),
-    (("store",), 80),
+    (("store",), 120),
     (("checkpoint", "model", "runner", "lora", "quant", "quantize", "kv", "native"), 90),
     (("triton_kernels",), 120),
     (("text", "engine_api"), 15),
