@@ -181,7 +181,9 @@ def test_every_library_that_is_used_is_declared() -> None:
 def loaded_after_importing(modules: list[str]) -> set[str]:
     """The top-level names in sys.modules of a fresh interpreter that imported these."""
     program = f"import sys, {', '.join(modules)}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -27,6 +27,7 @@ def project_files() -> list[Path]:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=60,
     )
     if listed.returncode:  # not a checkout: an unpacked archive holds nothing else
         return [path for path in ROOT.rglob("*") if path.is_file() and not any(p[0] == "." for p in path.parts)]

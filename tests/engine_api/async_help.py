@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,7 @@ from engine.aio.async_engine import AsyncEngine
 from engine.aio.owners import AdapterNews
 from engine.request import OutputDelta
 from tests.engine_api.alphabet import AlphabetRunner, make_engine
-
-PATIENCE_S = 60.0  # a test that hangs fails
+from tests.support.waiting import within
 
 
 class Owner:
@@ -50,12 +49,7 @@ def running(runner: AlphabetRunner | None = None, **settings: Any) -> Iterator[A
 
 
 def wait_for(main: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(main, PATIENCE_S))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
+    return asyncio.run(within(main, f"the end of {main.__qualname__}"))
 
 
 async def collect(stream: AsyncIterator[OutputDelta]) -> list[OutputDelta]:

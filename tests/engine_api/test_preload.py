@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -12,7 +11,8 @@ from engine.aio.async_engine import AsyncEngine
 from engine.core.plan import AdapterEvict, AdapterLoad
 from engine.errors import AdapterError, EngineDead
 from tests.engine_api.alphabet import AlphabetRunner, make_engine, make_image, make_request, run
-from tests.engine_api.async_help import Owner, until, wait_for
+from tests.engine_api.async_help import Owner, wait_for
+from tests.support.waiting import until, until_async
 
 
 def test_a_preloaded_adapter_is_resident_before_its_first_request() -> None:
@@ -61,10 +61,7 @@ def test_preload_and_pin_may_be_asked_of_a_running_engine() -> None:
         engine.pin_adapter("k3")  # as many pins as slots would leave no slot for others
     engine.unpin_adapter("k1")
     engine.pin_adapter("k3")
-    deadline_s = time.monotonic() + 60
-    while engine.stats().pinned_adapters != ("k3",) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert engine.stats().pinned_adapters == ("k3",)
+    until(lambda: engine.stats().pinned_adapters == ("k3",), "k3 to be the one that is pinned")
     engine.close()
     with pytest.raises(EngineDead):
         engine.pin_adapter("k3")
@@ -81,7 +78,7 @@ def test_whoever_preloads_hears_of_an_image_that_the_engine_does_not_take(monkey
 
     async def main() -> None:
         await running.preload(make_image("k1"))
-        await until(lambda: len(owner.events) == 2)
+        await until_async(lambda: len(owner.events) == 2, "two events for the owner of the image")
 
     wait_for(main())
     assert owner.events == [("offered", "k1"), ("answered", "k1")]

@@ -38,6 +38,7 @@ def project_files() -> list[Path]:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=60,
     ).stdout
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 

@@ -18,6 +18,7 @@ from engine.aio.owners import AdapterNews
 from engine.errors import AdapterImageInvalid
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterManifest
+from tests.support.waiting import within
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
 MANIFEST: dict[str, Any] = {
@@ -45,7 +46,7 @@ class FakeStore:
     async def lease(self, name: str, source: str | None, version: str | None) -> tuple[Lease, object]:
         self._check(name)
         if self.pause is not None:
-            await self.pause.wait()
+            await within(self.pause.wait(), "the test to end the pause")
         version = version or self.version
         self.leases.append(version)
         lease = Lease(
@@ -65,7 +66,7 @@ class FakeStore:
     async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
         self.beats.append(versions)
         if self.pause is not None:
-            await self.pause.wait()
+            await within(self.pause.wait(), "the test to end the pause")
         return tuple(version for version in versions if version in self.lost)
 
     def _check(self, name: str) -> None:

@@ -17,6 +17,7 @@ from adapter_store.tiers.blobs import FileImage
 from deployments.calls import Fault, Refused
 from deployments.replica.replica import Replica
 from deployments.store.client import StoreClient
+from tests.support.waiting import until_async
 
 SPEC = {"sites": []}
 
@@ -283,9 +284,7 @@ def test_no_fault_of_the_store_ends_the_heartbeats_of_a_replica():
     async def main() -> None:
         replica: Any = SimpleNamespace(_adapters=Adapters(), _lease_ttl_s=0.003)
         beating = asyncio.ensure_future(Replica._beat(replica))
-        async with asyncio.timeout(20):
-            while replica._adapters.num_beats < 6:
-                await asyncio.sleep(0.001)
+        await until_async(lambda: replica._adapters.num_beats >= 6, "six beats")
         assert not beating.done()
         beating.cancel()
 

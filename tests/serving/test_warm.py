@@ -20,6 +20,7 @@ from engine.aio.owners import AdapterNews, ImageOwner
 from engine.errors import AdapterError
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage
+from tests.support.waiting import until_async
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
 MANIFEST: dict[str, Any] = {
@@ -222,12 +223,10 @@ def test_a_pinned_name_that_does_not_fit_is_named_and_not_held(caplog: pytest.Lo
 def test_a_pinned_name_that_is_uploaded_again_or_late_is_pinned_as_it_is_then():
     async def test(rig: Rig) -> None:
         following = asyncio.ensure_future(rig.warmer.run())
-        while rig.device.pinned != {"a-1"}:
-            await asyncio.sleep(0.001)
+        await until_async(lambda: rig.device.pinned == {"a-1"}, "the pin of a-1")
         rig.store.versions |= {"a": "a-2", "late": "late-1"}
         rig.now_s = 6.0
-        while rig.device.pinned != {"a-2", "late-1"}:
-            await asyncio.sleep(0.001)
+        await until_async(lambda: rig.device.pinned == {"a-2", "late-1"}, "the pins of a-2 and late-1")
         following.cancel()
         assert rig.warmer.pinned == ["a", "late"]
 

@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from adapter_store.errors import SpecUnknown, StoreConfigInvalid
 from adapter_store.image.packing import pack
 from adapter_store.records import Registration, StoreConfig
 from adapter_store.sources.base import SourceConfig
+from tests.support import waiting
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.ray_session import NAMESPACE, ray_session  # noqa: F401
 
@@ -43,15 +45,18 @@ def folder_of(path: Path, *names: str) -> tuple[SourceConfig, ...]:
 
 
 def until(what: str, condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + WAIT_S
-    while True:
+    seen: Any = None
+
+    def holds() -> Any:
+        nonlocal seen
         try:
-            if seen := condition():
-                return seen
+            seen = condition()
         except (RayActorError, SpecUnknown) as error:
             seen = error
-        assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for {what}; last seen: {seen}"
-        time.sleep(0.05)
+            return None
+        return seen
+
+    return waiting.until(holds, lambda: f"{what}; last seen: {seen}", WAIT_S, poll_s=0.05)
 
 
 def is_gone(name: str) -> bool:
@@ -229,15 +234,14 @@ def _lose_a_node(cluster: Any, folder: Path) -> None:
         ray.get(store.pin.remote("a"))
         return str(ray.get(store.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())))
 
-    deadline, tries = time.monotonic() + WAIT_S, 0
-    while True:  # it is a wish, and a node that has just come is not known everywhere yet
-        name = f"far-{tries}"
+    names = (f"far-{number}" for number in count())
+    # It is a wish, and a node that has just come is not known everywhere yet.
+    for _ in waiting.patience(f"a store on node {third.node_id}", WAIT_S):
+        name = next(names)
         its_node = ray.get(ray.remote(num_cpus=0)(create).options(scheduling_strategy=on(third.node_id)).remote(name))
         if its_node == third.node_id:
             break
-        assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for a store on node {third.node_id}"
         ray.kill(get_or_create_store(sources, config, namespace=NAMESPACE, name=name, app="mine", takes_over=False))
-        tries += 1
         time.sleep(0.5)
     other = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != its_node)
 

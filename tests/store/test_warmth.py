@@ -11,6 +11,7 @@ from adapter_store.records import AdapterState
 from tests.support.disk_world import play
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.store_world import DIGEST, IMAGE_BYTES, SPEC, World, in_loop
+from tests.support.waiting import for_ever, until_async, within
 
 
 def in_world(**config):
@@ -216,16 +217,18 @@ async def test_traffic_is_written_down_while_there_is_always_something_to_load(w
 
     async def never_quiet():
         busy.set()
-        await asyncio.Event().wait()
+        await for_ever()
 
     world.store._flights.quiet = never_quiet
     await world.store.register_spec(SPEC)
-    async with asyncio.timeout(20):
-        await busy.wait()
-        key = NameKey("fake", "new")
-        world.store._warmth.count(key)
-        while key not in {name for name, _, _ in await world.store._tiers.index.traffic(100)}:
-            await asyncio.sleep(0.01)
+    await within(busy.wait(), "a load to give way")
+    key = NameKey("fake", "new")
+    world.store._warmth.count(key)
+
+    async def is_written():
+        return key in {name for name, _, _ in await world.store._tiers.index.traffic(100)}
+
+    await until_async(is_written, "the traffic to be written down")
     for task in world.store._loading.values():
         task.cancel()
 
@@ -258,8 +261,7 @@ async def test_housekeeping_that_fails_is_told_and_goes_on(world):
 
     world.store._tiers.keep_house = fail
     world.store._housekeeping = asyncio.create_task(world.store._keep_house())
-    async with asyncio.timeout(20):
-        await again.wait()
+    await within(again.wait(), "housekeeping to be tried again")
 
 
 @in_world(refresh_s=0)

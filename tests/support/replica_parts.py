@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any, cast
@@ -14,8 +13,8 @@ from deployments.replica.held import HeldAdapters, Store
 from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.request import OutputDelta, Request, SamplingParams
+from tests.support.waiting import until_async
 
-POLL_S = 0.002
 SETTLE_S = 20.0
 
 
@@ -81,14 +80,17 @@ class ReplicaParts:
     async def settled(self) -> None:
         """Waits until what is held is what the idle engine has in its slots: it tells that beside the answers.
 
-        Raises: AssertionError after SETTLE_S, naming what is held and what the engine has.
+        Raises: TimeoutError, naming what is held and what the engine has.
         """
-        deadline_s = time.monotonic() + SETTLE_S
-        while (held := sorted(self.held.versions)) != (resident := sorted(self.engine.stats().resident_adapters)):
-            assert time.monotonic() < deadline_s, (
-                f"waited {SETTLE_S:g} s for leases on what the engine has: leases on {held}, the engine has {resident}"
-            )
-            await asyncio.sleep(POLL_S)
+
+        def both() -> tuple[list[str], list[str]]:
+            return sorted(self.held.versions), sorted(self.engine.stats().resident_adapters)
+
+        await until_async(
+            lambda: both()[0] == both()[1],
+            lambda: "leases on what the engine has: leases on {}, the engine has {}".format(*both()),
+            SETTLE_S,
+        )
         await self.held.settled()
 
     async def _beat(self) -> None:
