@@ -35,7 +35,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
 # fails on a busy machine.
 BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("core",), 60),
-    (("store",), 80),
+    (("store",), 120),
     (("checkpoint", "model", "runner", "lora", "quant", "quantize", "kv", "native"), 90),
     (("triton_kernels",), 120),
     (("text", "engine_api"), 20),
@@ -43,7 +43,7 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("manifests", "."), 50),
     (("equality",), 80),
     (("demo",), 60),
-    (("serving",), 15),
+    (("serving",), 25),
     (("soak",), 15),
     (("e2e",), 120),
 )

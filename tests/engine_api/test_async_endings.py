@@ -8,9 +8,10 @@ import threading
 import pytest
 
 from engine.aio.async_engine import AsyncEngine
+from engine.aio.owners import AdapterNews
 from engine.errors import EngineDead, QueueFull
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
-from tests.engine_api.async_help import collect, running, text_of, until, wait_for
+from tests.engine_api.async_help import Owner, collect, running, text_of, until, wait_for
 
 
 def test_draining_refuses_new_requests_and_waits_for_the_accepted() -> None:
@@ -118,8 +119,10 @@ def test_an_idle_engine_outlives_the_step_timeout() -> None:
 
 
 def test_a_failure_of_the_output_thread_is_a_death_too() -> None:
-    def broken(key: str) -> None:
-        raise RuntimeError(f"cannot release {key}")
+    class Broken(Owner):
+        def told(self, news: AdapterNews) -> None:
+            if ("k1", False) in news.changes or news.is_over:
+                raise RuntimeError("cannot release k1")
 
     async def main(engine: AsyncEngine) -> None:
         assert await text_of(engine.generate(make_request(adapter="k1"), make_image("k1"))) == "cegikmoq"
@@ -131,5 +134,5 @@ def test_a_failure_of_the_output_thread_is_a_death_too() -> None:
         while True:
             await collect(engine.generate(make_request(adapter="k2"), make_image("k2")))
 
-    with running(max_resident_adapters=1, on_adapter_released=broken) as engine:
+    with running(max_resident_adapters=1, image_owner=Broken()) as engine:
         wait_for(main(engine))

@@ -13,7 +13,7 @@ from engine.aio.async_engine import AsyncEngine
 from engine.errors import AdapterError, InvalidRequest
 from engine.request import FinishReason, OutputDelta
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
-from tests.engine_api.async_help import PATIENCE_S, collect, running, text_of, until, wait_for
+from tests.engine_api.async_help import PATIENCE_S, Owner, collect, running, text_of, until, wait_for
 
 
 def test_many_requests_stream_at_once_and_each_gets_its_own_text() -> None:
@@ -82,9 +82,9 @@ def test_an_image_to_be_borrowed_is_prepared_once_and_not_on_the_step(
     settings: dict[str, str], prepared: list[str]
 ) -> None:
     async def main(engine: AsyncEngine) -> None:
-        for _ in range(2):
-            for key in ("k1", "k2"):
-                assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
+        images = [make_image("k1"), make_image("k2")]
+        for image in images * 2:
+            assert await text_of(engine.generate(make_request(adapter=image.key), image)) == "cegikmoq"
 
     runner = AlphabetRunner()
     with running(runner, block_bytes=64, **settings) as engine:
@@ -199,13 +199,17 @@ def test_a_refused_request_raises_at_the_first_item_and_the_engine_goes_on() -> 
         wait_for(main(engine))
 
 
-def test_released_adapters_are_reported_by_key() -> None:
-    released: list[str] = []
+def test_what_becomes_of_adapter_images_is_told_in_order() -> None:
+    owner = Owner()
 
     async def main(engine: AsyncEngine) -> None:
         for key in ("k1", "k2", "k3"):
             assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
-        await until(lambda: released == ["k1", "k2"])
+        await until(lambda: owner.dropped == ["k1", "k2"])
+        for key in ("k1", "k2"):
+            told = [what for what, of in owner.events if of == key]
+            assert told == ["offered", "held", "answered", "dropped"]
 
-    with running(max_resident_adapters=1, on_adapter_released=released.append) as engine:
+    with running(max_resident_adapters=1, image_owner=owner) as engine:
         wait_for(main(engine))
+    assert owner.is_over.is_set()

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter_store.errors import AdapterNotFound
+from adapter_store.errors import AdapterNotFound, AdapterVersionGone
 from adapter_store.records import AdapterRecord, Lease
 from deployments.calls import Fault, Refused
 from deployments.replica.held import HeldAdapters
+from engine.aio.owners import AdapterNews
+from engine.errors import AdapterImageInvalid
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterManifest
 
@@ -27,10 +29,13 @@ MANIFEST: dict[str, Any] = {
 class FakeStore:
     version: str = "v1"
     away: bool = False
+    gone: bool = False  # what was lost cannot be had again
     leases: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     pause: asyncio.Event | None = None
     resolved: int = 0
+    lost: set[str] = field(default_factory=set)
+    beats: list[tuple[str, ...]] = field(default_factory=list)
 
     async def resolve(self, name: str, source: str | None = None, *, wait_s: float | None = None) -> AdapterRecord:
         self.resolved += 1
@@ -49,8 +54,19 @@ class FakeStore:
         )  # fmt: skip
         return lease, np.zeros(0, np.uint8)
 
-    async def release(self, version: str) -> None:
-        self.released.append(version)
+    async def release(self, lease: Lease) -> None:
+        self.released.append(lease.version)
+
+    async def lease_again(self, lease: Lease) -> Lease:
+        if self.gone:
+            raise AdapterVersionGone(lease.name, lease.version)
+        return (await self.lease(lease.name, lease.source, lease.version))[0]
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        self.beats.append(versions)
+        if self.pause is not None:
+            await self.pause.wait()
+        return tuple(version for version in versions if version in self.lost)
 
     def _check(self, name: str) -> None:
         if self.away:
@@ -67,11 +83,13 @@ class Rig:
 
     async def use(self, name: str = "a", version: str | None = None, *, accepted: bool = True) -> str:
         async with self.held.borrowed(name, None, version) as held:
-            held.in_engine = held.in_engine or accepted
+            self.held.offered(held.version)
+            changes = ((held.version, True),) * accepted
+            self.held.told(AdapterNews(changes=changes, answered=(held.version,)))
             return held.version
 
     async def drop(self, version: str) -> None:
-        self.held.dropped(version)
+        self.held.told(AdapterNews(changes=((version, False),)))
         await asyncio.sleep(0.01)
 
 
@@ -223,5 +241,85 @@ def test_an_unknown_adapter_is_told_to_everyone_who_asked():
         for _ in range(2):
             with pytest.raises(AdapterNotFound):
                 await rig.use("missing")
+
+    _run(test)
+
+
+def test_a_lease_that_the_store_has_lost_is_taken_again_and_the_engine_keeps_its_bytes():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        before = rig.held._held["v1"].image
+        rig.store.lost = {"v1"}
+        await rig.held.beat()
+        assert rig.store.leases == ["v1", "v1"]
+        assert rig.held._held["v1"].image is before
+        await rig.drop("v1")
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_a_lost_lease_that_cannot_be_had_again_takes_nothing_from_the_engine(caplog: pytest.LogCaptureFixture):
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.lost = {"v1"}
+        rig.store.away = True
+        await rig.held.beat()  # it may come back: asked for again with the next beat
+        rig.store.away, rig.store.gone = False, True
+        await rig.held.beat()  # it never comes back: served to the end, and no beat names it any more
+        await rig.held.beat()
+        assert rig.store.beats == [("v1",), ("v1",), ()]
+        assert await rig.use() == "v1"
+        await rig.drop("v1")
+        assert rig.held.versions == ()
+
+    _run(test)
+
+
+def test_a_lease_that_was_given_back_during_a_beat_is_not_taken_again():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.lost, rig.store.pause = {"v1"}, asyncio.Event()
+        beat = asyncio.ensure_future(rig.held.beat())
+        await asyncio.sleep(0)
+        await rig.drop("v1")
+        rig.store.pause.set()
+        await beat
+        await rig.held.settled()
+        assert rig.store.leases == rig.store.released, "what was leased too late is given back at once"
+
+    _run(test)
+
+
+def test_an_image_that_cannot_be_read_is_given_back_at_once(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> AdapterManifest:
+        raise AdapterImageInvalid("of another layout")
+
+    monkeypatch.setattr(AdapterManifest, "from_dict", broken)
+
+    async def test(rig: Rig) -> None:
+        with pytest.raises(AdapterImageInvalid):
+            await rig.use()
+        await rig.held.settled()
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_the_names_in_use_are_remembered_however_many_others_come(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deployments.replica.held.MAX_NAMES", 4)
+
+    async def test(rig: Rig) -> None:
+        await rig.use("hot")
+        for i in range(20):
+            await rig.use(f"tail{i}")
+            before = rig.store.resolved
+            assert await rig.use("hot") == "v1"
+            assert rig.store.resolved == before, "the hot name was forgotten, and had to be asked for"
+        assert len(rig.held._meanings) == 4
+        known = set(rig.held._meanings)
+        for name, source in list(known - {("hot", None)}) * 3:
+            rig.held._mean(name, source, "v1")  # what is known already puts nobody out
+        assert set(rig.held._meanings) == known
 
     _run(test)

@@ -117,7 +117,7 @@ async def test_a_wanted_adapter_that_was_evicted_comes_back_when_there_is_room(w
         del world.source.adapters[name]  # its images go with it, and leave room
         with pytest.raises(AdapterNotFound):
             await world.store.refresh(name)
-    await world.store._warmth.load(world.store._specs[DIGEST])
+    await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
     assert await on_host(world) == gone
     assert len(world.source.fetches) == fetched
 
@@ -165,7 +165,7 @@ async def test_the_new_version_of_a_pinned_adapter_takes_the_place_of_the_old(wo
     await world.store.pin("n0")
     old = (await world.store.resolve("n0")).version
     world.source.adapters["n0"] = small_adapter(seed=50)
-    await world.store._warmth.load(world.store._specs[DIGEST])
+    await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
     record = await world.store.resolve("n0")
     assert (record.state, record.is_pinned, record.version != old) == (AdapterState.HOST, True, True)
     assert (await world.store.status()).num_images == 1
@@ -273,13 +273,13 @@ async def test_a_pinned_adapter_that_cannot_be_loaded_is_told_once_for_each_reas
         await world.store.pin("n0")
         files = world.source.adapters.pop("n0")
         for _ in range(5):
-            await world.store._warmth.load(world.store._specs[DIGEST])
+            await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
         assert len(told) == 1
         world.source.adapters["n0"] = files
         world.clock.now += world.config.missing_ttl_s
-        await world.store._warmth.load(world.store._specs[DIGEST])
+        await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
         del world.source.adapters["n0"]
-        await world.store._warmth.load(world.store._specs[DIGEST])
+        await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
         assert len(told) == 2
     finally:
         log.removeHandler(handler)

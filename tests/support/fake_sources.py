@@ -144,6 +144,8 @@ class FakeSource:
 class FakeBlobs:
     """Handles are numbers; `lost` handles are gone."""
 
+    node = ""
+
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}
         self.lost: set[int] = set()
