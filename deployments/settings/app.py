@@ -143,7 +143,8 @@ class AppArgs(Settings):
     limits: LimitSettings = LimitSettings()
     # Of sampling, where a request gives none: what the model's generation_config.json says, or OpenAI's.
     generation_config: Literal["auto", "none"] = "auto"
-    cors: tuple[Origin, ...] = Field(default=(), strict=False)  # web pages that may ask: their origins, or "*" for all
+    # Web pages that may ask from a browser: their origins, or "*" for all. None: those of the browser's own machine.
+    cors: tuple[Origin, ...] | None = Field(default=None, strict=False)
     api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: who reaches the port may ask
     # Keys that may change adapters. None: nobody; without api_keys_env and on a loopback address, who reaches the port.
     admin_keys_env: VariableName | None = None
