@@ -158,8 +158,8 @@ def _check_type(content_type: str | None) -> None:
     subtype = message.get_content_subtype()
     if message.get_content_maintype() != "application" or not (subtype == "json" or subtype.endswith("+json")):
         given = f"content-type {content_type[:100]!r}" if content_type else "no content-type"
-        message = f"{given}: the body cannot be read; send JSON with 'content-type: application/json'"
-        raise Refused(Fault(code="unsupported_media_type", message=message))
+        why = f"{given}: the body cannot be read; send JSON with 'content-type: application/json'"
+        raise Refused(Fault(code="unsupported_media_type", message=why))
 
 
 class _Read(Request):
