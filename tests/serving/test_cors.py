@@ -44,7 +44,14 @@ def test_where_the_setting_names_nobody_no_page_may_ask(path: str):
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-LOOPBACK = ["http://localhost", PAGE, "https://localhost:8443", "http://127.0.0.1:8501", "http://127.1.2.3", "http://[::1]:80"]
+LOOPBACK = [
+    "http://localhost",
+    PAGE,
+    "https://localhost:8443",
+    "http://127.0.0.1:8501",
+    "http://127.1.2.3",
+    "http://[::1]:80",
+]
 FOREIGN = ["https://chat.example", "http://192.168.0.7:3000", "http://localhost.evil.example", "http://evil-localhost",
            "http://localhost:3000.evil.example", "http://127.0.0.1.evil.example", "http://evil.example/localhost",
            "http://localhost@evil.example", "null", "file://", "http://localhost:80\n", "http://127x0x0x1"]  # fmt: skip
