@@ -30,7 +30,7 @@ from deployments.http.auth import ApiKeys
 from deployments.http.gate import DOCS_FILES, Gate
 from deployments.http.origin import LOOPBACK_PAGES
 from deployments.http.reading import route_class
-from deployments.http.validation import fault_of_validation
+from deployments.http.validation import cut, fault_of_validation
 from deployments.http.wire import INERT_HEADER
 from deployments.router.gateway import Gateway
 from deployments.settings.app import LimitSettings
@@ -146,5 +146,5 @@ async def _on_validation(request: Request, error: Exception) -> Response:
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _STATUS_CODES.get(error.status_code, "invalid_request")
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {cut(request.url.path)}: {error.detail}"
     return respond(request.url.path, Fault(code=code, message=message), error.headers)
