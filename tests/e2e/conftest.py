@@ -65,3 +65,14 @@ def server(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield running
     finally:
         running.remove()
+
+
+@pytest.fixture
+def last_server(server: Server) -> Server:
+    """The server of all tests, for the one that ends it."""
+    return server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In whatever order the files are given: the server is ended behind all that ask it."""
+    items.sort(key=lambda item: "last_server" in getattr(item, "fixturenames", ()))

@@ -290,6 +290,6 @@ def test_a_killed_adapter_store_loses_no_request(server: Server):
     print(f"killed store: listing again after {time.monotonic() - killed:.1f} s")
 
 
-def test_ctrl_c_ends_everything_and_says_so_with_code_0(server: Server):
-    assert server.stop() == 0
-    until(lambda: not server.processes(), lambda: f"the end of {server.processes()}")
+def test_ctrl_c_ends_everything_and_says_so_with_code_0(last_server: Server):
+    assert last_server.stop() == 0
+    until(lambda: not last_server.processes(), lambda: f"the end of {last_server.processes()}")

@@ -18,6 +18,7 @@ from engine.aio.owners import AdapterNews
 from engine.errors import AdapterImageInvalid
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterManifest
+from tests.support.store_world import turns
 from tests.support.waiting import within
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
@@ -91,7 +92,7 @@ class Rig:
 
     async def drop(self, version: str) -> None:
         self.held.told(AdapterNews(changes=((version, False),)))
-        await asyncio.sleep(0.01)
+        await turns()
 
 
 def _run(test: Callable[[Rig], Awaitable[None]]) -> None:
@@ -134,7 +135,7 @@ def test_a_version_in_use_is_not_released_until_its_last_user_is_gone():
         async with rig.held.borrowed("a", None, None):
             await rig.drop("v1")
             assert rig.store.released == []
-        await asyncio.sleep(0.01)
+        await turns()
         assert rig.store.released == ["v1"]
 
     _run(test)
@@ -143,7 +144,7 @@ def test_a_version_in_use_is_not_released_until_its_last_user_is_gone():
 def test_a_version_that_the_engine_never_took_is_released_at_once():
     async def test(rig: Rig) -> None:
         await rig.use(accepted=False)
-        await asyncio.sleep(0.01)
+        await turns()
         assert rig.store.released == ["v1"]
 
     _run(test)
@@ -170,7 +171,7 @@ def test_a_name_in_steady_use_is_asked_for_ahead_of_time_so_that_no_request_wait
             before = rig.store.resolved
             assert await rig.use() == "v1"
             assert rig.store.resolved == before, "the request itself asked nothing"
-            await asyncio.sleep(0.01)
+            await turns()
         assert rig.store.resolved == 3, "at 3.0, 5.5 and 8.0: once in each second half"
 
     _run(test)
@@ -181,7 +182,7 @@ def test_what_was_learnt_ahead_of_time_counts_from_the_next_request_on():
         await rig.use()
         rig.store.version, rig.now_s = "v2", 3.0
         assert await rig.use() == "v1"
-        await asyncio.sleep(0.01)
+        await turns()
         assert await rig.use() == "v2"
 
     _run(test)
@@ -193,7 +194,7 @@ def test_a_store_that_is_away_when_it_is_asked_ahead_of_time_changes_nothing():
         rig.store.away, rig.now_s = True, 3.0
         for _ in range(2):
             assert await rig.use() == "v1"
-            await asyncio.sleep(0.01)
+            await turns()
         assert rig.store.leases == ["v1"]
 
     _run(test)
@@ -215,7 +216,7 @@ def test_many_requests_for_a_cold_adapter_make_one_lease_and_one_that_leaves_sto
     async def test(rig: Rig) -> None:
         rig.store.pause = asyncio.Event()
         waiting = [asyncio.ensure_future(rig.use()) for _ in range(5)]
-        await asyncio.sleep(0.01)
+        await turns()
         waiting[0].cancel()
         rig.store.pause.set()
         assert await asyncio.gather(*waiting[1:]) == ["v1"] * 4
@@ -228,10 +229,10 @@ def test_a_lease_that_nobody_waits_for_any_more_is_given_back():
     async def test(rig: Rig) -> None:
         rig.store.pause = asyncio.Event()
         waiting = asyncio.ensure_future(rig.use())
-        await asyncio.sleep(0.01)
+        await turns()
         waiting.cancel()
         rig.store.pause.set()
-        await asyncio.sleep(0.01)
+        await turns()
         assert rig.store.released == ["v1"]
 
     _run(test)

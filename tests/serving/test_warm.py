@@ -20,6 +20,7 @@ from engine.aio.owners import AdapterNews, ImageOwner
 from engine.errors import AdapterError
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage
+from tests.support.store_world import turns
 from tests.support.waiting import until_async
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
@@ -145,7 +146,7 @@ def test_a_new_replica_begins_with_what_is_asked_for_and_holds_it_until_the_engi
         assert (rig.store.budgets, rig.device.loaded) == ([1000], ["a-1", "b-1"])
         assert (rig.held.names, rig.store.released) == (["a", "b"], [])
         rig.held.told(AdapterNews(changes=(("a-1", False),)))
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.held.names, rig.store.released) == (["b"], ["a-1"])
 
     _run(test)
@@ -154,7 +155,7 @@ def test_a_new_replica_begins_with_what_is_asked_for_and_holds_it_until_the_engi
 def test_it_stops_where_the_device_has_no_room_and_keeps_no_lease_on_what_did_not_fit():
     async def test(rig: Rig) -> None:
         await rig.warmer.warm_up()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.device.loaded, rig.held.names, rig.store.released) == (["a-1"], ["a"], ["b-1"])
 
     _run(test, store=FakeStore({}, ("a", "b", "c")), device=FakeDevice(room=1))
@@ -164,7 +165,7 @@ def test_an_adapter_that_cannot_be_brought_in_is_named_and_the_next_one_is(caplo
     async def test(rig: Rig) -> None:
         with caplog.at_level(logging.WARNING):
             await rig.warmer.warm_up()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.device.loaded, rig.store.released) == (["b-1"], ["a-1"])
         assert "'a'" in caplog.text
 
@@ -174,10 +175,10 @@ def test_an_adapter_that_cannot_be_brought_in_is_named_and_the_next_one_is(caplo
 def test_what_the_device_does_not_answer_is_waited_for_no_longer_than_a_while_and_held_until_it_does():
     async def test(rig: Rig) -> None:
         await rig.warmer.warm_up()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.device.loaded, rig.held.names, rig.store.released) == ([], ["a"], [])
         rig.held.told(AdapterNews(answered=("a-1",)))
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.held.names, rig.store.released) == ([], ["a-1"])
 
     _run(test, device=FakeDevice(never=("a-1",)))
@@ -213,7 +214,7 @@ def test_a_pinned_name_that_does_not_fit_is_named_and_not_held(caplog: pytest.Lo
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
                 await rig.warmer.pin()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.warmer.pinned, rig.held.names) == ([], [])
         assert caplog.text.count("'a'") == 1, "told once, not with every look"
 
