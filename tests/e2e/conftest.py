@@ -18,13 +18,6 @@ BUCKET = "chorus-e2e"
 ADAPTERS = ROOT / "demo" / "adapters"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The official clients may leave a connection that they closed to the collector, which comes in some later test."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"))
-
-
 class Bucket:
     """Adapters in S3."""
 
@@ -74,5 +67,11 @@ def last_server(server: Server) -> Server:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In whatever order the files are given: the server is ended behind all that ask it."""
+    """In whatever order the files are given: the server is ended behind all that ask it.
+
+    The official clients may leave a connection that they closed to the collector, which comes in some later test.
+    """
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"))
     items.sort(key=lambda item: "last_server" in getattr(item, "fixturenames", ()))
