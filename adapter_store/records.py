@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -93,6 +93,7 @@ class Lease:
     num_bytes: int
     rank: int
     ttl_s: float
+    number: int = 0  # rises with each lease: an end that was meant for an earlier one does not end a later one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +117,9 @@ class Registration:
     name: str
     source: str
     location: str = ""
-    urls: tuple[tuple[str, str], ...] = ()
+    urls: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # they may let whoever has them in
     sha256: tuple[tuple[str, str], ...] = ()
+    has_lost_urls: bool = False  # it had URLs, which were in memory only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +176,12 @@ class StoreConfig:
     disk_path: str | None = None  # folder of the disk tier and of the index; None: neither survives a restart
     disk_bytes: int = 8 << 30  # budget of the disk tier
     traffic_half_life_s: float = 600.0  # a request counts half after this
+    url_key_env: str | None = None  # variable with the key under which registered URLs are kept; None: in memory only
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.default is None and (value is None or item.name == "disk_path"):
+            if item.default is None and (value is None or item.name in ("disk_path", "url_key_env")):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise StoreConfigInvalid(item.name, f"{value!r} is not a number")

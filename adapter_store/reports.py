@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
 
 from adapter_store.errors import SourceUnavailable
 from adapter_store.names.catalog import ImageKey, NameKey, Version
@@ -15,6 +14,7 @@ from adapter_store.records import AdapterPage, AdapterRecord, AdapterState, Stor
 from adapter_store.sources.base import SourcePage
 from adapter_store.tiers.assembly import Tiers
 from adapter_store.tiers.host import Held
+from adapter_store.tiers.specs import Specs
 
 LIST_TIMEOUT_S = 10.0  # for one page of one source: beside others it is left out then
 _STATE_ORDER = (
@@ -27,9 +27,9 @@ _STATE_ORDER = (
 
 
 class Reports:
-    """Reads, changes nothing. `specs` are those that are known at the time, by digest."""
+    """Reads, changes nothing. `specs` are those that somebody serves at the time."""
 
-    def __init__(self, tiers: Tiers, specs: Mapping[str, Any], config: StoreConfig, clock: Callable[[], float]) -> None:
+    def __init__(self, tiers: Tiers, specs: Specs, config: StoreConfig, clock: Callable[[], float]) -> None:
         self._tiers, self._specs, self._config, self._clock = tiers, specs, config, clock
         self._started_at = clock()
         self._num_registered = 0
@@ -38,7 +38,7 @@ class Reports:
         """What is known of a version. Of several images, the one that is nearest counts."""
         tiers = self._tiers
         states = dict(tiers.catalog.states_of(version.digest))
-        for spec_digest in self._specs:
+        for spec_digest in self._specs.digests():
             key = ImageKey(version.digest, spec_digest)
             if tiers.disk is not None and tiers.disk.row(key) and key not in states:
                 states[key] = AdapterState.DISK
@@ -121,7 +121,7 @@ class Reports:
             num_leases=catalog.num_leases,
             num_fetching=len(self._tiers.flights),
             num_failed=catalog.count(AdapterState.FAILED),
-            num_specs=len(self._specs),
+            num_specs=len(self._specs.live()),
             sources=self._tiers.resolver.source_names,
             hits=counts["hits"],
             misses=counts["misses"],

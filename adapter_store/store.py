@@ -12,18 +12,16 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from itertools import count
 from typing import Any
 
-from adapter_store.errors import AdapterRejected, AdapterVersionGone, SourceUnavailable, SpecUnknown, StoreError
+from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable, StoreError
 from adapter_store.image.spec import Spec, read_spec
-from adapter_store.names.catalog import ImageKey, NameKey, Version
-from adapter_store.names.database import IndexUnavailable
-from adapter_store.names.index import CATALOG
-from adapter_store.names.registered import check_rows, origin
+from adapter_store.names.catalog import ImageKey
+from adapter_store.names.mirror import Shelf
 from adapter_store.records import (
     AdapterPage,
     AdapterRecord,
-    AdapterState,
     Lease,
     Registration,
     StoreConfig,
@@ -34,14 +32,15 @@ from adapter_store.reports import Reports
 from adapter_store.sources.base import Source, SourceChanged
 from adapter_store.tiers.assembly import Tiers
 from adapter_store.tiers.blobs import BlobStore
-from adapter_store.tiers.host import Held
+from adapter_store.tiers.specs import Specs
 
 _log = logging.getLogger(__name__)
 TICK_S = 5.0  # between two looks at what could be better
 
 
 class AdapterStore:
-    """See the methods; all of them are for one event loop. `sources` are asked in their order.
+    """See the methods; all of them are for one event loop. `sources` are asked in their order. `shelf` is where
+    registrations and pins are mirrored, `owner` what the stores that follow each other on a disk have in common.
 
     Raises: StoreConfigInvalid when `disk_path` is no folder and cannot become one, or a source is named "catalog".
     """
@@ -57,13 +56,16 @@ class AdapterStore:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
         tick_s: float = TICK_S,
+        shelf: Shelf | None = None,
+        owner: str = "",
     ) -> None:
         self.config = config or StoreConfig()
         self._clock, self._tick_s = clock, tick_s
-        self._tiers = Tiers(sources, blobs, self.config, clock, wall, sleep, jitter)
+        self._lease_numbers = count(int(wall() * 1e6))  # those of a restarted store go on behind its last ones
+        self._tiers = Tiers(sources, blobs, self.config, clock, wall, sleep, jitter, shelf, owner)
         self._catalog, self._resolver, self._pins = self._tiers.catalog, self._tiers.resolver, self._tiers.pins
-        self._flights, self._warmth = self._tiers.flights, self._tiers.warmth
-        self._specs: dict[str, Spec] = {}
+        self._flights, self._warmth, self._registry = self._tiers.flights, self._tiers.warmth, self._tiers.registry
+        self._specs = Specs(self.config.lease_ttl_s, clock, self._forget_spec)
         self._tasks: set[asyncio.Task[None]] = set()
         self._beginning: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
@@ -72,14 +74,14 @@ class AdapterStore:
 
     # What a name stands for
 
-    async def register_spec(self, spec: Mapping[str, Any]) -> str:
-        """Makes a spec (an `ImageSpec.to_dict()`) known and returns its digest. Raises: SpecInvalid.
+    async def register_spec(self, spec: Mapping[str, Any], owner: str = "") -> str:
+        """Makes a spec (an `ImageSpec.to_dict()`) known, which `owner` serves, and returns its digest.
 
-        What is warm begins to come back from disk for it.
+        It is packed for as long as an owner names it: here, in a heartbeat, by a lease; then for `lease_ttl_s`. What is
+        warm begins to come back from disk for it. Raises: SpecInvalid.
         """
         read = read_spec(spec)
-        if read.digest not in self._specs:
-            self._specs[read.digest] = read
+        if self._specs.add(read, owner):
             await self._begin()
             self._load_warm(read)
         return read.digest
@@ -99,50 +101,47 @@ class AdapterStore:
         version = await self._resolver.resolve(name, source, force=True)
         failures = self._catalog.failures(version.digest)
         if any(isinstance(failure, AdapterRejected) and failure.is_own_digest for failure in failures):
-            await self._in_index(self._tiers.index.forget_digests(version.key))
+            await self._registry.forget_digests(version.key)
         self._catalog.forgive(version.digest)
         return self._reports.record(version)
 
     async def register(self, rows: tuple[Registration, ...]) -> None:
         """Makes names known that their sources would not find by themselves, or replaces what they stood for.
 
-        They come before the same names in any source. A call may be repeated.
-        Raises: RegistrationInvalid, having written nothing; SourceUnavailable (of "catalog") when the index cannot be
-        written now, and only some rows may have been.
+        They come before the same names in any source. A call may be repeated. Raises: RegistrationInvalid, having
+        written nothing; SourceUnavailable (of "catalog") when only some rows may have been written, if any.
         """
-        sources = {name: source for name, source in self._resolver.sources.items() if name != CATALOG}
-        await asyncio.to_thread(check_rows, rows, sources)
-        await self._in_index(self._tiers.index.register(rows))
-        for row in rows:
-            await self._resolver.registered(NameKey(CATALOG, row.name), origin(row))
+        await self._registry.register(rows)
 
     async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The registered names are not found any more; leases go on. Returns those that were there.
 
         Raises: SourceUnavailable (of "catalog"), as `register`.
         """
-        gone: tuple[str, ...] = await self._in_index(self._tiers.index.unregister(names))
-        for name in gone:
-            await self._resolver.gone(NameKey(CATALOG, name))
-        return gone
+        return await self._registry.unregister(names)
 
     # Bringing images to the host
 
     async def expect(self, name: str, source: str | None = None) -> None:
-        """A request for `name` has come to a router: it counts as traffic, and its image starts to come to the host.
+        """`expect_all` of one request."""
+        await self.expect_all(((name, source, 1),))
+
+    async def expect_all(self, expected: Sequence[tuple[str, str | None, int]]) -> None:
+        """(name, source, how many requests have come to a router): traffic, whose images start to come to the host.
 
         Returns at once; what goes wrong is told to the one who acquires it. Raises: AdapterNameInvalid.
         """
-        check_name(name)
-        self._spawn(self._bring(name, list(self._specs.values()), source, is_request=True))
+        for name, source, number in expected:
+            check_name(name)
+            self._spawn(self._bring(name, self._specs.live(), source, num_requests=number))
 
     async def prefetch(self, name: str, spec_digest: str | None = None, source: str | None = None) -> None:
-        """Starts to bring an adapter to the host, for one spec or all known ones, and returns at once.
+        """Starts to bring an adapter to the host, for one spec or all that are served, and returns at once.
 
         What goes wrong is told to the one who acquires it. Raises: AdapterNameInvalid, SpecUnknown.
         """
         check_name(name)
-        specs = list(self._specs.values()) if spec_digest is None else [self._spec(spec_digest)]
+        specs = self._specs.live() if spec_digest is None else (self._specs.named(spec_digest, ""),)
         self._spawn(self._bring(name, specs, source))
 
     async def warm_set(self, spec_digest: str, budget_bytes: int) -> tuple[AdapterRecord, ...]:
@@ -153,20 +152,27 @@ class AdapterStore:
         )
 
     async def pin(self, name: str, source: str | None = None) -> AdapterRecord:
-        """Keeps `name` on the host and on disk, for all known specs and in each of its versions, until `unpin`.
+        """Keeps `name` on the host and on disk, for all specs that are served and that it fits, until `unpin`.
 
-        Raises: PinRefused; what `acquire` raises but StoreFull for its own lease; SourceUnavailable (of "catalog")
-        when that cannot be written down.
+        Raises: PinRefused; what `acquire` raises but StoreFull for its own lease, AdapterRejected and AdapterTooLarge
+        only if it fits none of the specs; SourceUnavailable (of "catalog") when that cannot be written down.
         """
         await self._begin()
         version = await self._resolver.resolve(name, source)
-        sizes = {}
-        for spec in tuple(self._specs.values()):
-            version, held = await self._found(name, spec, None, source)
-            sizes[ImageKey(version.digest, spec.digest)] = held.num_bytes
+        sizes: dict[ImageKey, int] = {}
+        refusals: list[StoreError] = []
+        for spec in self._specs.live():
+            try:
+                version, held = await self._tiers.finder.found(name, spec, None, source)
+            except (AdapterRejected, AdapterTooLarge) as error:  # another base model may be what it was made for
+                refusals.append(error)
+            else:
+                sizes[ImageKey(version.digest, spec.digest)] = held.num_bytes
+        if refusals and not sizes:
+            raise refusals[0]
         self._pins.add(version.key, sizes)
         try:
-            await self._in_index(self._tiers.index.set_pin(version.key, True))
+            await self._registry.set_pin(version.key, True)
         except SourceUnavailable:
             self._pins.remove(version.key)
             raise
@@ -178,7 +184,7 @@ class AdapterStore:
         await self._begin()
         pinned = sorted(key for key in self._pins.names if key.name == name and source in (None, key.source))
         for key in pinned:
-            await self._in_index(self._tiers.index.set_pin(key, False))
+            await self._registry.set_pin(key, False)
             self._pins.remove(key)
         if not pinned:
             return self._reports.record(await self._resolver.resolve(name, source))
@@ -198,13 +204,15 @@ class AdapterStore:
         SourceUnavailable, SourceUnknown, SpecUnknown, StoreFull.
         """
         check_name(name)
-        spec = self._spec(spec_digest)
+        spec = self._specs.named(spec_digest, owner)
         await self._begin()
         self._tiers.host.expire()
-        target, held = await self._found(name, spec, version, source)
+        target, held = await self._tiers.finder.found(name, spec, version, source)
         # No await since the image was found, so it is still there.
         key = ImageKey(target.digest, spec_digest)
-        self._catalog.lease(key, owner, self._clock() + self.config.lease_ttl_s)
+        number = next(self._lease_numbers)
+        self._catalog.lease(key, owner, self._clock() + self.config.lease_ttl_s, number)
+        self._specs.named(spec_digest, owner)
         self._tiers.host.touch(key)
         return Lease(
             name=target.key.name,
@@ -217,17 +225,30 @@ class AdapterStore:
             num_bytes=held.num_bytes,
             rank=held.rank,
             ttl_s=self.config.lease_ttl_s,
+            number=number,
         )
 
-    async def release(self, version: str, owner: str) -> None:
-        """Ends the lease of `owner` on `version`. Releasing what is not held is nothing."""
-        self._tiers.host.evict(self._catalog.release(version, owner))
+    async def release(self, version: str, owner: str, number: int | None = None) -> None:
+        """Ends the lease of `owner` on `version`, or only that one of this `number`, which may have been followed by
+        another since. Releasing what is not held is nothing.
+        """
+        self._tiers.host.evict(self._catalog.release(version, owner, number))
 
-    async def heartbeat(self, owner: str, versions: tuple[str, ...]) -> tuple[str, ...]:
-        """Renews the leases of `owner` on `versions`; returns those it has none on (after a restart: all of them)."""
+    async def heartbeat(self, owner: str, versions: tuple[str, ...], spec_digest: str | None = None) -> tuple[str, ...]:
+        """Renews the leases of `owner` on `versions`; returns those it has none on (after a restart: all of them).
+
+        `spec_digest` is what it serves (None: what it has served). Raises: SpecUnknown, having renewed nothing.
+        """
+        if spec_digest is not None:
+            self._specs.named(spec_digest, owner)
+        self._specs.beat(owner)
         self._tiers.host.expire()
         expires_at = self._clock() + self.config.lease_ttl_s
         return tuple(version for version in versions if not self._catalog.renew(version, owner, expires_at))
+
+    async def read_image(self, version: str, spec_digest: str, start: int, num_bytes: int) -> bytes | None:
+        """Bytes of a leased image that lies in a file, for who cannot open it. None: it is not there any more."""
+        return await self._tiers.host.part(ImageKey(version, spec_digest), start, num_bytes)
 
     # Telling
 
@@ -270,7 +291,7 @@ class AdapterStore:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(self._tick_s)
-            for spec in self._specs.values():
+            for spec in self._specs.live():
                 self._load_warm(spec)
             task = self._spawn(self._tiers.keep_house())
             await asyncio.wait([task])  # what it raises is told, and it is tried again
@@ -291,47 +312,24 @@ class AdapterStore:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("work in the background of the store has failed", exc_info=error)
 
-    async def _in_index(self, work: Awaitable[Any]) -> Any:
-        try:
-            return await work
-        except IndexUnavailable as error:
-            raise SourceUnavailable(CATALOG, str(error)) from error
+    def _forget_spec(self, spec_digest: str) -> None:
+        """Nobody serves it any more: nothing is kept, pinned or warmed for it. What is on disk goes by its worth."""
+        if (loading := self._loading.pop(spec_digest, None)) is not None:
+            loading.cancel()
+        self._pins.drop_spec(spec_digest)
+        self._tiers.host.evict(self._catalog.forget_spec(spec_digest))
 
-    def _spec(self, spec_digest: str) -> Spec:
-        if spec_digest not in self._specs:
-            raise SpecUnknown(spec_digest)
-        return self._specs[spec_digest]
-
-    async def _found(self, name: str, spec: Spec, version: str | None, source: str | None) -> tuple[Version, Held]:
-        """The version that is asked for and its image on the host. What is returned is there until the next await."""
-        for _ in range(self.config.fetch_retries + 1):
-            target = await self._target(name, version, spec.digest, source)
-            try:
-                return target, await self._flights.image(ImageKey(target.digest, spec.digest), target, spec)
-            except SourceChanged:
-                await self._resolver.resolve(name, source, force=True)
-        raise SourceUnavailable(source or "any", f"the files of adapter {name!r} change faster than they can be read")
-
-    async def _target(self, name: str, version: str | None, spec_digest: str, source: str | None) -> Version:
-        if version is None:
-            return await self._resolver.resolve(name, source)
-        known = self._catalog.version(version)
-        if known is not None and known.key.name == name and source in (None, known.key.source):
-            state = self._catalog.state(ImageKey(version, spec_digest))
-            if state in (AdapterState.HOST, AdapterState.FETCHING):
-                return known
-        current = await self._resolver.resolve(name, source)
-        if current.digest != version:
-            raise AdapterVersionGone(name, version)
-        return current
-
-    async def _bring(self, name: str, specs: list[Spec], source: str | None, *, is_request: bool = False) -> None:
+    async def _bring(self, name: str, specs: Sequence[Spec], source: str | None, *, num_requests: int = 0) -> None:
         try:
             await self._begin()
-            version = await self._resolver.resolve(name, source, is_awaited=not is_request)
-            if is_request:
+            version = await self._resolver.resolve(name, source, is_awaited=not num_requests)
+            for _ in range(num_requests):
                 self._warmth.count(version.key)
-            for spec in specs:
-                await self._flights.image(ImageKey(version.digest, spec.digest), version, spec)
         except (StoreError, SourceChanged) as error:
             _log.info("adapter %s was not brought to the host: %s", name, error)
+            return
+        for spec in specs:
+            try:
+                await self._flights.image(ImageKey(version.digest, spec.digest), version, spec)
+            except (StoreError, SourceChanged) as error:  # of this base model; another may be what it was made for
+                _log.info("adapter %s was not brought to the host: %s", name, error)

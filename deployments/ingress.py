@@ -17,7 +17,7 @@ from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.replicas import ServeBackend
 from deployments.settings.app import AppArgs
-from deployments.store.actor import connector
+from deployments.store.actor import connector, current_app
 from deployments.store.client import StoreClient
 from engine.checkpoint.generation import sampling_defaults
 
@@ -36,7 +36,8 @@ class Router:
         self._cors = args.cors
         tokenizer = args.engine_config().tokenizer
         prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
-        store = StoreClient(connector(args.adapters), wait_s=args.adapters.store_wait_s)
+        connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
+        store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
         await store.start()
         self._gateway = Gateway(
             backend=ServeBackend(replicas, wait_s=args.replica_wait_s),

@@ -59,7 +59,7 @@ class Engine:
         self._scheduler = Scheduler(self.limits)
         self._in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
         self._images: set[str] = set()  # keys whose image the runner holds
-        self._released: list[str] = []
+        self._adapter_changes: list[tuple[str, bool]] = []
         self._aborts: list[str] = []
         self._clocks: dict[str, RequestClock] = {}  # of live requests
         self._ended: list[tuple[str, RequestMetrics]] = []
@@ -128,6 +128,7 @@ class Engine:
         self._scheduler.add_adapter(key, *self._size(image))
         self._runner.add_adapter(image)
         self._images.add(key)
+        self._adapter_changes.append((key, True))
 
     def _size(self, image: AdapterImage) -> tuple[int, tuple[int, ...]]:
         """Bytes of an adapter, and the runs of pages that it needs."""
@@ -151,15 +152,11 @@ class Engine:
     def preload(self, image: AdapterImage) -> None:
         """Load an adapter with the next step. Nothing happens if there is no room without evicting another.
 
-        An image that is not taken in, for want of room or by AdapterError, is released.
+        An image for which there is no room is dropped again at once. Raises: AdapterError when it is not taken in.
         """
         self._raise_if_dead()
         if image.key not in self._images:
-            try:
-                self._add_image(image.key, image)
-            except AdapterError:
-                self._released.append(image.key)
-                raise
+            self._add_image(image.key, image)
         if not self._scheduler.preload_adapter(image.key):
             self._drop_images()
 
@@ -257,7 +254,7 @@ class Engine:
             if self._scheduler.remove_adapter(key):
                 self._runner.remove_adapter(key)
                 self._images.discard(key)
-                self._released.append(key)
+                self._adapter_changes.append((key, False))
 
     def close(self) -> None:
         """End the runner's threads, which may be copying adapters. No step may follow."""
@@ -270,10 +267,13 @@ class Engine:
 
     # ---- what it tells of itself
 
-    def released_adapters(self) -> tuple[str, ...]:
-        """Adapter versions whose image was dropped since the last call: their memory may go."""
-        released, self._released = tuple(self._released), []
-        return released
+    def adapter_changes(self) -> tuple[tuple[str, bool], ...]:
+        """(adapter version, whether its image is held from then on) since the last call, in the order of events.
+
+        The memory of an image may go when the last that was told of its version is False.
+        """
+        changes, self._adapter_changes = tuple(self._adapter_changes), []
+        return changes
 
     def take_ended(self) -> tuple[tuple[str, RequestMetrics], ...]:
         """Requests of which every sample has ended since the last call."""

@@ -231,7 +231,7 @@ class LLM:
                     del running[delta.request_id]
         for request_id, sample_index in self._outputs.take_finishes():
             self._engine.finish(request_id, sample_index, FinishReason.STOP)
-        self._engine.released_adapters()  # their images stay here, to be given with the next request
+        self._engine.adapter_changes()  # their images stay here, to be given with the next request
 
     def _abort(self, running: dict[str, _Job]) -> None:
         """After an interrupt between steps the engine stays usable; its next step frees what these requests hold."""

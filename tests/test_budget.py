@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.project import ROOT, project_files
+
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 # A kernel is one long function by nature: files and folders named so are exempt.
 KERNEL = re.compile(r"(^|[_/])kernels?\.py$|^engine/\w+_kernels/")
 # Put together so that this file does not match itself.
 HOME = re.compile(r"(?<![\w.~-])/(?:" + "|".join(("ho" + "me", "ro" + "ot", "wo" + "rk", "Us" + "ers")) + r")/[\w.]")
-
-
-def project_files() -> list[Path]:
-    """What git has or would take: a file that is ignored is nobody's concern."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode:  # not a checkout: an unpacked archive holds nothing else
-        return [path for path in ROOT.rglob("*") if path.is_file() and not any(p[0] == "." for p in path.parts)]
-    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
 
 
 FILES = project_files()

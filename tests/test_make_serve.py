@@ -7,11 +7,12 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,16 +51,8 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(1500):
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"30 s went by and {what} had not happened")
-
-
 def started(project: Path) -> int:
-    wait_for((project / "pid").exists, "the start of the server")
+    until((project / "pid").exists, "the start of the server")
     return int((project / "pid").read_text())
 
 
@@ -69,9 +62,9 @@ def test_ctrl_c_at_a_terminal_ends_make_serve_with_exit_0_and_leaves_no_process(
         os.chdir(project)
         os.execvp("make", ["make", "-s", "serve"])
     server = started(project)
-    wait_for(lambda: os.tcgetpgrp(terminal) == server, "the server becoming the terminal's foreground job")
+    until(lambda: os.tcgetpgrp(terminal) == server, "the server becoming the terminal's foreground job")
     os.write(terminal, b"\x03")
-    _, status = os.waitpid(make, 0)
+    _, status = until(lambda: ended if (ended := os.waitpid(make, os.WNOHANG))[0] else None, "the end of make")
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 0
     assert not is_alive(server)
@@ -88,4 +81,4 @@ def test_a_signal_to_make_reaches_the_server(
         server = started(project)
         kill(make.pid, number)
         make.communicate(timeout=30)
-    wait_for(lambda: not is_alive(server), "the end of the server")
+    until(lambda: not is_alive(server), "the end of the server")

@@ -31,7 +31,9 @@ documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(
 
 @pytest.mark.parametrize("fence", marked("offline"), ids=str)
 def test_a_python_example_runs_as_it_stands(fence: Fence) -> None:
-    done = subprocess.run([sys.executable, "-c", fence.code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", fence.code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     expected = expected_output(fence)
     assert expected is None or done.stdout.strip() == expected.strip()
@@ -68,7 +70,7 @@ def test_every_make_target_that_is_named_exists(document: Path) -> None:
 
 
 def test_make_help_lists_every_target() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony
     assert set(re.findall(r"^  make ([a-z0-9-]+)", shown.stdout, re.MULTILINE)) == set(phony[1].split())

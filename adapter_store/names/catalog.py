@@ -46,12 +46,17 @@ class _Name:
     is_final: bool  # not there, and no other source may be asked
 
 
+class _Lease(NamedTuple):
+    expires_at: float
+    number: int
+
+
 @dataclass(slots=True)
 class _Image:
     state: AdapterState = AdapterState.COLD
     error: StoreError | None = None
     retry_at: float = 0.0
-    leases: dict[str, float] = field(default_factory=dict)  # owner -> when it expires
+    leases: dict[str, _Lease] = field(default_factory=dict)  # by owner
 
 
 class Catalog:
@@ -103,6 +108,7 @@ class Catalog:
     def postpone(self, key: NameKey, checked_at: float) -> None:
         """The source could not be asked: what is known of `key` counts as checked at `checked_at`."""
         self._names[key].checked_at = checked_at
+        self._names[key] = self._names.pop(key)  # it is in use: forgotten late
 
     def current(self, key: NameKey) -> str | None:
         """The version `key` stands for; None: it is not there, or was never looked for."""
@@ -192,12 +198,12 @@ class Catalog:
 
     # Leases
 
-    def lease(self, image: ImageKey, owner: str, expires_at: float) -> None:
-        """`owner` holds `image`; asking again renews, so that a repeated call costs nothing."""
+    def lease(self, image: ImageKey, owner: str, expires_at: float, number: int = 0) -> None:
+        """`owner` holds `image`; asking again renews, so that a repeated call costs nothing, and gives a new number."""
         known = self._images[image]
         if known.state is not AdapterState.HOST:
             raise ValueError(f"{image} is {known.state}, only an image on the host is leased")
-        known.leases[owner] = expires_at
+        known.leases[owner] = _Lease(expires_at, number)
         self._leased.add(image)
         self._next_expiry = min(self._next_expiry, expires_at)
 
@@ -205,14 +211,20 @@ class Catalog:
         """Renews the leases of `owner` on all images of a version; False when it has none."""
         held = [key for key, _ in self.states_of(digest) if owner in self._images[key].leases]
         for key in held:
-            self._images[key].leases[owner] = expires_at
+            leases = self._images[key].leases
+            leases[owner] = leases[owner]._replace(expires_at=expires_at)
             self._next_expiry = min(self._next_expiry, expires_at)
         return bool(held)
 
-    def release(self, digest: str, owner: str) -> tuple[ImageKey, ...]:
-        """Ends the leases of `owner` on a version; returns the images that nobody wants any more, to be evicted."""
+    def release(self, digest: str, owner: str, number: int | None = None) -> tuple[ImageKey, ...]:
+        """Ends the leases of `owner` on a version; returns the images that nobody wants any more, to be evicted.
+
+        `number` ends that lease only: a call that comes late must not end the lease that was taken after it.
+        """
         for key, _ in self.states_of(digest):
-            self._unlease(key, owner)
+            held = self._images[key].leases.get(owner)
+            if held is not None and number in (None, held.number):
+                self._unlease(key, owner)
         return self.unwanted(digest)
 
     def expire(self, now: float) -> tuple[ImageKey, ...]:
@@ -222,12 +234,12 @@ class Catalog:
         over = [
             (key, owner)
             for key in self._leased
-            for owner, expires_at in self._images[key].leases.items()
-            if expires_at <= now
+            for owner, held in self._images[key].leases.items()
+            if held.expires_at <= now
         ]
         for key, owner in over:
             self._unlease(key, owner)
-        left = (expires_at for key in self._leased for expires_at in self._images[key].leases.values())
+        left = (held.expires_at for key in self._leased for held in self._images[key].leases.values())
         self._next_expiry = min(left, default=float("inf"))
         return tuple(key for digest in sorted({key.version for key, _ in over}) for key in self.unwanted(digest))
 
@@ -243,6 +255,16 @@ class Catalog:
         """Whether anybody holds `image`."""
         known = self._images.get(image)
         return known is not None and bool(known.leases)
+
+    def forget_spec(self, spec_digest: str) -> tuple[ImageKey, ...]:
+        """Nobody serves a spec any more: forgets its failures, returns its images that may be evicted."""
+        of_it = [key for key in self._images if key.spec_digest == spec_digest]
+        for key in of_it:
+            if self._images[key].state is AdapterState.FAILED:
+                self._delete(key)
+                self._forget_if_unused(key.version)
+        there = (key for key in of_it if self.state(key) is AdapterState.HOST)
+        return tuple(key for key in there if not self._images[key].leases)
 
     def count(self, state: AdapterState) -> int:
         """How many images are in `state`."""
@@ -261,7 +283,7 @@ class Catalog:
             assert key.version in self._versions, "an image of a forgotten version"
             assert not image.leases or image.state is AdapterState.HOST, "a lease on an image that is not on the host"
             assert (image.error is not None) == (image.state is AdapterState.FAILED), "a failure without its reason"
-        expiries = [expires_at for image in self._images.values() for expires_at in image.leases.values()]
+        expiries = [held.expires_at for image in self._images.values() for held in image.leases.values()]
         assert self._next_expiry <= min(expiries, default=float("inf")), "a lease would never expire"
         assert self._leased == {key for key, image in self._images.items() if image.leases}, "leased images miscounted"
         indexed = {key for keys in self._images_of.values() for key in keys}

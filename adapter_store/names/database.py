@@ -36,11 +36,18 @@ class Database:
     """`path` None keeps everything in memory. `may_replace`: nobody else has the file open, a broken one may go.
 
     `schema` is run on an empty file, which then has `schema_version` as its user_version; a file with another one is
-    broken, too.
+    broken, too. `may_open` False: it belongs to somebody else until `reopen`, and there is a stand-in in memory.
     """
 
     def __init__(
-        self, path: Path | None, schema: str, schema_version: int, *, may_replace: bool, niceness: int
+        self,
+        path: Path | None,
+        schema: str,
+        schema_version: int,
+        *,
+        may_replace: bool,
+        niceness: int,
+        may_open: bool = True,
     ) -> None:
         self.path = path
         self.is_writable = True  # False: what can be read is read, or an empty stand-in, until `reopen` works
@@ -52,7 +59,7 @@ class Database:
         self._retired: list[sqlite3.Connection] = []  # another thread may be in the middle of using one
         self._writes = nice_pool(1, "adapters-index-write", niceness)
         self._reads = self._writes if path is None else nice_pool(1, "adapters-index-read")
-        self._open()
+        self._open(may_open)
 
     async def read(self, statement: str, values: Row = ()) -> list[Row]:
         """The rows of a query. Raises: IndexUnavailable."""
@@ -123,10 +130,15 @@ class Database:
 
     # Opening
 
-    def _open(self) -> None:
+    def _open(self, may_open: bool = True) -> None:
         """The file for writing; if that fails, as it is, read-only; if that fails, a stand-in in memory."""
         with self._lock:
             if self.path is None:
+                connection = self._create(":memory:")
+                self._use(connection, connection)
+                return
+            if not may_open:
+                self.is_writable = False
                 connection = self._create(":memory:")
                 self._use(connection, connection)
                 return
@@ -241,4 +253,5 @@ def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=uri)
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA secure_delete = ON")  # what was replaced may have been a secret
     return connection

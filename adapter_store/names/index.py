@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 from adapter_store.names.catalog import ImageKey, NameKey
 from adapter_store.names.database import Database, Row, batches
+from adapter_store.names.sealing import Sealer, is_secret
 from adapter_store.records import Registration
 from adapter_store.sources.base import SourceFile, SourceListing
 
 _log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+Urls = tuple[tuple[str, str], ...]
 FILE_NAME = "index.sqlite"
 CATALOG = "catalog"  # the source of registered names
 _SCHEMA = """
@@ -79,8 +81,20 @@ class Index:
     `may_replace`: nobody else has the file open, so that a broken one may be set aside.
     """
 
-    def __init__(self, path: Path | None, *, may_replace: bool = True, niceness: int = 0) -> None:
-        self.database = Database(path, _SCHEMA, SCHEMA_VERSION, may_replace=may_replace, niceness=niceness)
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        may_replace: bool = True,
+        may_open: bool = True,
+        niceness: int = 0,
+        sealer: Sealer | None = None,
+    ) -> None:
+        self.database = Database(
+            path, _SCHEMA, SCHEMA_VERSION, may_replace=may_replace, may_open=may_open, niceness=niceness
+        )
+        self._sealer = sealer or Sealer(None)
+        self._urls: dict[str, Urls] = {}  # by name: of registrations whose URLs must not be written
 
     @property
     def is_durable(self) -> bool:
@@ -92,7 +106,7 @@ class Index:
     async def registered(self, name: str) -> Registration | None:
         """The row of `name`."""
         rows = await self.database.read("SELECT * FROM registered WHERE name = ?", (name,))
-        return _registration(rows[0]) if rows else None
+        return self._registration(rows[0]) if rows else None
 
     async def list_registered(self, after: str | None, limit: int) -> tuple[str, ...]:
         """At most `limit` names behind `after`, in order."""
@@ -113,7 +127,12 @@ class Index:
         )
         forget = "DELETE FROM versions WHERE source = ? AND name = ?"  # it may have stood for another place
         for batch in batches(rows):
-            await self.database.write(statement, [_row(row) for row in batch])
+            written = [self._row(row) for row in batch]
+            await self.database.transact(partial(_write_registered, statement=statement, rows=written))
+            for row, values in zip(batch, written, strict=True):
+                self._urls.pop(row.name, None)
+                if row.urls and self._sealer.open(values[3]) is None:
+                    self._urls[row.name] = row.urls
             await self.database.write(forget, [(CATALOG, row.name) for row in batch])
 
     async def unregister(self, names: Sequence[str]) -> tuple[str, ...]:
@@ -121,7 +140,41 @@ class Index:
         gone: list[str] = []
         for batch in batches(names):
             gone += await self.database.transact(partial(_delete_registered, names=batch))
+        for name in gone:
+            self._urls.pop(name, None)
         return tuple(gone)
+
+    async def reseal(self) -> None:
+        """Secrets that an earlier program wrote readable are encrypted, or left out and kept in memory."""
+        for name, source, location, urls, sha256 in await self.database.read(
+            "SELECT * FROM registered WHERE urls LIKE '%://%'"
+        ):
+            if is_secret(urls):
+                await self.register([self._registration((name, source, location, urls, sha256))])
+        for listing, *key in await self.database.read(
+            "SELECT listing, source, name FROM versions WHERE listing LIKE '%://%'"
+        ):
+            if is_secret(listing):
+                row = (self._sealer.seal(listing), *key)
+                await self.database.write("UPDATE versions SET listing = ? WHERE source = ? AND name = ?", [row])
+
+    # Registrations and pins as they are mirrored
+
+    async def number(self) -> int:
+        """Rises with each change of registrations and pins."""
+        rows = await self.database.read("SELECT number FROM counted WHERE what = 'changes'")
+        return int(rows[0][0]) if rows else 0
+
+    async def rows(self, names: Sequence[str]) -> list[Row]:
+        """The rows of `names` as they are written: URLs with secrets are encrypted, or were left out."""
+        found: list[Row] = []
+        for name in names:
+            found += await self.database.read("SELECT * FROM registered WHERE name = ?", (name,))
+        return found
+
+    async def replace_all(self, rows: Sequence[Row], pins: Sequence[NameKey], number: int) -> None:
+        """What `rows`, `pins` and `number` say takes the place of all that was registered and pinned."""
+        await self.database.transact(partial(_replace_all, rows=rows, pins=pins, number=number))
 
     # Versions
 
@@ -134,6 +187,9 @@ class Index:
             return None
         version, listing, sha256, checked_at = rows[0]
         try:
+            listing = self._sealer.open(listing)
+            if listing is None:
+                return None
             return Known(version, _listing(json.loads(listing)), dict(json.loads(sha256)), float(checked_at))
         except (ValueError, KeyError, TypeError) as error:
             _log.warning("what the index knows of adapter %s is broken, its source is asked: %s", key.name, error)
@@ -141,7 +197,8 @@ class Index:
 
     async def remember(self, key: NameKey, known: Known) -> None:
         """What `key` stands for now."""
-        row = (*key, known.version, json.dumps(asdict(known.listing)), json.dumps(known.sha256), known.checked_at)
+        listing = self._sealer.seal(json.dumps(asdict(known.listing)))
+        row = (*key, known.version, listing, json.dumps(known.sha256), known.checked_at)
         await self.database.write("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?)", [row])
 
     async def forget_digests(self, key: NameKey) -> None:
@@ -217,17 +274,28 @@ class Index:
     async def set_pin(self, key: NameKey, is_pinned: bool) -> None:
         """Pins or unpins a name."""
         add, drop = "INSERT OR REPLACE INTO pins VALUES (?, ?)", "DELETE FROM pins WHERE source = ? AND name = ?"
-        await self.database.write(add if is_pinned else drop, [tuple(key)])
+        await self.database.transact(partial(_change, add if is_pinned else drop, [tuple(key)]))
+
+    def _row(self, row: Registration) -> Row:
+        urls = self._sealer.seal(json.dumps(row.urls))
+        return row.name, row.source, row.location, urls, json.dumps(row.sha256)
+
+    def _registration(self, row: Row) -> Registration:
+        name, source, location, urls, sha256 = row
+        kept = self._sealer.open(urls)
+        is_lost = kept is None and name not in self._urls
+        return Registration(
+            name=name,
+            source=source,
+            location=location,
+            urls=_pairs(kept) if kept is not None else self._urls.get(name, ()),
+            sha256=_pairs(sha256),
+            has_lost_urls=is_lost,
+        )
 
 
-def _row(row: Registration) -> Row:
-    return row.name, row.source, row.location, json.dumps(row.urls), json.dumps(row.sha256)
-
-
-def _registration(row: Row) -> Registration:
-    name, source, location, urls, sha256 = row
-    pairs = [tuple((str(first), str(second)) for first, second in json.loads(text)) for text in (urls, sha256)]
-    return Registration(name=name, source=source, location=location, urls=pairs[0], sha256=pairs[1])
+def _pairs(text: str) -> Urls:
+    return tuple((str(first), str(second)) for first, second in json.loads(text))
 
 
 def _listing(plain: dict[str, Any]) -> SourceListing:
@@ -240,7 +308,27 @@ def _image(row: Row) -> ImageRow:
     return ImageRow(key=key, object=digest, num_bytes=num_bytes, rank=rank, cost_s=cost_s, uses=uses)
 
 
+def _change(statement: str, rows: Sequence[Row], writer: sqlite3.Connection) -> None:
+    """A change that the mirror must hear of."""
+    writer.executemany(statement, rows)
+    writer.execute("INSERT OR IGNORE INTO counted VALUES ('changes', 0)")
+    writer.execute("UPDATE counted SET number = number + 1 WHERE what = 'changes'")
+
+
+def _write_registered(writer: sqlite3.Connection, statement: str, rows: Sequence[Row]) -> None:
+    _change(statement, rows, writer)
+
+
+def _replace_all(writer: sqlite3.Connection, rows: Sequence[Row], pins: Sequence[NameKey], number: int) -> None:
+    writer.execute("DELETE FROM registered")
+    writer.execute("DELETE FROM versions WHERE source = ?", (CATALOG,))
+    writer.execute("DELETE FROM pins")
+    writer.executemany("INSERT INTO registered VALUES (?, ?, ?, ?, ?)", rows)
+    writer.executemany("INSERT INTO pins VALUES (?, ?)", [tuple(key) for key in pins])
+    writer.execute("INSERT OR REPLACE INTO counted VALUES ('changes', ?)", (number,))
+
+
 def _delete_registered(writer: sqlite3.Connection, names: Sequence[str]) -> list[str]:
     gone = [name for name in names if writer.execute("DELETE FROM registered WHERE name = ?", (name,)).rowcount]
-    writer.executemany("DELETE FROM versions WHERE source = ? AND name = ?", [(CATALOG, name) for name in gone])
+    _change("DELETE FROM versions WHERE source = ? AND name = ?", [(CATALOG, name) for name in gone], writer)
     return gone

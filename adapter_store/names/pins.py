@@ -48,6 +48,10 @@ class Pins:
         """A version that its name no longer stands for is not kept."""
         self._images = {image: entry for image, entry in self._images.items() if image.version != version}
 
+    def drop_spec(self, spec_digest: str) -> None:
+        """A spec that nobody serves any more has no images to be kept."""
+        self._images = {image: entry for image, entry in self._images.items() if image.spec_digest != spec_digest}
+
     def remove(self, name: NameKey) -> None:
         """Unpins a name."""
         self.names.discard(name)

@@ -30,6 +30,10 @@ MAX_ROWS = 100_000  # of one call
 _MAX_LISTED = 10_000
 _MAX_LOCATION_CHARS = 400
 _MAX_URL_CHARS = 8192
+LOST_URLS = (
+    "it was registered with URLs that were not kept over a restart of the store; register it again "
+    "(adapters.url_key_env names a key under which they are kept)"
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Parts of a presigned URL that change with every signature, not with the file: S3, Google, CloudFront.
 _SIGNATURE = re.compile(r"(?i:x-amz-.*|x-goog-.*|awsaccesskeyid|signature|expires|key-pair-id|policy)")
@@ -66,6 +70,8 @@ class CatalogSource:
         self._listed.pop(name, None)
         if row is None:
             return None
+        if row.has_lost_urls:
+            raise AdapterRejected(LOST_URLS, name)
         self._listed[name] = (row.source, row.location or row.name)
         if len(self._listed) > _MAX_LISTED:
             del self._listed[next(iter(self._listed))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from adapter_store.errors import StoreConfigInvalid
 
 SourceKind = Literal["local", "s3", "http", "hub", "catalog"]
 
@@ -17,7 +19,8 @@ class SourceFile:
     etag: str
     num_bytes: int
     sha256: str | None = None  # hex digest of the content, where the source tells it
-    location: str = ""  # where its source reads it, if the adapter's name and the file's do not say it
+    # Where its source reads it, if the adapter's name and the file's do not say it. It may let whoever has it in.
+    location: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,8 +179,36 @@ class SourceConfig:
     redirect_hosts: tuple[str, ...] = ()
     revision: str = "main"  # hub: branch, tag or commit
     repos: tuple[str, ...] | None = None  # hub: shell patterns of the repositories that may be asked for; None: all
+    # (field, environment variable) of each secret, for who opens the source elsewhere: see `without_secrets`.
+    secrets_env: tuple[tuple[str, str], ...] = ()
 
     @property
     def label(self) -> str:
         """The name the source goes by."""
         return self.name or self.uri
+
+    def without_secrets(self) -> SourceConfig:
+        """Itself as it may be shown: secrets are named by the variables that hold them.
+
+        Raises: StoreConfigInvalid when one is given by value only.
+        """
+        named = {name for name, _ in self.secrets_env}
+        for secret in fields(self):
+            if not secret.repr and getattr(self, secret.name) is not None and secret.name not in named:
+                raise StoreConfigInvalid(
+                    secret.name,
+                    f"source {self.label!r} has it by value; what an actor is started with is kept readable by Ray: "
+                    "name the environment variable that holds it in secrets_env",
+                )
+        nothing: dict[str, Any] = {secret.name: None for secret in fields(self) if not secret.repr}
+        return replace(self, **nothing)
+
+    def with_secrets(self, environment: Mapping[str, str]) -> SourceConfig:
+        """Itself with what the named variables hold. Raises: StoreConfigInvalid naming a variable that is not set."""
+        for secret, variable in self.secrets_env:
+            if not environment.get(variable):
+                raise StoreConfigInvalid(
+                    secret, f"source {self.label!r}: the environment variable {variable!r} is not set on this node"
+                )
+        held: dict[str, Any] = {secret: environment[variable] for secret, variable in self.secrets_env}
+        return replace(self, **held)

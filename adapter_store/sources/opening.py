@@ -15,7 +15,7 @@ from adapter_store.sources.base import Source, SourceConfig
 from adapter_store.sources.local import LocalSource
 
 _TOKEN = re.compile(r"[!-~]+")  # else the client would show it in an error about its header
-_ALL = ("uri", "name")
+_ALL = ("uri", "name", "secrets_env")
 _WEB = (
     *_ALL,
     "connect_timeout_s",

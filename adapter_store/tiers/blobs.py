@@ -23,7 +23,12 @@ class BlobsFull(Exception):
 
 
 class BlobStore(Protocol):
-    """Keeps arrays; a handle keeps its array until `drop`, or until the place that holds it is lost."""
+    """Keeps arrays; a handle keeps its array until `drop`, or until the place that holds it is lost.
+
+    `node` is the machine of this process, "" when there is only one.
+    """
+
+    node: str
 
     async def put(self, data: NDArray[np.uint8]) -> Any:
         """Keeps `data` and returns its handle. Raises: BlobsFull."""
@@ -40,6 +45,8 @@ class BlobStore(Protocol):
 
 class MemoryBlobs:
     """The array is its own handle: for one process, without Ray. It is made read-only, as a shared one would be."""
+
+    node = ""
 
     async def put(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
         data.setflags(write=False)
@@ -58,14 +65,22 @@ class MemoryBlobs:
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
-    """A handle: an image in a file of this node. Whoever has mapped it keeps its bytes when the file is deleted."""
+    """A handle: an image in a file of one node. Whoever has mapped it keeps its bytes when the file is deleted."""
 
     path: str
+    node: str = ""  # that the file is on; "": all who see the handle are there
 
 
 def map_image(handle: FileImage) -> NDArray[np.uint8]:
     """The bytes of `handle`, mapped, not read. Raises: FileNotFoundError when the store has let it go, or died."""
     return np.memmap(handle.path, dtype=np.uint8, mode="r")
+
+
+def read_part(handle: FileImage, start: int, num_bytes: int) -> bytes:
+    """A part of an image. Raises: OSError; FileNotFoundError as `map_image`."""
+    with open(handle.path, "rb", buffering=0) as file:
+        file.seek(start)
+        return file.read(num_bytes)
 
 
 class ImageFiles:
@@ -74,8 +89,8 @@ class ImageFiles:
     Blocking, in any thread. The folder is made with the first file and deleted by `close`.
     """
 
-    def __init__(self, parent: Path | None) -> None:
-        self._parent = parent
+    def __init__(self, parent: Path | None, node: str = "") -> None:
+        self._parent, self._node = parent, node
         self._folder: Path | None = None
         self._lock = threading.Lock()
 
@@ -91,7 +106,7 @@ class ImageFiles:
         except BaseException:
             Path(path).unlink(missing_ok=True)
             raise
-        return FileImage(path)
+        return FileImage(path, self._node)
 
     def sweep(self) -> None:
         """Deletes what processes that were killed have left below `parent`.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from adapter_store.errors import StoreFull
 from adapter_store.names.catalog import Catalog, ImageKey
 from adapter_store.records import AdapterState
-from adapter_store.tiers.blobs import BlobsFull, BlobStore, FileImage, ImageFiles, map_image
+from adapter_store.tiers.blobs import BlobsFull, BlobStore, FileImage, ImageFiles, map_image, read_part
 from adapter_store.tiers.value_cache import ValueCache
 
 _log = logging.getLogger(__name__)
@@ -128,6 +128,16 @@ class HostTier:
         try:
             return map_image(held.handle) if isinstance(held.handle, FileImage) else await self._blobs.view(held.handle)
         except FileNotFoundError:
+            return None
+
+    async def part(self, key: ImageKey, start: int, num_bytes: int) -> bytes | None:
+        """Bytes of an image that lies in a file; None: it does not, or is not there any more."""
+        held = self._held.get(key)
+        if held is None or not isinstance(held.handle, FileImage):
+            return None
+        try:
+            return await asyncio.to_thread(read_part, held.handle, start, num_bytes)
+        except OSError:
             return None
 
     def touch(self, key: ImageKey) -> None:

@@ -90,10 +90,13 @@ class ObjectFiles:
 
 
 class FolderLock:
-    """One process at a time has it; the system takes it back when that process ends, however it ends."""
+    """One process at a time has it; the system takes it back when that process ends, however it ends.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `owner` is what the processes that may follow each other have in common; "" is anybody.
+    """
+
+    def __init__(self, path: Path, owner: str = "") -> None:
+        self.path, self._owner = path, owner
         self._file: int | None = None
 
     @property
@@ -116,15 +119,26 @@ class FolderLock:
             self._file = file
             with contextlib.suppress(OSError):  # a full disk: it is ours all the same
                 os.ftruncate(file, 0)
-                os.write(file, f"{os.getpid()}\n".encode())
+                os.write(file, f"{os.getpid()}\n{self._owner}\n".encode())
         return True
 
     def holder(self) -> str:
         """Who has it, as that one wrote it down."""
+        pid, owner = self._written()
+        return f"process {pid or '?'}" + (f" of {owner}" if owner else "")
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether somebody has it who is known to be of another owner."""
+        owner = "" if self.is_held else self._written()[1]
+        return bool(owner and self._owner) and owner != self._owner
+
+    def _written(self) -> tuple[str, str]:
         try:
-            return f"process {self.path.read_text().strip() or '?'}"
+            pid, _, owner = self.path.read_text().partition("\n")
         except OSError:
-            return "another process"
+            return "", ""
+        return pid.strip(), owner.strip()
 
     def release(self) -> None:
         """Gives it back."""

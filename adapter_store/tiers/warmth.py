@@ -60,7 +60,7 @@ class Warmth:
         self._flights, self._resolver, self._pins = flights, resolver, pins
         self._forget_s = _FORGET_HALF_LIVES * config.traffic_half_life_s
         self._wall = wall
-        self._told: dict[NameKey, str] = {}  # pinned name -> why it could not be loaded at the last look
+        self._told: dict[tuple[NameKey, str], str] = {}  # (pinned name, spec) -> why it could not be loaded last
 
     def count(self, key: NameKey) -> None:
         """A request for `key` has come."""
@@ -109,11 +109,11 @@ class Warmth:
                 version = await self._resolver.resolve(key.name, key.source)
                 await self._load(Warm(version, ImageKey(version.digest, spec.digest), 0), spec)
             except (StoreError, SourceChanged) as error:
-                if self._told.get(key) != str(error):  # once, not with every look
+                if self._told.get((key, spec.digest)) != str(error):  # once, not with every look
                     _log.warning("pinned adapter %s cannot be loaded now: %s", key.name, error)
-                self._told[key] = str(error)
+                self._told[key, spec.digest] = str(error)
             else:
-                self._told.pop(key, None)
+                self._told.pop((key, spec.digest), None)
         if self._disk is None:
             return
         async for warm in self._warm(spec.digest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from adapter_store.sources.base import SourceConfig
 
 NAME = "adapters"
+SECRET_VARIABLE = "CHORUS_BENCHMARK_BUCKET_SECRET"
 _SERVE = """
 import logging, sys
 from moto.server import ThreadedMotoServer
@@ -38,7 +40,8 @@ def bucket(folder: Path, names: Sequence[str]) -> Iterator[SourceConfig]:
             region="us-east-1",
             addressing_style="path",
             access_key_id="key",
-            secret_access_key="secret",
+            secret_access_key=os.environ.setdefault(SECRET_VARIABLE, "secret"),
+            secrets_env=(("secret_access_key", SECRET_VARIABLE),),  # the store may be an actor, and reads it itself
         )
         _upload(folder, names, config)
         yield config

@@ -106,7 +106,7 @@ class Place:
         for name in todo:
             cold_s = await station.first_token_s(name, self._args.prompt_tokens)
             pairs.append((cold_s, await station.first_token_s(name, self._args.prompt_tokens)))
-            await station.parts.settled(1)
+            await station.parts.settled()
         self._check(before, await station.call("status"), len(todo), len(names))
         return pairs if self._place == "host_first_mapped" else pairs[len(names) :]  # without the first round
 

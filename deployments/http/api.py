@@ -28,8 +28,9 @@ from deployments.calls import Fault, Refused
 from deployments.errors import answer_for, fault_of
 from deployments.http.auth import ApiKeys
 from deployments.http.gate import DOCS_FILES, Gate
+from deployments.http.origin import LOOPBACK_PAGES
 from deployments.http.reading import route_class
-from deployments.http.validation import fault_of_validation
+from deployments.http.validation import cut, fault_of_validation
 from deployments.http.wire import INERT_HEADER
 from deployments.router.gateway import Gateway
 from deployments.settings.app import LimitSettings
@@ -43,8 +44,8 @@ LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Sequence[str] = ()) -> FastAPI:
-    """The application in front of `gateway`. `cors`: origins of the web pages that may ask."""
+def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Sequence[str] | None = None) -> FastAPI:
+    """The application in front of `gateway`. `cors`: origins of the web pages that may ask; None: loopback ones."""
     # The page's scripts and styles come from here: a browser without the internet would see nothing else.
     app = FastAPIOffline(title="Chorus", version=_version(), redoc_url=None, static_url=DOCS_FILES)
     bodies = route_class(limits)
@@ -57,11 +58,12 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond)
-    if cors:
+    if cors is None or cors:
         # Around the gate: a browser's first question carries no key, and a page must be able to read a refusal.
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(cors),
+            allow_origins=list(cors or ()),
+            allow_origin_regex=LOOPBACK_PAGES if cors is None else None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[INERT_HEADER, "Retry-After"],
@@ -144,5 +146,5 @@ async def _on_validation(request: Request, error: Exception) -> Response:
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _STATUS_CODES.get(error.status_code, "invalid_request")
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {cut(request.url.path)}: {error.detail}"
     return respond(request.url.path, Fault(code=code, message=message), error.headers)

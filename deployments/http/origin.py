@@ -17,6 +17,8 @@ from deployments.calls import Fault, Refused
 
 # A proxy says here for whom it asks: then the machine's own user it may not be.
 PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+# Origins of pages that the browser's own machine serves: who is at it runs them.
+LOOPBACK_PAGES = r"https?://(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3}|\[::1\])(:\d{1,5})?"
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:\[\]@/\\?#]+)(?::(\d{1,5}))?", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 

@@ -153,12 +153,13 @@ async def _text_of(request: Request) -> bytes:
 
 def _check_type(content_type: str | None) -> None:
     """A browser asks a server before it sends a page's JSON elsewhere, and does not for other types."""
-    message = email.message.Message()
-    message["content-type"] = content_type or ""
-    subtype = message.get_content_subtype()
-    if message.get_content_maintype() != "application" or not (subtype == "json" or subtype.endswith("+json")):
+    header = email.message.Message()
+    header["content-type"] = content_type or ""
+    subtype = header.get_content_subtype()
+    if header.get_content_maintype() != "application" or not (subtype == "json" or subtype.endswith("+json")):
         given = f"content-type {content_type[:100]!r}" if content_type else "no content-type"
-        raise _wrong(f"{given}: the body cannot be read; send JSON with 'content-type: application/json'")
+        why = f"{given}: the body cannot be read; send JSON with 'content-type: application/json'"
+        raise Refused(Fault(code="unsupported_media_type", message=why))
 
 
 class _Read(Request):

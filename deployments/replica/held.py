@@ -2,6 +2,10 @@
 
 An image is held while the engine has it or a request is about to hand it over. A held version never needs the store:
 when the store is away, names go on meaning what they meant.
+
+Whether the engine has an image is known from the engine alone, in the order in which things happen there
+(`engine.aio.owners`). A reader of answers learns of a step when it comes to read; by then the engine may have dropped
+the image, and nobody would hear of it again.
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from adapter_store.errors import SourceUnavailable, StoreError
 from adapter_store.records import AdapterRecord, Lease
 from deployments.calls import Refused
+from engine.aio.owners import AdapterNews
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage, AdapterManifest
 
@@ -25,6 +31,7 @@ logger = logging.getLogger("ray.serve")
 
 RESOLVE_WAIT_S = 1.0
 MAX_NAMES = 10_000
+MAX_LOOKED_AT = 16  # meanings, for one that may be forgotten without loss
 MAX_MANIFESTS = 256  # of versions that were held before: checking one again takes a millisecond for 200 sites
 
 
@@ -37,7 +44,15 @@ class Store(Protocol):
         """The lease and the bytes of the image (a view of shared memory)."""
         ...
 
-    def release(self, version: str) -> Coroutine[Any, Any, None]: ...
+    async def lease_again(self, lease: Lease) -> Lease:
+        """The image of a lease that was lost, leased anew; its bytes are not asked for."""
+        ...
+
+    def release(self, lease: Lease) -> Coroutine[Any, Any, None]: ...
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        """Keeps the leases on `versions`; returns those that there are none on any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -49,7 +64,9 @@ class Held:
     image: AdapterImage
     lease: Lease  # keeps the object's reference as long as its bytes are in use
     users: int = 0  # requests between borrowing and their end
-    in_engine: bool = False  # the engine accepted a request with it and has not dropped it since
+    offers: int = 0  # it was handed to the engine so often without an answer yet
+    in_engine: bool = False  # what the engine said last
+    is_gone: bool = False  # its lease was lost, and the store cannot give it again: what is here is the last of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +76,7 @@ class _Meaning:
 
 
 class HeldAdapters:
-    """Lives on one event loop; only `dropped` may be called from other threads."""
+    """Lives on one event loop, an `ImageOwner` of the engine; only `told` may be called from other threads."""
 
     def __init__(
         self, store: Store, spec: ImageSpec, *, refresh_s: float, clock: Callable[[], float] = time.monotonic
@@ -69,7 +86,7 @@ class HeldAdapters:
         self._refresh_s = refresh_s
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._meanings: dict[tuple[str, str | None], _Meaning] = {}
+        self._meanings: OrderedDict[tuple[str, str | None], _Meaning] = OrderedDict()  # the one used last is last
         self._held: dict[str, Held] = {}
         self._manifests: OrderedDict[str, AdapterManifest] = OrderedDict()  # the latest last
         self._loading: dict[tuple[str, str | None, str | None], asyncio.Task[Held]] = {}
@@ -90,9 +107,29 @@ class HeldAdapters:
             held.users -= 1
             self._drop_unused(held)
 
-    def dropped(self, version: str) -> None:
-        """The engine has dropped `version`. Callable from any thread."""
-        self._loop.call_soon_threadsafe(self._on_dropped, version)
+    def offered(self, key: str) -> None:
+        """See `ImageOwner.offered`: by a borrower, on this event loop."""
+        if (held := self._held.get(key)) is not None:
+            held.offers += 1
+
+    def told(self, news: AdapterNews) -> None:
+        """See `ImageOwner.told`. Callable from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._on_news, news)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    async def beat(self) -> None:
+        """Keeps the leases alive. One that the store has lost is taken again; the engine goes on with the bytes it has.
+
+        Raises: what `Store.heartbeat` does.
+        """
+        beating = {version: held for version, held in self._held.items() if not held.is_gone}
+        for version in await self._store.heartbeat(tuple(beating)):
+            held = beating.get(version)
+            if held is not None and self._held.get(version) is held:  # not given back, nor leased anew, meanwhile
+                await self._lease_again(held)
 
     async def settled(self) -> None:
         """Until the leases that nobody needs any more were given back, as far as that is under way."""
@@ -120,6 +157,7 @@ class HeldAdapters:
         known = self._meanings.get((name, source))
         if known is None or known.version not in self._held:
             return None
+        self._meanings.move_to_end((name, source))
         if self._clock() < known.until_s:
             if self._clock() >= known.until_s - self._refresh_s / 2 and (name, source) not in self._renewing:
                 self._renewing.add((name, source))
@@ -152,9 +190,16 @@ class HeldAdapters:
             self._renewing.discard((name, source))
 
     def _mean(self, name: str, source: str | None, version: str) -> None:
-        if len(self._meanings) >= MAX_NAMES:
-            self._meanings.pop(next(iter(self._meanings)))
         self._meanings[(name, source)] = _Meaning(version, self._clock() + self._refresh_s)
+        self._meanings.move_to_end((name, source))
+        if len(self._meanings) > MAX_NAMES:
+            self._forget_a_meaning()
+
+    def _forget_a_meaning(self) -> None:
+        """One of a version that is not held, as it says nothing any more; else the one that was used longest ago."""
+        oldest = tuple(islice(self._meanings, MAX_LOOKED_AT))
+        unheld = (key for key in oldest if self._meanings[key].version not in self._held)
+        del self._meanings[next(unheld, oldest[0])]
 
     async def _load(self, name: str, source: str | None, version: str | None) -> Held:
         """Single flight: a caller that goes away does not stop the others."""
@@ -179,10 +224,29 @@ class HeldAdapters:
             self._mean(name, source, lease.version)
         held = self._held.get(lease.version)
         if held is None:
-            image = AdapterImage(lease.version, self._manifest(lease), data)
+            try:
+                image = AdapterImage(lease.version, self._manifest(lease), data)
+            except BaseException:
+                self._give_back(lease)
+                raise
             held = Held(name, lease.version, image, lease)
             self._held[lease.version] = held
+        else:
+            held.lease, held.is_gone = lease, False  # the lease that was before has ended with it
         return held
+
+    async def _lease_again(self, held: Held) -> None:
+        try:
+            lease = await self._store.lease_again(held.lease)
+        except (StoreError, Refused) as error:
+            # The engine may be reading the image: nothing is taken from it, whatever the store says.
+            held.is_gone = isinstance(error, StoreError) and not error.retryable
+            logger.warning("the lease of adapter %r was lost and cannot be had again now: %s", held.name, error)
+            return
+        if self._held.get(held.version) is held:
+            held.lease = lease
+        else:
+            self._give_back(lease)
 
     def _manifest(self, lease: Lease) -> AdapterManifest:
         """Raises: AdapterImageInvalid."""
@@ -192,17 +256,29 @@ class HeldAdapters:
             self._manifests.popitem(last=False)
         return manifest
 
-    def _on_dropped(self, version: str) -> None:
-        held = self._held.get(version)
-        if held is not None:
-            held.in_engine = False
+    def _on_news(self, news: AdapterNews) -> None:
+        told = [self._held[key] for key in (*(key for key, _ in news.changes), *news.answered) if key in self._held]
+        for key, is_held in news.changes:
+            if key in self._held:
+                self._held[key].in_engine = is_held
+        for key in news.answered:
+            if key in self._held:
+                self._held[key].offers -= 1
+        if news.is_over:
+            told = list(self._held.values())
+            for held in told:
+                held.offers, held.in_engine = 0, False
+        for held in told:
             self._drop_unused(held)
 
     def _drop_unused(self, held: Held) -> None:
-        if held.users or held.in_engine or self._held.get(held.version) is not held:
+        if held.users or held.offers or held.in_engine or self._held.get(held.version) is not held:
             return
         del self._held[held.version]
-        self._background(self._store.release(held.version), "a lease was not given back and will expire")
+        self._give_back(held.lease)
+
+    def _give_back(self, lease: Lease) -> None:
+        self._background(self._store.release(lease), "a lease was not given back and will expire")
 
     def _background(self, work: Coroutine[Any, Any, None], if_it_fails: str) -> None:
         task = asyncio.ensure_future(work)

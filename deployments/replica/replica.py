@@ -23,7 +23,7 @@ from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.neighbours import neighbours_here
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
-from deployments.store.actor import connector
+from deployments.store.actor import connector, current_app
 from deployments.store.client import StoreClient
 from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
@@ -50,7 +50,7 @@ class Replica:
         self._capacity = engine.config.max_num_seqs
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
-            connector(args.adapters),
+            connector(args.adapters, f"{args.model_id} {args.model}", current_app()),
             wait_s=args.adapters.store_wait_s,
             owner=self._id,
             spec=spec.to_dict(),
@@ -59,7 +59,7 @@ class Replica:
         await self._store.start()
         # The store looks at its sources half as often as it may, this replica asks the store as often again.
         self._adapters = HeldAdapters(self._store, spec, refresh_s=args.adapters.refresh_s / 2)
-        self._engine = AsyncEngine(engine, on_adapter_released=self._adapters.dropped, on_death=_exit_soon)
+        self._engine = AsyncEngine(engine, image_owner=self._adapters, on_death=_exit_soon)
         self._engine.start()
         self._in_hand = 0
         self._door = Door()
@@ -94,8 +94,6 @@ class Replica:
                 stream = self._engine.generate(request, held.image if held else None)
                 async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
                     async for delta in deltas:
-                        if held:
-                            held.in_engine = True
                         self._door.produced(call, len(delta.token_ids))
                         yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
         except Exception as error:
@@ -174,7 +172,7 @@ class Replica:
         """Keeps the leases of this replica alive. A missed beat costs nothing: there is time for two more."""
         while True:
             try:
-                await self._store.heartbeat(self._adapters.versions)
+                await self._adapters.beat()
             except Exception as error:  # whatever it is: without beats the leases would run out
                 logger.warning("no heartbeat to the adapter store: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._lease_ttl_s / 3)

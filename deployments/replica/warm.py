@@ -28,8 +28,8 @@ _FAULTS = (StoreError, EngineError, Refused)  # that need no traceback
 class Device(Protocol):
     """The engine, as far as adapters without a request go."""
 
-    def preload(self, image: AdapterImage) -> None:
-        """Begins to load `image` where nobody else has to go for it; else the engine drops it. May read it in."""
+    async def preload(self, image: AdapterImage) -> None:
+        """Begins to load `image` where nobody else has to go for it; else the engine drops it."""
         ...
 
     def pin_adapter(self, key: str) -> None:
@@ -131,21 +131,12 @@ class Warmer:
         logger.info("%d of %d adapters of the warm set were brought in", num_loaded, len(records))
 
     async def _load(self, held: Held) -> bool:
-        """Whether the device has it now.
-
-        It counts as the engine's before the engine has it, which may drop it at once, and says so.
-        """
-        held.in_engine = True
-        try:
-            await asyncio.to_thread(self._device.preload, held.image)
-        except BaseException:
-            held.in_engine = False
-            raise
+        """Whether the device has it now. What comes later than is waited for stays held until the engine drops it."""
+        await self._device.preload(held.image)
         deadline = time.monotonic() + self._load_wait_s
         while held.version not in self._device.stats().resident_adapters:
-            if time.monotonic() > deadline:
-                held.in_engine = False
-            if not held.in_engine:
+            is_refused = not held.offers and not held.in_engine
+            if is_refused or time.monotonic() > deadline:
                 return False
             await asyncio.sleep(POLL_S)
         return True

@@ -41,7 +41,8 @@ class AdapterSettings(Settings):
     # Packed adapters in host memory (Ray's object store); auto: a sixteenth of the memory where the application is
     # built, at most 1 GiB, and room for one adapter.
     host_bytes: PositiveInt | Literal["auto"] = "auto"
-    disk_path: str | None = None  # folder of packed adapters and of what was registered; None: a restart forgets both
+    # Folder of packed adapters and of what was registered; None: those are packed again, that is on the head node only.
+    disk_path: str | None = None
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
     max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as packed; its file may have four times as many
     max_rank: PositiveInt = 512
@@ -53,6 +54,7 @@ class AdapterSettings(Settings):
     lease_ttl_s: PositiveFloat = 30.0  # a replica that stays silent so long loses its leases
     namespace: str = Field(default="chorus", min_length=1)  # Ray namespace of the store actor
     store_name: str = Field(default="adapter-store", min_length=1)
+    url_key_env: VariableName | None = None  # key under which registered URLs are kept; None: a restart forgets those
 
     @field_validator("sources")
     @classmethod
@@ -141,7 +143,8 @@ class AppArgs(Settings):
     limits: LimitSettings = LimitSettings()
     # Of sampling, where a request gives none: what the model's generation_config.json says, or OpenAI's.
     generation_config: Literal["auto", "none"] = "auto"
-    cors: tuple[Origin, ...] = Field(default=(), strict=False)  # web pages that may ask: their origins, or "*" for all
+    # Web pages that may ask from a browser: their origins, or "*" for all. None: those of the browser's own machine.
+    cors: tuple[Origin, ...] | None = Field(default=None, strict=False)
     api_keys_env: VariableName | None = None  # variable with comma-separated keys; None: who reaches the port may ask
     # Keys that may change adapters. None: nobody; without api_keys_env and on a loopback address, who reaches the port.
     admin_keys_env: VariableName | None = None

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
 from adapter_store.actor import get_or_create_store
+from adapter_store.names.sealing import from_environment
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceConfig
 from deployments.settings.app import GIB, AdapterSettings
@@ -28,6 +32,7 @@ def store_config(settings: AdapterSettings) -> StoreConfig:
         disk_path=settings.disk_path,
         disk_bytes=settings.disk_bytes,
         traffic_half_life_s=settings.traffic_half_life_s,
+        url_key_env=settings.url_key_env,
     )
 
 
@@ -48,6 +53,9 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
             )
         return environment[variable]
 
+    settings = ("token_env", "access_key_id_env", "secret_access_key_env", "session_token_env")
+    named = ((setting.removesuffix("_env"), getattr(source, setting, None)) for setting in settings)
+    secrets_env = tuple((secret, variable) for secret, variable in named if variable is not None)
     if isinstance(source, FileSource):
         return SourceConfig(uri=Path(source.path).as_uri(), name=source.name)
     if isinstance(source, HttpSource):
@@ -58,6 +66,7 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
             token=token,
             verify_tls=source.verify_tls,
             redirect_hosts=source.redirect_hosts,
+            secrets_env=secrets_env,
         )
     if isinstance(source, S3Source):
         return SourceConfig(
@@ -73,6 +82,7 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
             access_key_id=secret("access_key_id_env"),
             secret_access_key=secret("secret_access_key_env"),
             session_token=secret("session_token_env"),
+            secrets_env=secrets_env,
         )
     return SourceConfig(
         uri=f"hub://{urlsplit(source.endpoint).netloc}",
@@ -83,18 +93,43 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
         revision=source.revision,
         repos=source.repos,
         redirect_hosts=source.redirect_hosts,
+        secrets_env=secrets_env,
     )
 
 
-def connector(settings: AdapterSettings) -> Callable[[], Any]:
+def connector(settings: AdapterSettings, base: str = "", app: str | None = None) -> Callable[[], Any]:
     """Gives a handle of the store's actor, which lives in Ray namespace `settings.namespace`. Blocks for a moment.
 
+    `base` is the base model that is served, `app` the application. The first handle makes its store that of the
+    application; later ones follow the application, which may have been replaced meanwhile.
     Secrets are read now, so that a missing one is told at start. Raises: ValueError; StoreConfigInvalid.
     """
     sources = tuple(source_config(source) for source in settings.sources)
     config = store_config(settings)
 
+    from_environment(config.url_key_env, os.environ)
+    is_first = True
+
     def connect() -> Any:
-        return get_or_create_store(sources, config, namespace=settings.namespace, name=settings.store_name)
+        nonlocal is_first
+        handle = get_or_create_store(
+            sources,
+            config,
+            namespace=settings.namespace,
+            name=settings.store_name,
+            base=base,
+            app=app,
+            takes_over=is_first,
+        )
+        is_first = False
+        return handle
 
     return connect
+
+
+def current_app() -> str | None:
+    """The Serve application that this process works for; None outside of Serve."""
+    try:
+        return str(serve.get_replica_context().app_name)
+    except RayServeException:
+        return None

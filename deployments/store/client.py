@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from adapter_store.errors import SpecUnknown, StoreError
 from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreStatus
@@ -26,6 +28,9 @@ logger = logging.getLogger("ray.serve")
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 1.0
 _AWAY = LOST | {Meaning.OVERLOADED}  # worth another try
+PART_BYTES = 64 << 10  # below what Ray sends with an answer itself, without its object store
+PARALLEL_PARTS = 16
+ALIGNMENT_BYTES = 64  # of an image's first byte
 
 
 class StoreClient:
@@ -46,19 +51,33 @@ class StoreClient:
         self._spec = spec
         self._digest = digest
         self._actor: Any = None
+        self._expected: Counter[tuple[str, str | None]] = Counter()  # requests that the store was not told of yet
+        self._telling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Raises: Refused (`store_unavailable`) when no store could be started in time."""
         await self._call("status")
         if self._spec is not None:
-            await self._call("register_spec", self._spec)
+            await self._call("register_spec", self._spec, self._owner)
 
     # ---- for routers
 
     def expect(self, name: str, source: str | None) -> None:
         """Tells the store that a request for `name` is on its way, without waiting for anything."""
-        if self._actor is not None:
-            self._actor.expect.remote(name, source)  # what fails is told when a replica leases it
+        if self._actor is None:
+            return
+        self._expected[name, source] += 1
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.ensure_future(self._tell())
+
+    async def _tell(self) -> None:
+        """One call at a time; what comes meanwhile goes with the next. What fails is told when a replica leases it."""
+        while self._expected:
+            expected, self._expected = self._expected, Counter()
+            try:
+                await self._call("expect_all", tuple((*key, number) for key, number in expected.items()))
+            except Exception as error:
+                logger.info("the adapter store does not know what is asked for: %s: %s", type(error).__name__, error)
 
     async def list_adapters(self, cursor: str | None, limit: int) -> AdapterPage:
         page: AdapterPage = await self._call("list_adapters", cursor, limit)
@@ -104,9 +123,9 @@ class StoreClient:
         while True:
             lease: Lease = await self._call("acquire", name, self._digest, self._owner, version, source)
             try:
-                return lease, await _bytes_of(lease.image, self._wait_s)
+                return lease, await self._bytes_of(lease)
             except Exception as error:
-                if not (isinstance(error, FileNotFoundError) or meaning(error) in LOST):
+                if not (isinstance(error, GetTimeoutError | FileNotFoundError) or meaning(error) in LOST):
                     raise
                 # The store died after it answered: a miss, not an error.
                 if time.monotonic() > deadline:
@@ -119,11 +138,16 @@ class StoreClient:
         records: tuple[AdapterRecord, ...] = await self._call("warm_set", self._digest, budget_bytes)
         return records
 
-    async def release(self, version: str) -> None:
-        await self._call("release", version, self._owner)
+    async def lease_again(self, lease: Lease) -> Lease:
+        again: Lease = await self._call("acquire", lease.name, self._digest, self._owner, lease.version, lease.source)
+        return again
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> None:
-        await self._call("heartbeat", self._owner, versions)
+    async def release(self, lease: Lease) -> None:
+        await self._call("release", lease.version, self._owner, lease.number)
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        lost: tuple[str, ...] = await self._call("heartbeat", self._owner, versions, self._digest)
+        return lost
 
     # ---- the actor
 
@@ -138,38 +162,75 @@ class StoreClient:
             except SpecUnknown:
                 if self._spec is None or time.monotonic() > deadline:
                     raise
-                await self._try("register_spec", (self._spec,), None)
+                await self._try("register_spec", (self._spec, self._owner), None)
             except RayTaskError:
                 raise  # the store is there and has a fault; its class may also be one of those below
             except Exception as error:
-                # A ValueError: its name is not there, or was taken in the same moment.
-                if not (isinstance(error, ValueError) or meaning(error) in _AWAY):
+                # A ValueError: its name is not there, or was taken in the same moment. TimeoutError is an OSError.
+                if not (isinstance(error, ValueError | OSError) or meaning(error) in _AWAY):
                     raise
-                self._actor = None
                 if time.monotonic() + pause_s > deadline:
                     raise _unavailable(f"the adapter store did not answer for {limit_s:g} s") from error
-                logger.info("the adapter store is away (%s), asking again", type(error).__name__)
+                logger.info("the adapter store is away (%s: %s), asking again", type(error).__name__, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(LAST_PAUSE_S, 2 * pause_s)
 
     async def _try(self, method: str, args: tuple[Any, ...], deadline: float | None) -> Any:
         async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            if self._actor is None:
-                self._actor = await asyncio.to_thread(self._connect)
+            actor = self._actor
+            if actor is None:
+                self._actor = actor = await asyncio.to_thread(self._connect)
             try:
-                return await getattr(self._actor, method).remote(*args)
+                return await getattr(actor, method).remote(*args)
             except RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, StoreError):
                     raise cause from None
                 raise
+            except Exception as error:
+                is_away = isinstance(error, ValueError | TimeoutError) or meaning(error) in _AWAY
+                if is_away and self._actor is actor:  # else somebody has found the next one already
+                    self._actor = None
+                raise
 
+    # ---- bytes
 
-async def _bytes_of(image: Any, timeout_s: float) -> object:
-    """In a thread: an image may be on its way from another node, and a file be slow to open."""
-    if isinstance(image, FileImage):
-        return await asyncio.to_thread(map_image, image)
-    return await asyncio.to_thread(ray.get, image, timeout=timeout_s)
+    async def _bytes_of(self, lease: Lease) -> object:
+        """In a thread: an image may be on its way from another node, and a file be slow to open."""
+        image = lease.image
+        if not isinstance(image, FileImage):
+            return await asyncio.to_thread(ray.get, image, timeout=self._wait_s)
+        if not image.node or image.node == self._node():
+            try:
+                return await asyncio.to_thread(map_image, image)
+            except FileNotFoundError:
+                if not image.node:
+                    raise
+        return await self._copy(lease)  # the file is on another node, or in another container
+
+    async def _copy(self, lease: Lease) -> object:
+        """The image in memory of this process: the object store of its node was full, so it takes no way through one.
+
+        Raises: FileNotFoundError when it is not there any more.
+        """
+        raw = np.empty(lease.num_bytes + ALIGNMENT_BYTES, dtype=np.uint8)
+        skip = -raw.ctypes.data % ALIGNMENT_BYTES
+        data = raw[skip : skip + lease.num_bytes]
+        turns = asyncio.Semaphore(PARALLEL_PARTS)
+
+        async def part(start: int) -> None:
+            num_bytes = min(PART_BYTES, lease.num_bytes - start)
+            async with turns:
+                read = await self._call("read_image", lease.version, lease.spec_digest, start, num_bytes)
+            if read is None or len(read) != num_bytes:
+                raise FileNotFoundError(f"{lease.name!r} is not in the store's files any more")
+            data[start : start + num_bytes] = np.frombuffer(read, dtype=np.uint8)
+
+        await asyncio.gather(*(part(start) for start in range(0, lease.num_bytes, PART_BYTES)))
+        return data
+
+    def _node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
 
 def _unavailable(message: str) -> Refused:

@@ -20,8 +20,10 @@ from dataclasses import replace
 from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from engine.aio.commands import Abort, Add, Command, Finish, Pin, Preload, Turn, Unpin
+from engine.aio.owners import AdapterNews, ImageOwner
 from engine.aio.streams import Stream, wake_all
 from engine.engine import Engine
 from engine.errors import EngineDead, QueueFull
@@ -45,19 +47,18 @@ class AsyncEngine:
 
     A death (an error of the device, a step longer than `step_timeout_s`, a bug) is final: every waiter gets EngineDead,
     `is_alive` is False, and `on_death(reason)` is called once so that the process can be replaced.
-    `on_adapter_released(key)` is called when the engine has dropped the image of an adapter version. Both callbacks
-    come from threads of this object and must be quick.
+    `image_owner` is told what becomes of the images that are handed over. All callbacks must be quick.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        on_adapter_released: Callable[[str], None] | None = None,
+        image_owner: ImageOwner | None = None,
         on_death: Callable[[str], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._on_adapter_released = on_adapter_released
+        self._image_owner = image_owner
         self._on_death = on_death
         self._processor = OutputProcessor(engine.tokenizer)
         self._condition = threading.Condition()  # guards the next five
@@ -67,7 +68,7 @@ class AsyncEngine:
         self._closing = False
         self._dead_reason: str | None = None
         self._turns: SimpleQueue[Turn | None] = SimpleQueue()
-        self._prepared: set[str] = set()  # adapter keys whose image was read in, to be borrowed
+        self._prepared: WeakSet[AdapterImage] = WeakSet()  # images that were read in, to be borrowed; for event loops
         self._request_numbers = count()
         self._threads: list[threading.Thread] = []
         self._step_began_s: float | None = None  # written by the engine thread, read by the watchdog
@@ -100,8 +101,8 @@ class AsyncEngine:
         Raises: RequestError, AdapterError when the request is refused; EngineDead.
         """
         self.start()
-        if image is not None and self._is_to_be_prepared(image):
-            await asyncio.to_thread(self._prepare, image)
+        if image is not None:
+            await self._prepare(image)
         stream = self._submit(request, image)
         num_unfinished = request.params.n
         try:
@@ -112,16 +113,15 @@ class AsyncEngine:
         finally:
             self._leave(stream, abort=num_unfinished > 0)
 
-    def preload(self, image: AdapterImage) -> None:
+    async def preload(self, image: AdapterImage) -> None:
         """Load an adapter without a request, and do not wait for that.
 
-        If there is no room for it without evicting another, or the engine refuses it, `on_adapter_released` tells.
-        Where images are borrowed, this one is read in here, in about 0.1 ms per MiB. Raises: EngineDead.
+        Whether it was taken in, or not for want of room or by a refusal, is told to the `image_owner`.
+        Where images are borrowed, this one is read in first, in about 0.1 ms per MiB. Raises: EngineDead.
         """
         self.start()
-        if self._is_to_be_prepared(image):
-            self._prepare(image)
-        self._ask(Preload(image))
+        await self._prepare(image)
+        self._ask(Preload(image), image)
 
     def pin_adapter(self, key: str) -> None:
         """Keep a resident adapter until `unpin_adapter`. Waits for the step under way: call it off an event loop.
@@ -193,17 +193,14 @@ class AsyncEngine:
             if self._draining:
                 raise QueueFull("the engine is draining and takes no new requests; send it to another replica")
             self._streams[own.request_id] = stream
-            self._commands.append(Add(own, image))
-            self._condition.notify_all()
+            self._send(Add(own, image), image)
         return stream
 
-    def _is_to_be_prepared(self, image: AdapterImage) -> bool:
+    async def _prepare(self, image: AdapterImage) -> None:
         """Images that are copied to pages are read by the thread that copies."""
-        return image.key not in self._prepared and not self._engine.config.has_adapter_pages()
-
-    def _prepare(self, image: AdapterImage) -> None:
-        self._engine.prepare_adapter(image)
-        self._prepared.add(image.key)
+        if image not in self._prepared and not self._engine.config.has_adapter_pages():
+            await asyncio.to_thread(self._engine.prepare_adapter, image)
+            self._prepared.add(image)
 
     def _leave(self, stream: Stream, *, abort: bool) -> None:
         with self._condition:
@@ -240,7 +237,7 @@ class AsyncEngine:
         for command in commands:
             command.apply(self._engine, turn)
         turn.updates = self._engine.step()
-        turn.released = self._engine.released_adapters()
+        turn.adapter_changes = self._engine.adapter_changes()
         self._engine.take_ended()  # their metrics are in the totals of the stats
         self._step_began_s = None
         now_s = time.monotonic()
@@ -257,6 +254,11 @@ class AsyncEngine:
                 self._deliver(turn)
         except BaseException as error:
             self._die(f"the output thread failed: {type(error).__name__}: {error}", error)
+        finally:
+            try:
+                self._tell(AdapterNews(is_over=True))
+            except Exception:
+                logger.exception("whoever keeps the adapter images could not be told that the engine has ended")
 
     def _deliver(self, turn: Turn) -> None:
         touched: dict[str, Stream] = {}
@@ -273,17 +275,25 @@ class AsyncEngine:
         self._command(Finish(*key) for key in self._processor.take_finishes())
         for stream in wake_all(touched.values()):
             self._leave(stream, abort=True)
-        for key in turn.released:
-            self._prepared.discard(key)
-            if self._on_adapter_released is not None:
-                self._on_adapter_released(key)
+        if turn.answered or turn.adapter_changes:
+            self._tell(AdapterNews(changes=turn.adapter_changes, answered=tuple(turn.answered)))
 
-    def _ask(self, command: Command) -> None:
+    def _tell(self, news: AdapterNews) -> None:
+        if self._image_owner is not None:
+            self._image_owner.told(news)
+
+    def _ask(self, command: Command, image: AdapterImage | None = None) -> None:
         """Raises: EngineDead, as nobody would answer."""
         with self._condition:
             self._raise_if_gone()
-            self._commands.append(command)
-            self._condition.notify_all()
+            self._send(command, image)
+
+    def _send(self, command: Command, image: AdapterImage | None) -> None:
+        """With the lock held, and when the engine was not gone under it: the offer is answered, or all is over."""
+        if image is not None and self._image_owner is not None:
+            self._image_owner.offered(image.key)
+        self._commands.append(command)
+        self._condition.notify_all()
 
     def _command(self, commands: Iterable[Command]) -> None:
         with self._condition:
@@ -306,6 +316,7 @@ class AsyncEngine:
             self._dead_reason = reason
             self._condition.notify_all()
         self._stopped.set()
+        self._turns.put(None)  # the engine thread may never come back from its step to say so
         logger.error("the engine died: %s", reason, exc_info=cause)
         self._fail_all(reason)
         if self._on_death is not None:

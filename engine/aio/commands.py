@@ -25,10 +25,11 @@ class Turn:
     opened: list[Request] = field(default_factory=list)
     refused: list[tuple[str, EngineError]] = field(default_factory=list)
     updates: tuple[SequenceUpdate, ...] = ()
-    released: tuple[str, ...] = ()
+    answered: list[str] = field(default_factory=list)  # adapter versions: one for each image that was handed over
+    adapter_changes: tuple[tuple[str, bool], ...] = ()  # see `Engine.adapter_changes`
 
     def __bool__(self) -> bool:
-        return bool(self.opened or self.refused or self.updates or self.released)
+        return bool(self.opened or self.refused or self.updates or self.answered or self.adapter_changes)
 
 
 class Command(Protocol):
@@ -51,6 +52,8 @@ class Add:
             turn.refused.append((self.request.request_id, error))
         else:
             turn.opened.append(self.request)
+        if self.image is not None:
+            turn.answered.append(self.image.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,9 @@ class Preload:
             engine.preload(self.image)
         except EngineDead:
             raise
-        except EngineError as error:  # who asked is told by the release
+        except EngineError as error:  # who asked hears that the engine does not hold it
             logger.warning("adapter %s is not preloaded: %s", self.image.key, error)
+        turn.answered.append(self.image.key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.json_file import read_object
 from engine.errors import ConfigError
 
 
@@ -48,12 +48,4 @@ def _look_up(text: str, folder: Path) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not an object")
-    return values
+    return read_object(path) if path.is_file() else {}

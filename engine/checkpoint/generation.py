@@ -6,12 +6,12 @@ Taken as the defaults of requests, as other servers do. What the file says of le
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from logging import Logger
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from engine.checkpoint.json_file import read_object
 from engine.errors import ConfigError, InvalidRequest
 from engine.request import SamplingParams
 
@@ -60,7 +60,7 @@ def read_sampling_defaults(folder: str | Path) -> SamplingDefaults:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return SamplingDefaults(str(path))
-    config = _object(path)
+    config = read_object(path)
     values = {name: _number(path, name, config[name]) for name in FIELDS if config.get(name) is not None}
     if "top_k" in values:
         values["top_k"] = _whole(path, values["top_k"])
@@ -72,16 +72,6 @@ def read_sampling_defaults(folder: str | Path) -> SamplingDefaults:
         f"{name}={config[name]!r}" for name, neutral in _REFUSED.items() if config.get(name) not in (None, neutral)
     )
     return SamplingDefaults(str(path), values, unused)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}, not an object")
-    return config
 
 
 def _number(path: Path, name: str, value: object) -> float:

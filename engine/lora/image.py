@@ -105,7 +105,7 @@ class AdapterImage:
     manifest's dtype.
     """
 
-    __slots__ = ("data", "key", "manifest", "weights")
+    __slots__ = ("__weakref__", "data", "key", "manifest", "weights")
 
     def __init__(self, key: str, manifest: AdapterManifest, data: Any) -> None:
         view: npt.NDArray[np.uint8] = np.frombuffer(data, dtype=np.uint8)

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.support.waiting import ended, until
+
 ROOT = Path(__file__).parents[2]
 KEY = "e2e-key-0123456789abcdef"
 ADMIN_KEY = "e2e-admin-key-0123456789abcdef"
@@ -80,8 +82,8 @@ class Server:
                 # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
-        self.wait_until(self.is_healthy, START_S)
-        self.wait_until(lambda: len(self.stats()["replicas"]) == 2, START_S)
+        self.wait_until(self.is_healthy, "the server's health", START_S)
+        self.wait_until(lambda: len(self.stats()["replicas"]) == 2, "two replicas", START_S)
 
     def is_healthy(self) -> bool:
         if self._process.poll() is not None:
@@ -91,13 +93,10 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def wait_until(self, condition: Any, limit_s: float) -> float:
-        """Seconds until `condition()` held."""
+    def wait_until(self, condition: Any, what: str, limit_s: float) -> float:
+        """Seconds until `condition()` held. Raises: TimeoutError with `what` and the end of the log."""
         began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > limit_s:
-                raise TimeoutError(f"not within {limit_s} s; the server's log ends:\n{self.log.read_text()[-4000:]}")
-            time.sleep(0.1)
+        until(condition, lambda: f"{what}; the server's log ends:\n{self.log.read_text()[-4000:]}", limit_s, poll_s=0.1)
         return time.monotonic() - began
 
     def stats(self) -> dict[str, Any]:
@@ -128,12 +127,12 @@ class Server:
         """Ctrl-C. Returns the exit code."""
         self.client.close()
         self._process.send_signal(signal.SIGINT)
-        return self._process.wait(STOP_S)
+        return ended(self._process, "serve run to end after Ctrl-C", STOP_S)
 
     def remove(self) -> None:
         """Whatever a failed test left behind."""
         self.client.close()
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
-        self._process.wait()
+        ended(self._process, "serve run to end after a kill", STOP_S)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -103,4 +103,4 @@ def test_a_deadly_request_costs_three_replicas_and_no_other_stream(server: Deadl
             assert server.num_deaths() == 3
 
     asyncio.run(run())
-    server.wait_until(lambda: len(server.stats()["replicas"]) == 2, 120)
+    server.wait_until(lambda: len(server.stats()["replicas"]) == 2, "two replicas", 120)

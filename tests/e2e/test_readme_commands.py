@@ -35,6 +35,7 @@ def test_a_curl_command_answers_as_the_document_says(fence: Fence, server: Serve
             capture_output=True,
             text=True,
             check=False,
+            timeout=90,
         )
         assert done.returncode == 0, f"{fence}: {command}: {done.stdout or done.stderr}"
         assert done.stdout
@@ -44,7 +45,9 @@ def test_a_curl_command_answers_as_the_document_says(fence: Fence, server: Serve
 @pytest.mark.parametrize("fence", marked("client"), ids=str)
 def test_a_client_example_runs_against_the_server(fence: Fence, server: Server) -> None:
     code = re.sub(r'api_key="[^"]*"', f'api_key="{KEY}"', ADDRESS.sub(server.url, fence.code))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     expected = expected_output(fence)
     assert expected is None or done.stdout.strip() == expected.strip()

@@ -16,6 +16,7 @@ from engine.lora.image import AdapterImage, AdapterManifest
 from engine.request import Request, SamplingParams
 from engine.text.tokenizer import Tokenizer
 from tests.support.tiny_model import EOS_ID, VOCAB_SIZE, make_tokenizer
+from tests.support.waiting import happened
 
 SPEC = ImageSpec(base_fingerprint="alphabet", dtype="float32", sites=())
 
@@ -91,7 +92,7 @@ class _Pending:
     step: StepResult
 
     def result(self) -> StepResult:
-        self.runner.gate.wait()
+        happened(self.runner.gate, "the test to open the gate of a step")
         self.runner._pending.discard(self.step.plan_id)
         if self.runner.result_error is not None:
             raise self.runner.result_error

@@ -8,16 +8,18 @@ import threading
 import pytest
 
 from engine.aio.async_engine import AsyncEngine
+from engine.aio.owners import AdapterNews
 from engine.errors import EngineDead, QueueFull
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
-from tests.engine_api.async_help import collect, running, text_of, until, wait_for
+from tests.engine_api.async_help import Owner, collect, running, text_of, wait_for
+from tests.support.waiting import until_async
 
 
 def test_draining_refuses_new_requests_and_waits_for_the_accepted() -> None:
     async def main(engine: AsyncEngine) -> None:
         runner.gate.clear()
         accepted = asyncio.ensure_future(text_of(engine.generate(make_request())))
-        await until(lambda: len(runner.plans) == 1)
+        await until_async(lambda: len(runner.plans) == 1, "the first step")
         drain = asyncio.ensure_future(engine.drain())
         await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="draining"):
@@ -39,7 +41,7 @@ def test_a_stream_whose_event_loop_is_gone_holds_up_no_drain() -> None:
         loop = asyncio.new_event_loop()
         stream = engine.generate(make_request(max_tokens=None))
         reader = loop.create_task(anext(stream))  # type: ignore[arg-type]
-        loop.run_until_complete(until(lambda: len(runner.plans) == 1))
+        loop.run_until_complete(until_async(lambda: len(runner.plans) == 1, "the first step"))
         loop.close()
         engine._die("as if the device had failed")
         wait_for(engine.drain())
@@ -70,7 +72,7 @@ def test_a_device_error_reaches_every_waiter_and_is_final() -> None:
     async def main(engine: AsyncEngine) -> None:
         runner.gate.clear()
         waiters = [asyncio.ensure_future(collect(engine.generate(make_request(str(i))))) for i in range(3)]
-        await until(lambda: len(runner.plans) == 1)
+        await until_async(lambda: len(runner.plans) == 1, "the first step")
         runner.result_error = RuntimeError("device-side assert")
         runner.gate.set()
         results = await asyncio.gather(*waiters, return_exceptions=True)
@@ -78,7 +80,7 @@ def test_a_device_error_reaches_every_waiter_and_is_final() -> None:
         assert "device-side assert" in str(results[0])
         with pytest.raises(EngineDead, match="device-side assert"):
             await anext(engine.generate(make_request("late")))
-        await until(lambda: bool(reasons))
+        await until_async(lambda: reasons, "the death to be told")
 
     runner = AlphabetRunner()
     with running(runner, on_death=reasons.append) as engine:
@@ -118,8 +120,10 @@ def test_an_idle_engine_outlives_the_step_timeout() -> None:
 
 
 def test_a_failure_of_the_output_thread_is_a_death_too() -> None:
-    def broken(key: str) -> None:
-        raise RuntimeError(f"cannot release {key}")
+    class Broken(Owner):
+        def told(self, news: AdapterNews) -> None:
+            if ("k1", False) in news.changes or news.is_over:
+                raise RuntimeError("cannot release k1")
 
     async def main(engine: AsyncEngine) -> None:
         assert await text_of(engine.generate(make_request(adapter="k1"), make_image("k1"))) == "cegikmoq"
@@ -131,5 +135,5 @@ def test_a_failure_of_the_output_thread_is_a_death_too() -> None:
         while True:
             await collect(engine.generate(make_request(adapter="k2"), make_image("k2")))
 
-    with running(max_resident_adapters=1, on_adapter_released=broken) as engine:
+    with running(max_resident_adapters=1, image_owner=Broken()) as engine:
         wait_for(main(engine))

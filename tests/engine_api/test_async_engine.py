@@ -13,7 +13,8 @@ from engine.aio.async_engine import AsyncEngine
 from engine.errors import AdapterError, InvalidRequest
 from engine.request import FinishReason, OutputDelta
 from tests.engine_api.alphabet import AlphabetRunner, make_image, make_request
-from tests.engine_api.async_help import PATIENCE_S, collect, running, text_of, until, wait_for
+from tests.engine_api.async_help import Owner, collect, running, text_of, wait_for
+from tests.support.waiting import ended, until_async
 
 
 def test_many_requests_stream_at_once_and_each_gets_its_own_text() -> None:
@@ -45,7 +46,7 @@ def test_a_slow_consumer_gets_all_tokens_since_its_last_delta_as_one() -> None:
     async def main(engine: AsyncEngine) -> None:
         stream = engine.generate(make_request(max_tokens=30, logprobs=None))
         deltas = [await anext(stream)]
-        await until(lambda: engine.stats().total_generated_tokens == 30)
+        await until_async(lambda: engine.stats().total_generated_tokens == 30, "all 30 tokens")
         # Turns are delivered in order: when a later request has its text, all of the first one's waits in its stream.
         await text_of(engine.generate(make_request("later")))
         deltas += await collect(stream)
@@ -70,7 +71,7 @@ def test_the_event_loop_is_woken_once_per_step_however_many_streams_it_has() -> 
         requests = [make_request(str(i), max_tokens=30) for i in range(8)]
         texts = await asyncio.gather(*[text_of(engine.generate(request)) for request in requests])
         assert len(set(texts)) == 1
-        await until(lambda: engine.stats().total_generated_tokens == 240)
+        await until_async(lambda: engine.stats().total_generated_tokens == 240, "all 240 tokens")
         assert 0 < len(wake_ups) <= engine.stats().total_steps
 
     with running() as engine:
@@ -82,9 +83,9 @@ def test_an_image_to_be_borrowed_is_prepared_once_and_not_on_the_step(
     settings: dict[str, str], prepared: list[str]
 ) -> None:
     async def main(engine: AsyncEngine) -> None:
-        for _ in range(2):
-            for key in ("k1", "k2"):
-                assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
+        images = [make_image("k1"), make_image("k2")]
+        for image in images * 2:
+            assert await text_of(engine.generate(make_request(adapter=image.key), image)) == "cegikmoq"
 
     runner = AlphabetRunner()
     with running(runner, block_bytes=64, **settings) as engine:
@@ -113,7 +114,7 @@ def test_streams_may_belong_to_different_event_loops() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(PATIENCE_S)
+            ended(thread, "the streams of one event loop")
         assert texts == {"a": "bcdefghi", "b": "cdefghij", "c": "defghijk", "d": "efghijkl"}
 
 
@@ -122,7 +123,7 @@ def test_a_stop_string_ends_the_stream_and_the_sequence() -> None:
         deltas = await collect(engine.generate(make_request(stop=("fg",), max_tokens=100)))
         assert "".join(delta.text for delta in deltas) == "bcde"
         assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == (FinishReason.STOP, "fg")
-        await until(lambda: engine.stats().running == 0)
+        await until_async(lambda: engine.stats().running == 0, "no sequence to be running")
 
     with running() as engine:
         wait_for(main(engine))
@@ -148,7 +149,7 @@ def test_a_caller_that_goes_away_frees_its_blocks(how: str) -> None:
         free_blocks = engine.stats().free_blocks
         stream = engine.generate(make_request(max_tokens=None))
         await anext(stream)
-        await until(lambda: engine.stats().free_blocks < free_blocks)
+        await until_async(lambda: engine.stats().free_blocks < free_blocks, "blocks to be taken")
         runner.gate.clear()
         if how == "aclose":
             await stream.aclose()
@@ -160,7 +161,7 @@ def test_a_caller_that_goes_away_frees_its_blocks(how: str) -> None:
                 await task
         num_plans = len(runner.plans)
         runner.gate.set()
-        await until(lambda: engine.stats().free_blocks == free_blocks)
+        await until_async(lambda: engine.stats().free_blocks == free_blocks, "the blocks to be free again")
         # The plan that waited at the gate, and at most one that was scheduled before the abort was seen.
         assert len(runner.plans) <= num_plans + 1
 
@@ -179,7 +180,7 @@ def test_a_caller_whose_event_loop_is_gone_is_taken_for_gone() -> None:
         loop = asyncio.new_event_loop()
         stream = loop.run_until_complete(leave_behind(engine))
         loop.close()
-        wait_for(until(lambda: engine.stats().running == 0))
+        wait_for(until_async(lambda: engine.stats().running == 0, "no sequence to be running"))
         assert engine.is_alive
         del stream
 
@@ -199,13 +200,17 @@ def test_a_refused_request_raises_at_the_first_item_and_the_engine_goes_on() -> 
         wait_for(main(engine))
 
 
-def test_released_adapters_are_reported_by_key() -> None:
-    released: list[str] = []
+def test_what_becomes_of_adapter_images_is_told_in_order() -> None:
+    owner = Owner()
 
     async def main(engine: AsyncEngine) -> None:
         for key in ("k1", "k2", "k3"):
             assert await text_of(engine.generate(make_request(adapter=key), make_image(key))) == "cegikmoq"
-        await until(lambda: released == ["k1", "k2"])
+        await until_async(lambda: owner.dropped == ["k1", "k2"], "k1 and k2 to be let go")
+        for key in ("k1", "k2"):
+            told = [what for what, of in owner.events if of == key]
+            assert told == ["offered", "held", "answered", "dropped"]
 
-    with running(max_resident_adapters=1, on_adapter_released=released.append) as engine:
+    with running(max_resident_adapters=1, image_owner=owner) as engine:
         wait_for(main(engine))
+    assert owner.is_over.is_set()

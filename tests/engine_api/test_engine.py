@@ -131,9 +131,11 @@ def test_evicted_and_unused_images_are_dropped_and_reported_once() -> None:
     for key in ("k1", "k2", "k3"):
         engine.add_request(make_request(key, adapter=key), make_image(key))
     run(engine)
-    assert set(engine.released_adapters()) == {"k1", "k2", "k3"} - set(engine.stats().resident_adapters)
+    changes = engine.adapter_changes()
+    assert [key for key, is_held in changes if is_held] == ["k1", "k2", "k3"]
+    assert {key for key, is_held in changes if not is_held} == {"k1", "k2", "k3"} - set(runner.images)
     assert set(runner.images) == set(engine.stats().resident_adapters)
-    assert engine.released_adapters() == ()
+    assert engine.adapter_changes() == ()
 
 
 def test_an_image_whose_request_was_refused_is_dropped_with_the_next_step() -> None:
@@ -142,7 +144,7 @@ def test_an_image_whose_request_was_refused_is_dropped_with_the_next_step() -> N
     with pytest.raises(AdapterTooLarge, match="adapter_bytes"):
         engine.add_request(make_request(adapter="big"), make_image("big", 4096))
     engine.step()
-    assert engine.released_adapters() == ("big",)
+    assert engine.adapter_changes() == (("big", True), ("big", False))
     assert runner.images == {}
 
 

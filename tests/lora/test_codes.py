@@ -23,6 +23,7 @@ from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage, S
 from engine.model.packed import PackedGroup, PackedLinear
 from tests.support.lora_images import cut, in_numbers, linear_sites, pack, random_weights, spec_of
 from tests.support.native import deviation, native_or_skip
+from tests.support.waiting import patience
 
 # Largest deviation, relative to the largest element expected. Codes are exact and sums float32, whatever the
 # activations are: what is left is one rounding of the result to them, and in float32 that of the sums.
@@ -150,8 +151,10 @@ def test_codes_and_scales_in_pages_are_those_of_the_image(page_bytes: int) -> No
     batch, segments = LoraBatch(), cut(*MIXTURES["one row of each"])
     table = bind(batch, sites, storage)
     num_copied = 0
-    while num_copied < len(RANKS):
+    for _ in patience("every adapter to be copied"):
         num_copied += len(storage.copied())
+        if num_copied >= len(RANKS):
+            break
     storage.close()
     batch.set(segments)
     for site, (width, _) in zip(sites, ((37, 53), (64, 40)), strict=True):

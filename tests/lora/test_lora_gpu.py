@@ -14,6 +14,7 @@ from engine.lora.pages import lay_out
 from engine.lora.reference_lora import lora_linear
 from engine.lora.storage import PagedStorage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
+from tests.support.waiting import patience
 
 pytestmark = pytest.mark.gpu
 
@@ -39,8 +40,10 @@ def test_adapters_copied_while_the_stream_is_busy_are_whole() -> None:
             batch.bind(slot, weights)
             slots[slot] = weights[0]
         copied: tuple[str, ...] = ()
-        while len(copied) < 8:
+        for _ in patience("eight adapters to be copied"):
             copied += storage.copied()
+            if len(copied) >= 8:
+                break
         segments = tuple(LoraSegment(4 * i, 4 * i + 1 + i % 4, i + 1) for i in range(8))
         batch.set(segments)
         expected = lora_linear(base(x), x, segments, slots)

@@ -16,6 +16,7 @@ from engine.lora.copier import Copier, HostPages, Pacer
 from engine.lora.pages import MAX_GAP_BYTES, cut_chunks, lay_out
 from engine.lora.storage import PagedStorage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
+from tests.support.waiting import until
 
 PAGE = 128
 
@@ -44,8 +45,7 @@ def test_every_tensor_lies_whole_in_neighbouring_pages_and_arrives_there(
     buffer = torch.full(((page + 1) * PAGE,), 7, dtype=torch.uint8)
     storage = PagedStorage(buffer, PAGE, Copier(HostPages(buffer, staging), Pacer(None)))
     loaded = storage.load(image, pages)
-    while not storage.copied():
-        storage.wait(1.0)
+    until(storage.copied, "the adapter to be copied")
     storage.close()
     for one in loaded:
         a, b, _ = weights[one.site]
@@ -172,8 +172,7 @@ def test_a_staging_buffer_is_filled_again_only_when_its_copy_has_ended() -> None
     image = image_of("k")
     device.gate.set()
     storage.load(image, tuple(range(1, 1 + sum(lay_out(image.manifest, PAGE).runs))))
-    while not storage.copied():
-        storage.wait(1.0)
+    until(storage.copied, "the adapter to be copied")
     num_chunks = sum(call == "put" for call, _ in device.calls)
     assert num_chunks >= 3
     expected = [pair for i in range(num_chunks) for pair in (("wait", i % 2), ("put", i % 2))]

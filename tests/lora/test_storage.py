@@ -17,6 +17,7 @@ from engine.lora.pages import lay_out
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage, SiteWeights
 from tests.support.golden_image import BFLOAT16, FLOAT32, GOLDEN, INT8, GoldenImage
 from tests.support.lora_images import linear_sites, pack, random_weights, spec_of
+from tests.support.waiting import patience
 
 PAGE_BYTES = 256
 
@@ -61,8 +62,10 @@ def peft_tensors(golden: GoldenImage) -> Iterator[tuple[int, str, torch.Tensor]]
 def wait_copied(storage: AdapterStorage, number: int = 1) -> tuple[str, ...]:
     """Poll as the runner does, once per step."""
     seen: tuple[str, ...] = ()
-    while len(seen) < number:
+    for _ in patience(f"{number} adapters to be copied"):
         seen += storage.copied()
+        if len(seen) >= number:
+            break
     return seen
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.support.dockerfile import Rehearsal, context, instructions
+from tests.support.project import ROOT, project_files
 
-ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "k8s" / "docker").glob("Dockerfile.*"))
 # In the image: every package is there, from the image and not from here, and the router's application is made.
 SERVES = """
@@ -30,16 +29,6 @@ from unittest.mock import MagicMock
 app = create_api(MagicMock(), ApiKeys(frozenset()), LimitSettings())
 print(app.version, *app.openapi()["paths"])
 """
-
-
-def project_files() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
 @pytest.fixture(scope="module", params=DOCKERFILES, ids=lambda path: path.name)

@@ -78,7 +78,9 @@ def test_a_typo_is_caught_at_any_depth(path: tuple[str | int, ...], key: str) ->
 @overlays
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl; the tests' own renderer is used alone")
 def test_kubectl_renders_the_same_objects(overlay: Path) -> None:
-    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=True, timeout=60
+    )
     by_kind = {item["kind"]: item for item in yaml.safe_load_all(done.stdout)}
     assert by_kind == {item["kind"]: item for item in render(overlay)}
 

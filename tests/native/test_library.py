@@ -17,6 +17,7 @@ from engine.native.library import NativeLibrary, NativeUnavailable
 from tests.native.test_linear import exactly, make_group
 from tests.support.native import deviation, native_or_skip
 from tests.support.tiny_model import make_base
+from tests.support.waiting import ended
 
 
 @pytest.fixture
@@ -79,6 +80,6 @@ def test_several_threads_may_call_at_once() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        ended(thread, "a layer's calls in a thread of their own")
     assert len(worst) == 4
     assert max(worst) <= 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.model.loader import LoadedModel, load_model
+from engine.model.probe import probe
 from tests.support.native import native_or_skip
 from tests.support.plan_driver import PlanDriver
 from tests.support.tiny_model import make_base
@@ -32,7 +34,7 @@ def load(base: Path, dtype: str, massive: float, kinds: dict[str, Layer]) -> Loa
     with torch.no_grad():
         model.get_input_embeddings().weight[3, 5] = massive
     plant(model.model.layers, list(kinds.values()))
-    return loaded
+    return replace(loaded, uses=probe(model).uses)
 
 
 @pytest.mark.parametrize(

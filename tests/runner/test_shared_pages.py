@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tests.runner.test_runner import PROMPT, image_of
 from tests.support.plan_driver import PlanDriver
 from tests.support.sizes import num_kv_blocks
 from tests.support.tiny_model import make_adapter, make_base, reference_generate
+from tests.support.waiting import until
 
 PER_SEQUENCE = 16  # blocks of 16 tokens, for the 256 that the tiny models were made for
 
@@ -109,9 +109,7 @@ def test_a_load_that_runs_out_of_memory_is_evicted_and_loaded_again(base: Path, 
         driver.submit_ops(AdapterLoad("a", 1, tuple(range(1, 1 + sum(runs)))))
     second = tuple(range(50, 50 + sum(runs)))
     copied = driver.submit_ops(AdapterEvict("a", 1), AdapterLoad("a", 1, second)).copied
-    deadline_s = time.monotonic() + 60
-    while not copied and time.monotonic() < deadline_s:
-        copied = driver.submit_ops().copied
+    copied = copied or until(lambda: driver.submit_ops().copied, "the adapter to be copied")
     assert copied == ("a",)
     driver.add(PROMPT, lora_slot=1)
     driver.run(4, (50,))

@@ -223,7 +223,7 @@ def serve(
     limits: LimitSettings | None = None,
     allowed: tuple[str, ...] | None = None,
     max_resumes: int = 8,
-    cors: tuple[str, ...] = (),
+    cors: tuple[str, ...] | None = None,
     defaults: dict[str, float] | None = None,
 ) -> Served:
     backend = backend or FakeBackend()

@@ -19,6 +19,7 @@ from deployments.http.auth import ApiKeys
 from deployments.http.gate import Gate
 from deployments.settings.app import LimitSettings
 from tests.serving.fakes import KEY, FakeBackend, Served, serve
+from tests.support.waiting import for_ever
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -179,7 +180,7 @@ def test_what_is_away_is_missing_from_the_statistics_and_named(
 
     async def status() -> None:
         if outcome is None:
-            await asyncio.Event().wait()
+            await for_ever()
         raise outcome  # type: ignore[misc]
 
     monkeypatch.setattr(served.backend, "stats", stats)

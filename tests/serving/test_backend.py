@@ -16,6 +16,7 @@ from deployments.calls import Call, Refused, StreamItem
 from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
 from engine.request import SamplingParams
+from tests.support.waiting import for_ever
 
 CALL = Call(request_id="q", prompt_token_ids=(1,), params=SamplingParams(), seed=0)
 ITEMS = (StreamItem(replica="a"), StreamItem(replica="a", adapter_version="v"))
@@ -36,7 +37,7 @@ class FakeResponse:
             raise StopAsyncIteration
         item = self._items.pop(0)
         if item is None:
-            await asyncio.Event().wait()
+            await for_ever()
         if isinstance(item, BaseException):
             raise item
         assert item is not None
@@ -107,7 +108,7 @@ class Member:
 
     async def get_async(self) -> object:
         if self._outcome is None:
-            await asyncio.Event().wait()
+            await for_ever()
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome

@@ -1,4 +1,4 @@
-"""Pages of the origins that `cors` names may ask from a browser; without the setting none may."""
+"""Pages of the origins that `cors` names may ask from a browser; without the setting those of its own machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/generate", "
          "/adapters/pin", "/health", "/stats", "/nowhere"]  # fmt: skip
 
 
-def _ask(method: str, path: str, cors: tuple[str, ...], origin: str = PAGE, **options: Any) -> httpx.Response:
+def _ask(method: str, path: str, cors: tuple[str, ...] | None, origin: str = PAGE, **options: Any) -> httpx.Response:
     served = serve(FakeBackend(), keys=ApiKeys((KEY,)), cors=cors)
     headers = {"origin": origin, **options.pop("headers", {})}
     return asyncio.run(served.client.request(method, path, headers=headers, **options))
 
 
-def _preflight(path: str, cors: tuple[str, ...], origin: str = PAGE, method: str = "POST") -> httpx.Response:
+def _preflight(path: str, cors: tuple[str, ...] | None, origin: str = PAGE, method: str = "POST") -> httpx.Response:
     asked = {"access-control-request-method": method, "access-control-request-headers": "authorization,content-type"}
     return _ask("OPTIONS", path, cors, origin, headers=asked)
 
@@ -38,10 +38,49 @@ def test_a_browsers_first_question_needs_no_key_and_names_the_origin(path: str):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_without_the_setting_no_page_may_ask(path: str):
+def test_where_the_setting_names_nobody_no_page_may_ask(path: str):
     answer = _preflight(path, ())
     assert answer.status_code >= 400
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+LOOPBACK = [
+    "http://localhost",
+    PAGE,
+    "https://localhost:8443",
+    "http://127.0.0.1:8501",
+    "http://127.1.2.3",
+    "http://[::1]:80",
+]
+FOREIGN = ["https://chat.example", "http://192.168.0.7:3000", "http://localhost.evil.example", "http://evil-localhost",
+           "http://localhost:3000.evil.example", "http://127.0.0.1.evil.example", "http://evil.example/localhost",
+           "http://localhost@evil.example", "null", "file://", "http://localhost:80\n", "http://127x0x0x1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", LOOPBACK)
+def test_without_the_setting_pages_of_the_browsers_own_machine_may_ask(origin: str):
+    for path in PATHS:
+        answer = _preflight(path, None, origin)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
+    headers = {"authorization": f"Bearer {KEY}"}
+    answer = _ask("POST", "/v1/completions", None, origin, json={"model": "demo", "prompt": "hi\n"}, headers=headers)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
+    assert "Origin" in answer.headers["vary"]
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_without_the_setting_no_other_page_may_ask(origin: str):
+    assert "access-control-allow-origin" not in _preflight("/v1/completions", None, origin).headers
+    assert "access-control-allow-origin" not in _ask("GET", "/health", None, origin).headers
+
+
+@pytest.mark.parametrize("path", ["/adapters", "/adapters/pin"])
+def test_a_page_of_another_port_changes_nothing_without_a_key(path: str):
+    """Every program of this machine can serve pages; what is served they may not change."""
+    served = serve(FakeBackend())
+    body = {"name": "x", "source": "local", "location": "alpha"} if path == "/adapters" else {"name": "alpha"}
+    answer = asyncio.run(served.client.post(path, json=body, headers={"origin": PAGE}))
+    assert (answer.status_code, answer.json()["error"]["code"], served.adapters.calls) == (403, "cross_origin", [])
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:3001", "https://localhost:3000", "null", PAGE + ".evil.example"])

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter_store.errors import AdapterNotFound
+from adapter_store.errors import AdapterNotFound, AdapterVersionGone
 from adapter_store.records import AdapterRecord, Lease
 from deployments.calls import Fault, Refused
 from deployments.replica.held import HeldAdapters
+from engine.aio.owners import AdapterNews
+from engine.errors import AdapterImageInvalid
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterManifest
+from tests.support.store_world import turns
+from tests.support.waiting import within
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
 MANIFEST: dict[str, Any] = {
@@ -27,10 +31,13 @@ MANIFEST: dict[str, Any] = {
 class FakeStore:
     version: str = "v1"
     away: bool = False
+    gone: bool = False  # what was lost cannot be had again
     leases: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
     pause: asyncio.Event | None = None
     resolved: int = 0
+    lost: set[str] = field(default_factory=set)
+    beats: list[tuple[str, ...]] = field(default_factory=list)
 
     async def resolve(self, name: str, source: str | None = None, *, wait_s: float | None = None) -> AdapterRecord:
         self.resolved += 1
@@ -40,7 +47,7 @@ class FakeStore:
     async def lease(self, name: str, source: str | None, version: str | None) -> tuple[Lease, object]:
         self._check(name)
         if self.pause is not None:
-            await self.pause.wait()
+            await within(self.pause.wait(), "the test to end the pause")
         version = version or self.version
         self.leases.append(version)
         lease = Lease(
@@ -49,8 +56,19 @@ class FakeStore:
         )  # fmt: skip
         return lease, np.zeros(0, np.uint8)
 
-    async def release(self, version: str) -> None:
-        self.released.append(version)
+    async def release(self, lease: Lease) -> None:
+        self.released.append(lease.version)
+
+    async def lease_again(self, lease: Lease) -> Lease:
+        if self.gone:
+            raise AdapterVersionGone(lease.name, lease.version)
+        return (await self.lease(lease.name, lease.source, lease.version))[0]
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        self.beats.append(versions)
+        if self.pause is not None:
+            await within(self.pause.wait(), "the test to end the pause")
+        return tuple(version for version in versions if version in self.lost)
 
     def _check(self, name: str) -> None:
         if self.away:
@@ -67,12 +85,14 @@ class Rig:
 
     async def use(self, name: str = "a", version: str | None = None, *, accepted: bool = True) -> str:
         async with self.held.borrowed(name, None, version) as held:
-            held.in_engine = held.in_engine or accepted
+            self.held.offered(held.version)
+            changes = ((held.version, True),) * accepted
+            self.held.told(AdapterNews(changes=changes, answered=(held.version,)))
             return held.version
 
     async def drop(self, version: str) -> None:
-        self.held.dropped(version)
-        await asyncio.sleep(0.01)
+        self.held.told(AdapterNews(changes=((version, False),)))
+        await turns()
 
 
 def _run(test: Callable[[Rig], Awaitable[None]]) -> None:
@@ -115,7 +135,7 @@ def test_a_version_in_use_is_not_released_until_its_last_user_is_gone():
         async with rig.held.borrowed("a", None, None):
             await rig.drop("v1")
             assert rig.store.released == []
-        await asyncio.sleep(0.01)
+        await turns()
         assert rig.store.released == ["v1"]
 
     _run(test)
@@ -124,7 +144,7 @@ def test_a_version_in_use_is_not_released_until_its_last_user_is_gone():
 def test_a_version_that_the_engine_never_took_is_released_at_once():
     async def test(rig: Rig) -> None:
         await rig.use(accepted=False)
-        await asyncio.sleep(0.01)
+        await turns()
         assert rig.store.released == ["v1"]
 
     _run(test)
@@ -151,7 +171,7 @@ def test_a_name_in_steady_use_is_asked_for_ahead_of_time_so_that_no_request_wait
             before = rig.store.resolved
             assert await rig.use() == "v1"
             assert rig.store.resolved == before, "the request itself asked nothing"
-            await asyncio.sleep(0.01)
+            await turns()
         assert rig.store.resolved == 3, "at 3.0, 5.5 and 8.0: once in each second half"
 
     _run(test)
@@ -162,7 +182,7 @@ def test_what_was_learnt_ahead_of_time_counts_from_the_next_request_on():
         await rig.use()
         rig.store.version, rig.now_s = "v2", 3.0
         assert await rig.use() == "v1"
-        await asyncio.sleep(0.01)
+        await turns()
         assert await rig.use() == "v2"
 
     _run(test)
@@ -174,7 +194,7 @@ def test_a_store_that_is_away_when_it_is_asked_ahead_of_time_changes_nothing():
         rig.store.away, rig.now_s = True, 3.0
         for _ in range(2):
             assert await rig.use() == "v1"
-            await asyncio.sleep(0.01)
+            await turns()
         assert rig.store.leases == ["v1"]
 
     _run(test)
@@ -196,7 +216,7 @@ def test_many_requests_for_a_cold_adapter_make_one_lease_and_one_that_leaves_sto
     async def test(rig: Rig) -> None:
         rig.store.pause = asyncio.Event()
         waiting = [asyncio.ensure_future(rig.use()) for _ in range(5)]
-        await asyncio.sleep(0.01)
+        await turns()
         waiting[0].cancel()
         rig.store.pause.set()
         assert await asyncio.gather(*waiting[1:]) == ["v1"] * 4
@@ -209,10 +229,10 @@ def test_a_lease_that_nobody_waits_for_any_more_is_given_back():
     async def test(rig: Rig) -> None:
         rig.store.pause = asyncio.Event()
         waiting = asyncio.ensure_future(rig.use())
-        await asyncio.sleep(0.01)
+        await turns()
         waiting.cancel()
         rig.store.pause.set()
-        await asyncio.sleep(0.01)
+        await turns()
         assert rig.store.released == ["v1"]
 
     _run(test)
@@ -223,5 +243,85 @@ def test_an_unknown_adapter_is_told_to_everyone_who_asked():
         for _ in range(2):
             with pytest.raises(AdapterNotFound):
                 await rig.use("missing")
+
+    _run(test)
+
+
+def test_a_lease_that_the_store_has_lost_is_taken_again_and_the_engine_keeps_its_bytes():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        before = rig.held._held["v1"].image
+        rig.store.lost = {"v1"}
+        await rig.held.beat()
+        assert rig.store.leases == ["v1", "v1"]
+        assert rig.held._held["v1"].image is before
+        await rig.drop("v1")
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_a_lost_lease_that_cannot_be_had_again_takes_nothing_from_the_engine(caplog: pytest.LogCaptureFixture):
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.lost = {"v1"}
+        rig.store.away = True
+        await rig.held.beat()  # it may come back: asked for again with the next beat
+        rig.store.away, rig.store.gone = False, True
+        await rig.held.beat()  # it never comes back: served to the end, and no beat names it any more
+        await rig.held.beat()
+        assert rig.store.beats == [("v1",), ("v1",), ()]
+        assert await rig.use() == "v1"
+        await rig.drop("v1")
+        assert rig.held.versions == ()
+
+    _run(test)
+
+
+def test_a_lease_that_was_given_back_during_a_beat_is_not_taken_again():
+    async def test(rig: Rig) -> None:
+        await rig.use()
+        rig.store.lost, rig.store.pause = {"v1"}, asyncio.Event()
+        beat = asyncio.ensure_future(rig.held.beat())
+        await asyncio.sleep(0)
+        await rig.drop("v1")
+        rig.store.pause.set()
+        await beat
+        await rig.held.settled()
+        assert rig.store.leases == rig.store.released, "what was leased too late is given back at once"
+
+    _run(test)
+
+
+def test_an_image_that_cannot_be_read_is_given_back_at_once(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> AdapterManifest:
+        raise AdapterImageInvalid("of another layout")
+
+    monkeypatch.setattr(AdapterManifest, "from_dict", broken)
+
+    async def test(rig: Rig) -> None:
+        with pytest.raises(AdapterImageInvalid):
+            await rig.use()
+        await rig.held.settled()
+        assert rig.store.released == ["v1"]
+
+    _run(test)
+
+
+def test_the_names_in_use_are_remembered_however_many_others_come(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deployments.replica.held.MAX_NAMES", 4)
+
+    async def test(rig: Rig) -> None:
+        await rig.use("hot")
+        for i in range(20):
+            await rig.use(f"tail{i}")
+            before = rig.store.resolved
+            assert await rig.use("hot") == "v1"
+            assert rig.store.resolved == before, "the hot name was forgotten, and had to be asked for"
+        assert len(rig.held._meanings) == 4
+        known = set(rig.held._meanings)
+        for name, source in list(known - {("hot", None)}) * 3:
+            rig.held._mean(name, source, "v1")  # what is known already puts nobody out
+        assert set(rig.held._meanings) == known
 
     _run(test)

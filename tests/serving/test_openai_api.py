@@ -11,6 +11,7 @@ import pytest
 
 from deployments.calls import Fault
 from tests.serving.fakes import FakeBackend, Served, serve
+from tests.support.waiting import until_async
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -260,8 +261,7 @@ def test_a_client_that_goes_away_frees_its_sequence():
     async def leave() -> int:
         served = serve(FakeBackend(pause_s=0.01, reply=lambda _: "x" * 500))
         request = asyncio.ensure_future(served.client.post(CHAT, json=_chat(stream=True)))
-        while not served.backend.open_streams:
-            await asyncio.sleep(0.01)
+        await until_async(lambda: served.backend.open_streams, "a stream to be open")
         await asyncio.sleep(0.1)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)

@@ -129,7 +129,9 @@ def test_a_store_that_leaves_answers_nobody_from_its_remains_and_always_goes(is_
 
     async def main():
         killed = asyncio.Event()
-        monkeypatch.setattr(actor.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None))
+        monkeypatch.setattr(
+            actor.ray, "get_runtime_context", lambda: SimpleNamespace(current_actor=None, get_node_id=lambda: "")
+        )
         monkeypatch.setattr(actor.ray, "kill", lambda *_, **__: killed.set())
         leaving = actor.AdapterStoreActor((SourceConfig(uri=tmp_path.as_uri(), name="local"),), StoreConfig())
         await leaving.status()

@@ -17,6 +17,7 @@ from adapter_store.tiers.blobs import FileImage
 from deployments.calls import Fault, Refused
 from deployments.replica.replica import Replica
 from deployments.store.client import StoreClient
+from tests.support.waiting import until_async
 
 SPEC = {"sites": []}
 
@@ -91,7 +92,7 @@ def test_a_restarted_store_is_told_the_spec_again():
 
     asyncio.run(lease())
     assert [call[0] for call in actor.calls] == ["acquire", "register_spec", "acquire"]
-    assert actor.calls[1] == ("register_spec", SPEC)
+    assert actor.calls[1] == ("register_spec", SPEC, "r")
 
 
 def test_an_image_that_died_with_its_owner_is_leased_again(monkeypatch: pytest.MonkeyPatch):
@@ -125,10 +126,92 @@ def test_a_request_is_told_to_the_store_without_waiting_and_before_there_is_a_st
         client = _client(actor)
         client.expect("a", None)
         await client.start()
-        client.expect("a", "s3")
+        for _ in range(3):
+            client.expect("a", "s3")
+        client.expect("b", None)
+        assert client._telling is not None
+        await client._telling
         return actor.calls
 
-    assert asyncio.run(main()) == [("status",), ("register_spec", SPEC), ("expect", "a", "s3")]
+    told = ("expect_all", (("a", "s3", 3), ("b", None, 1)))
+    assert asyncio.run(main()) == [("status",), ("register_spec", SPEC, "r"), told], "many requests, one call"
+
+
+def test_a_store_that_died_is_told_of_requests_by_its_next_handle():
+    dead, living = FakeActor(status=["status"], expect_all=[RayActorError()]), FakeActor()
+    actors = iter((dead, living, living))
+
+    async def main() -> None:
+        client = _client(dead, connect=lambda: next(actors))
+        await client.start()
+        client.expect("a", None)
+        assert client._telling is not None
+        await client._telling
+        assert living.calls == [("expect_all", (("a", None, 1),))]
+
+    asyncio.run(main())
+
+
+def test_what_fails_late_does_not_take_the_handle_from_who_found_the_next_one():
+    dead, living = FakeActor(resolve=[RayActorError()]), FakeActor(resolve=["record"])
+    actors = [dead, living]
+    client = _client(dead, connect=lambda: actors.pop(0))
+
+    async def main() -> None:
+        assert await asyncio.gather(client.resolve("a"), client.resolve("b")) == ["record", "record"]
+        assert actors == [], "one handle for both"
+
+    asyncio.run(main())
+
+
+class Node:
+    """Where a client is, and an image in a file of another node."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+        monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+        monkeypatch.setattr("deployments.store.client.PART_BYTES", 1000)
+        self.content = content
+        self.asked: list[tuple[int, int]] = []
+
+    def lease(self, node: str, path: str = "/nowhere") -> Any:
+        image = FileImage(path, node)
+        return SimpleNamespace(image=image, num_bytes=len(self.content), version="v", spec_digest="d", name="a")
+
+    async def read(self, start: int, num_bytes: int) -> bytes | None:
+        self.asked.append((start, num_bytes))
+        return self.content[start : start + num_bytes]
+
+
+@pytest.mark.parametrize("num_bytes", [1, 999, 1000, 1001, 25_000])
+def test_an_image_in_a_file_of_another_node_comes_in_parts(num_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    node = Node(monkeypatch, bytes(i % 251 for i in range(num_bytes)))
+    client = _client(FakeActor(acquire=[node.lease("there")]))
+    call = client._call
+
+    async def calls(method: str, *args: Any, **more: Any) -> Any:
+        return await node.read(*args[2:]) if method == "read_image" else await call(method, *args, **more)
+
+    monkeypatch.setattr(client, "_call", calls)
+    _, data = asyncio.run(client.lease("a", None, None))
+    assert bytes(data) == node.content  # type: ignore[call-overload]
+    assert data.ctypes.data % 64 == 0  # type: ignore[attr-defined]
+    assert sum(size for _, size in node.asked) == num_bytes
+
+
+@pytest.mark.parametrize("answer", [None, b"cut"])
+def test_an_image_whose_file_goes_while_it_is_copied_is_leased_again(answer: Any, monkeypatch: pytest.MonkeyPatch):
+    node = Node(monkeypatch, b"x" * 2500)
+    monkeypatch.setattr("ray.get", lambda *_, **__: b"bytes")
+    actor = FakeActor(acquire=[node.lease("there"), SimpleNamespace(image="ref")], read_image=[b"x" * 1000, answer])
+    _, data = asyncio.run(_client(actor).lease("a", None, None))
+    assert data == b"bytes"
+
+
+def test_a_file_of_this_node_that_this_container_does_not_see_is_copied(monkeypatch: pytest.MonkeyPatch):
+    node = Node(monkeypatch, b"x" * 500)
+    actor = FakeActor(acquire=[node.lease("here")], read_image=[node.content])
+    _, data = asyncio.run(_client(actor).lease("a", None, None))
+    assert bytes(data) == node.content  # type: ignore[call-overload]
 
 
 def test_an_image_that_is_a_file_is_mapped_and_one_that_is_gone_is_leased_again(tmp_path: Path):
@@ -191,19 +274,17 @@ def test_an_image_that_never_arrives_is_unavailable_after_the_wait(monkeypatch: 
 def test_no_fault_of_the_store_ends_the_heartbeats_of_a_replica():
     """Without beats its leases would run out."""
 
-    class Store:
+    class Adapters:
         num_beats = 0
 
-        async def heartbeat(self, versions: tuple[str, ...]) -> None:
+        async def beat(self) -> None:
             self.num_beats += 1
             raise (RuntimeError, ValueError, Refused(Fault(code="store_unavailable", message="")))[self.num_beats % 3]
 
     async def main() -> None:
-        replica: Any = SimpleNamespace(_store=Store(), _adapters=SimpleNamespace(versions=()), _lease_ttl_s=0.003)
+        replica: Any = SimpleNamespace(_adapters=Adapters(), _lease_ttl_s=0.003)
         beating = asyncio.ensure_future(Replica._beat(replica))
-        async with asyncio.timeout(20):
-            while replica._store.num_beats < 6:
-                await asyncio.sleep(0.001)
+        await until_async(lambda: replica._adapters.num_beats >= 6, "six beats")
         assert not beating.done()
         beating.cancel()
 

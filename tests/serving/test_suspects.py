@@ -18,6 +18,7 @@ from deployments.router.suspects import SUSPECT_DEATHS, Suspects, fingerprint
 from engine.request import OutputDelta, SamplingParams
 from tests.serving.fakes import FakeBackend
 from tests.serving.fleet import DEADLINE_S, FakeReplica, Fleet, Kills, call_of, outcome, outcomes
+from tests.support.waiting import patience
 
 REFUSED = "request_ends_replicas"
 
@@ -100,7 +101,9 @@ def test_replicas_are_stopped_twenty_times_and_no_stream_is_refused(seed: int):
         texts = [f"innocent {i} " + "x" * 60 for i in range(6)]
         answers = asyncio.ensure_future(outcomes(fleet, [Suspects()], texts, rng))
         stopped = 0
-        while not answers.done():
+        for _ in patience("the answers"):
+            if answers.done():
+                break
             for _ in range(rng.randrange(1, 5)):
                 await asyncio.sleep(0)
             if any(replica.calls for replica in fleet.replicas) and stopped < 20:
@@ -235,7 +238,9 @@ def test_suspects_go_on_one_at_a_time_and_others_meanwhile_elsewhere():
                 await asyncio.sleep(0)
             for replica in list(fleet.replicas):
                 fleet.lose(replica, Meaning.DIED)
-        while not all(task.done() for task in tasks):
+        for _ in patience("the answers"):
+            if all(task.done() for task in tasks):
+                break
             await asyncio.sleep(0)
             alone = [r for r in fleet.replicas if any(call.alone_tokens for call in r.calls)]
             peak = max(peak, len(alone))

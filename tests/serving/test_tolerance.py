@@ -245,7 +245,7 @@ def test_token_ids_are_returned_when_asked_for():
     ],
 )
 def test_the_sampled_token_is_always_among_the_top_logprobs_of_a_completion(top: Any, expected: dict[str, float]):
-    written = LogprobWriter(make_prompts()).completion([TokenLogprobs(104, -3.0, top)])
+    written = LogprobWriter(make_prompts(), ()).completion([TokenLogprobs(104, -3.0, top)])
     assert written["top_logprobs"] == [expected]
 
 

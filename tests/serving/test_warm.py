@@ -16,9 +16,12 @@ from adapter_store.errors import AdapterNotFound, SourceUnavailable
 from adapter_store.records import AdapterRecord, Lease
 from deployments.replica.held import HeldAdapters
 from deployments.replica.warm import Warmer
+from engine.aio.owners import AdapterNews, ImageOwner
 from engine.errors import AdapterError
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage
+from tests.support.store_world import turns
+from tests.support.waiting import until_async
 
 SPEC = ImageSpec(base_fingerprint="x", dtype="float32", sites=())
 MANIFEST: dict[str, Any] = {
@@ -46,8 +49,14 @@ class FakeStore:
         )  # fmt: skip
         return lease, np.zeros(0, np.uint8)
 
-    async def release(self, version: str) -> None:
-        self.released.append(version)
+    async def release(self, lease: Lease) -> None:
+        self.released.append(lease.version)
+
+    async def lease_again(self, lease: Lease) -> Lease:
+        return lease
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        return ()
 
     async def warm_set(self, budget_bytes: int) -> tuple[AdapterRecord, ...]:
         self.budgets.append(budget_bytes)
@@ -68,20 +77,23 @@ class FakeDevice:
     room: int = 100
     refused: tuple[str, ...] = ()
     never: tuple[str, ...] = ()  # are neither loaded nor dropped
-    on_dropped: Callable[[str], None] = print
+    owner: ImageOwner | None = None
     loaded: list[str] = field(default_factory=list)
     loading: str | None = None
     pinned: set[str] = field(default_factory=set)
 
-    def preload(self, image: AdapterImage) -> None:
+    async def preload(self, image: AdapterImage) -> None:
+        assert self.owner is not None
         assert self.loading is None, "one at a time"
         if image.key in self.refused:
             raise AdapterError(f"{image.key} is broken")
+        self.owner.offered(image.key)
         if image.key in self.never:
             return
-        if len(self.loaded) >= self.room:
-            self.on_dropped(image.key)
-        else:
+        has_room = len(self.loaded) < self.room
+        changes = ((image.key, True),) if has_room else ((image.key, True), (image.key, False))
+        self.owner.told(AdapterNews(changes=changes, answered=(image.key,)))
+        if has_room:
             self.loading = image.key
 
     def stats(self) -> Any:
@@ -119,7 +131,7 @@ def _run(
     async def main() -> None:
         rig = Rig(store or FakeStore({"a": "a-1", "b": "b-1"}, ("a", "b")), device or FakeDevice(), None, None)  # type: ignore[arg-type]
         rig.held = HeldAdapters(rig.store, SPEC, refresh_s=5.0, clock=lambda: rig.now_s)
-        rig.device.on_dropped = rig.held.dropped
+        rig.device.owner = rig.held
         rig.warmer = Warmer(
             rig.held, rig.device, rig.store, pinned=pinned, budget_bytes=budget_bytes, refresh_s=0.001, load_wait_s=0.05
         )  # fmt: skip
@@ -133,8 +145,8 @@ def test_a_new_replica_begins_with_what_is_asked_for_and_holds_it_until_the_engi
         await rig.warmer.warm_up()
         assert (rig.store.budgets, rig.device.loaded) == ([1000], ["a-1", "b-1"])
         assert (rig.held.names, rig.store.released) == (["a", "b"], [])
-        rig.held.dropped("a-1")
-        await asyncio.sleep(0.01)
+        rig.held.told(AdapterNews(changes=(("a-1", False),)))
+        await turns()
         assert (rig.held.names, rig.store.released) == (["b"], ["a-1"])
 
     _run(test)
@@ -143,7 +155,7 @@ def test_a_new_replica_begins_with_what_is_asked_for_and_holds_it_until_the_engi
 def test_it_stops_where_the_device_has_no_room_and_keeps_no_lease_on_what_did_not_fit():
     async def test(rig: Rig) -> None:
         await rig.warmer.warm_up()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.device.loaded, rig.held.names, rig.store.released) == (["a-1"], ["a"], ["b-1"])
 
     _run(test, store=FakeStore({}, ("a", "b", "c")), device=FakeDevice(room=1))
@@ -153,18 +165,21 @@ def test_an_adapter_that_cannot_be_brought_in_is_named_and_the_next_one_is(caplo
     async def test(rig: Rig) -> None:
         with caplog.at_level(logging.WARNING):
             await rig.warmer.warm_up()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.device.loaded, rig.store.released) == (["b-1"], ["a-1"])
         assert "'a'" in caplog.text
 
     _run(test, device=FakeDevice(refused=("a-1",)))
 
 
-def test_what_the_device_never_takes_is_waited_for_no_longer_than_a_while():
+def test_what_the_device_does_not_answer_is_waited_for_no_longer_than_a_while_and_held_until_it_does():
     async def test(rig: Rig) -> None:
         await rig.warmer.warm_up()
-        await asyncio.sleep(0.01)
-        assert (rig.device.loaded, rig.held.names, rig.store.released) == ([], [], ["a-1"])
+        await turns()
+        assert (rig.device.loaded, rig.held.names, rig.store.released) == ([], ["a"], [])
+        rig.held.told(AdapterNews(answered=("a-1",)))
+        await turns()
+        assert (rig.held.names, rig.store.released) == ([], ["a-1"])
 
     _run(test, device=FakeDevice(never=("a-1",)))
 
@@ -199,7 +214,7 @@ def test_a_pinned_name_that_does_not_fit_is_named_and_not_held(caplog: pytest.Lo
         with caplog.at_level(logging.WARNING):
             for _ in range(3):
                 await rig.warmer.pin()
-        await asyncio.sleep(0.01)
+        await turns()
         assert (rig.warmer.pinned, rig.held.names) == ([], [])
         assert caplog.text.count("'a'") == 1, "told once, not with every look"
 
@@ -209,12 +224,10 @@ def test_a_pinned_name_that_does_not_fit_is_named_and_not_held(caplog: pytest.Lo
 def test_a_pinned_name_that_is_uploaded_again_or_late_is_pinned_as_it_is_then():
     async def test(rig: Rig) -> None:
         following = asyncio.ensure_future(rig.warmer.run())
-        while rig.device.pinned != {"a-1"}:
-            await asyncio.sleep(0.001)
+        await until_async(lambda: rig.device.pinned == {"a-1"}, "the pin of a-1")
         rig.store.versions |= {"a": "a-2", "late": "late-1"}
         rig.now_s = 6.0
-        while rig.device.pinned != {"a-2", "late-1"}:
-            await asyncio.sleep(0.001)
+        await until_async(lambda: rig.device.pinned == {"a-2", "late-1"}, "the pins of a-2 and late-1")
         following.cancel()
         assert rig.warmer.pinned == ["a", "late"]
 

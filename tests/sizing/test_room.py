@@ -25,6 +25,12 @@ from tests.support.model_shapes import needs_of
 from tests.support.tiny_model import make_base
 
 
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this one holds by now is the other tests'."""
+    monkeypatch.setattr(memory, "read_process_bytes", lambda: 300 * MIB)
+
+
 def host(total_gib: float, free_gib: float | None = None, *, is_container: bool = True) -> HostMemory:
     free = total_gib if free_gib is None else free_gib
     return HostMemory(int(total_gib * GIB), int(free * GIB), is_container)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 import uuid
 
 import numpy as np
@@ -17,6 +16,7 @@ from adapter_store.records import Registration, StoreConfig
 from adapter_store.sources.base import SourceConfig
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.ray_session import NAMESPACE, ray_session  # noqa: F401
+from tests.support.waiting import until
 
 pytestmark = [
     pytest.mark.ray,
@@ -105,10 +105,7 @@ def test_a_killed_store_with_a_disk_finds_images_names_and_pins_again(sources, t
         digest = ray.get(handle.register_spec.remote(small_spec()))
         assert ray.get(handle.pin.remote("a")).is_pinned
         ray.get(handle.expect.remote("a"))
-        deadline = time.monotonic() + 30
-        while not ray.get(handle.status.remote()).num_disk_images:
-            assert time.monotonic() < deadline, "the image never came to the disk"
-            time.sleep(0.05)
+        until(lambda: ray.get(handle.status.remote()).num_disk_images, "the image to come to the disk")
         os.kill(pid_of(handle), signal.SIGKILL)
         assert ray.get(lease(handle).image).nbytes == lease(handle).num_bytes
         status = ray.get(handle.status.remote())
@@ -126,15 +123,15 @@ def test_a_store_that_nobody_calls_leaves_and_a_new_one_can_be_had(sources):
     handle = get_or_create_store(sources, namespace=NAMESPACE, name=name, idle_exit_s=0.2)
     lease(handle)
     full_name = store_name(sources, StoreConfig(), name)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+
+    def has_left():
         try:
             ray.get_actor(full_name, namespace=NAMESPACE)
         except ValueError:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the idle store did not leave")
+            return True
+        return False
+
+    until(has_left, "the idle store to leave")
     with pytest.raises(RayActorError):
         ray.get(handle.protocol_version.remote())
     again = get_or_create_store(sources, namespace=NAMESPACE, name=name)

@@ -12,8 +12,7 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceFile, SourceListing, SourcePage
 from adapter_store.store import AdapterStore
 from adapter_store.tiers.blobs import MemoryBlobs
-
-DEADLINE_S = 30.0
+from tests.support.waiting import until_async, within
 
 
 class SlowSource:
@@ -31,7 +30,7 @@ class SlowSource:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
-            await self.is_open.wait()
+            await within(self.is_open.wait(), "the test to let the source answer")
         finally:
             self.running -= 1
         if name not in self.there:
@@ -46,18 +45,11 @@ class SlowSource:
         pass
 
 
-async def until(is_true, what):
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while not is_true():
-                await asyncio.sleep(0.002)
-    except TimeoutError:
-        pytest.fail(f"waited {DEADLINE_S:g} s for {what}")
-
-
 async def asked_for(source, store, number, of=lambda store: store._resolver._desks["slow"].num_waiting):
     """Waits until `number` names were asked for or wait for their turn."""
-    await until(lambda: len(source.asked) + of(store) >= number, f"{number} names, now {len(source.asked)} asked for")
+    await until_async(
+        lambda: len(source.asked) + of(store) >= number, lambda: f"{number} names, now {len(source.asked)} asked for"
+    )
 
 
 def in_store(*there, **config):
@@ -69,8 +61,7 @@ def in_store(*there, **config):
                 source = SlowSource(*there)
                 store = AdapterStore([source], MemoryBlobs(), StoreConfig(**{"stat_timeout_s": 60.0, **config}))
                 try:
-                    async with asyncio.timeout(DEADLINE_S):
-                        await test(store, source)
+                    await within(test(store, source), test.__name__)
                 finally:
                     await store.close()
 
@@ -88,7 +79,7 @@ async def test_a_good_name_has_no_look_up_before_it_however_many_unknown_ones_ar
     await asked_for(source, store, MAX_EXPECTED + MAX_WAITING)
     before = len(source.asked)
     asked = asyncio.create_task(store.resolve("good"))
-    await until(lambda: "good" in source.asked, "the good name's turn")
+    await until_async(lambda: "good" in source.asked, "the good name's turn")
     assert source.asked.index("good") == before <= MAX_EXPECTED
     source.is_open.set()
     assert (await asked).name == "good"
@@ -97,9 +88,9 @@ async def test_a_good_name_has_no_look_up_before_it_however_many_unknown_ones_ar
 @in_store("good")
 async def test_a_good_name_has_a_bounded_number_of_look_ups_before_it_however_many_wait_for_unknown_ones(store, source):
     crowd = [asyncio.create_task(store.resolve(f"no-such-{number}")) for number in range(3000)]
-    await until(lambda: sum(task.done() for task in crowd) >= 3000 - MAX_UNKNOWN - MAX_WAITING, "the crowd")
+    await until_async(lambda: sum(task.done() for task in crowd) >= 3000 - MAX_UNKNOWN - MAX_WAITING, "the crowd")
     asked = asyncio.create_task(store.resolve("good"))
-    await until(lambda: sum(task.done() for task in crowd) > 3000 - MAX_UNKNOWN - MAX_WAITING, "the good name")
+    await until_async(lambda: sum(task.done() for task in crowd) > 3000 - MAX_UNKNOWN - MAX_WAITING, "the good name")
     source.is_open.set()
     assert (await asked).name == "good"
     assert source.asked.index("good") <= MAX_UNKNOWN
@@ -120,7 +111,7 @@ async def test_a_name_that_was_there_is_asked_for_at_once(store, source):
     await asked_for(source, store, MAX_UNKNOWN + MAX_WAITING)
     before = len(source.asked)
     asked = asyncio.create_task(store.refresh("good"))
-    await until(lambda: len(source.asked) > before, "the known name's turn")
+    await until_async(lambda: len(source.asked) > before, "the known name's turn")
     assert source.asked[before:] == ["good"]
     source.is_open.set()
     await asked
@@ -137,7 +128,7 @@ async def test_an_expected_name_that_somebody_waits_for_comes_before_those_that_
     await asked_for(source, store, MAX_EXPECTED + 151)
     assert "good" not in source.asked
     asked = asyncio.create_task(store.resolve("good"))
-    await until(lambda: len(source.asked) > MAX_EXPECTED, "the expected name's turn")
+    await until_async(lambda: len(source.asked) > MAX_EXPECTED, "the expected name's turn")
     assert source.asked[MAX_EXPECTED:] == ["good"]
     source.is_open.set()
     await asked
@@ -154,9 +145,9 @@ async def test_who_waits_too_long_for_a_turn_is_told_to_try_again(store, source)
 async def test_expected_names_are_dropped_without_a_trace(store, source):
     for number in range(10_000):
         await store.expect(f"no-such-{number}")
-    await until(lambda: len(store._tasks) <= MAX_EXPECTED + MAX_WAITING, "most of them to be passed over")
+    await until_async(lambda: len(store._tasks) <= MAX_EXPECTED + MAX_WAITING, "most of them to be passed over")
     source.is_open.set()
-    await until(lambda: not store._tasks, "the expected names to be gone")
+    await until_async(lambda: not store._tasks, "the expected names to be gone")
     assert len(source.asked) <= MAX_EXPECTED + MAX_WAITING
 
 
@@ -182,7 +173,7 @@ def test_turns_are_never_lost_whoever_leaves_and_whenever(seed):
             except SourceUnavailable:
                 pass
 
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(60):  # all visits
             for number in range(600):
                 key = NameKey("s", str(number))
                 tasks[key] = asyncio.create_task(visit(key, draw.choice([Urgency.AWAITED, Urgency.EXPECTED])))

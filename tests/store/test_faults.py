@@ -22,6 +22,7 @@ from adapter_store.store import AdapterStore
 from adapter_store.tiers.blobs import MemoryBlobs
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.fault_proxy import Fault, FaultProxy, Schedule
+from tests.support.waiting import ended, patience
 
 SPEC = small_spec()
 DIGEST = spec_digest(SPEC)
@@ -37,6 +38,7 @@ STAT_TIMEOUT_S = 3.0
 # second turn after a version that changed under the first, there is an allowance.
 DEADLINE_S = STAT_TIMEOUT_S + FETCH_TIMEOUT_S + STAT_TIMEOUT_S
 ALLOWANCE_S = 5.0
+SCHEDULE_S = 1800.0  # of all fetches of one schedule
 
 
 # In a process of its own: it has a core of its own then. It ends with its input, whatever becomes of this process.
@@ -63,7 +65,7 @@ def port():
     ) as server:
         yield int(server.stdout.readline())
         server.stdin.close()
-        server.wait()
+        ended(server, "moto's process")
 
 
 def upload(port, adapters):
@@ -155,7 +157,9 @@ async def run_schedule(port, schedule, num_faulty, adapters):
 
         async def be_damaged(draw):
             nonlocal num_met
-            while num_met < num_faulty:
+            for _ in patience(f"{num_faulty} fetches that met a fault", SCHEDULE_S):
+                if num_met >= num_faulty:
+                    break
                 name = draw.choice([name for name in names if name not in asked])
                 asked.add(name)
                 before = met[name]
@@ -165,7 +169,9 @@ async def run_schedule(port, schedule, num_faulty, adapters):
                 store.check_invariants()
 
         async def be_healthy(mine):
-            while num_met < num_faulty:
+            for _ in patience(f"{num_faulty} fetches that met a fault", SCHEDULE_S):
+                if num_met >= num_faulty:
+                    break
                 for name in mine:
                     for source in ("faulty", "direct"):  # beside the damaged ones, and in a source of their own
                         await healthy.ask(name, source)

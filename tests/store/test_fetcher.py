@@ -22,6 +22,7 @@ from adapter_store.records import StoreConfig, version_digest
 from adapter_store.sources.base import SourceChanged, SourceFile, SourceListing
 from tests.support.fake_sources import adapter_files, small_adapter, small_config, small_spec, small_tensors
 from tests.support.scripted_source import Fault, ScriptedSource
+from tests.support.waiting import for_ever
 
 SPEC = small_spec()
 WEIGHTS = "adapter_model.safetensors"
@@ -181,7 +182,7 @@ class Unlisted(ScriptedSource):
 
     async def stat(self, name):
         if self.error is None:
-            await asyncio.Event().wait()
+            await for_ever()
         raise self.error
 
 

@@ -57,7 +57,7 @@ def test_images_that_are_written_to_files_at_once_each_have_their_own(tmp_path, 
     monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: time.sleep(0.05) or make(**options))
 
     def put(image):
-        start.wait()
+        start.wait(60)
         return files.put(image)
 
     with ThreadPoolExecutor(len(images)) as pool:

@@ -75,7 +75,7 @@ def test_a_spec_has_the_digest_that_the_engine_gives_it():
 
 def test_packing_needs_neither_boto3_nor_ray_nor_torch():
     code = "import sys, adapter_store.image.packing; print([m for m in ('boto3', 'ray', 'torch') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
 
 

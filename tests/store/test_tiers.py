@@ -14,10 +14,19 @@ from tests.support.fake_sources import FakeSource, small_adapter, small_spec
 from tests.support.store_world import IMAGE_BYTES, SPEC, World
 
 
+async def restarted_long_after(world):
+    """With nothing wanted any more, so that nothing comes back to the host by itself; and with the disk looked through,
+    which goes on while the first calls are answered."""
+    await world.settle()
+    world.clock.now += 10 * world.config.traffic_half_life_s
+    await world.restart()
+    await world.settle()
+
+
 @in_world
 async def test_after_a_restart_an_adapter_comes_from_disk(world):
     before = await right(world)
-    await world.restart()
+    await restarted_long_after(world)
     assert (await world.store.resolve("a")).state is AdapterState.DISK
     assert (await right(world)).version == before.version
     assert world.source.fetches == ["a"]
@@ -227,7 +236,7 @@ async def test_the_disk_tier_stays_within_its_bytes_and_keeps_what_is_leased(wor
         await world.store.release(lease.version, "me")
     assert sum(path.stat().st_size for path in files_of(world)) <= 2 * IMAGE_BYTES
     assert (await world.store.resolve("a")).state is AdapterState.HOST
-    await world.restart()
+    await restarted_long_after(world)
     assert (await world.store.resolve("a")).state is AdapterState.DISK
 
 

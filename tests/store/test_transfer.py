@@ -19,6 +19,7 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import ReadCancelled
 from tests.support.fake_sources import FakeClock, small_adapter, small_config, small_spec
 from tests.support.scripted_source import Fault, ScriptedSource
+from tests.support.waiting import happened
 
 SPEC = read_spec(small_spec())
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -181,7 +182,7 @@ class ThreadedSource(ScriptedSource):
         try:
             for byte in self.files[file.name][part.start + part.num_received : part.end]:
                 if with_gate and part.num_received >= 30:
-                    self.go_on.wait()
+                    happened(self.go_on, "the test to let the read go on")
                 part.write(bytes([byte]))
         except ReadCancelled:
             self.ended.set()
@@ -194,7 +195,7 @@ def test_a_read_that_hangs_in_a_thread_is_not_waited_for_and_ends_with_its_next_
     refusal(source, part_bytes=100_000, fetch_timeout_s=0.1, real_time=True)  # returns while the thread hangs
     assert not source.ended.is_set()
     source.go_on.set()
-    assert source.ended.wait(10)
+    happened(source.ended, "the end of the read")
 
 
 def test_a_server_that_drips_ends_with_the_time():

@@ -11,6 +11,7 @@ from adapter_store.records import AdapterState
 from tests.support.disk_world import play
 from tests.support.fake_sources import small_adapter, small_spec
 from tests.support.store_world import DIGEST, IMAGE_BYTES, SPEC, World, in_loop
+from tests.support.waiting import for_ever, until_async, within
 
 
 def in_world(**config):
@@ -117,7 +118,7 @@ async def test_a_wanted_adapter_that_was_evicted_comes_back_when_there_is_room(w
         del world.source.adapters[name]  # its images go with it, and leave room
         with pytest.raises(AdapterNotFound):
             await world.store.refresh(name)
-    await world.store._warmth.load(world.store._specs[DIGEST])
+    await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
     assert await on_host(world) == gone
     assert len(world.source.fetches) == fetched
 
@@ -165,7 +166,7 @@ async def test_the_new_version_of_a_pinned_adapter_takes_the_place_of_the_old(wo
     await world.store.pin("n0")
     old = (await world.store.resolve("n0")).version
     world.source.adapters["n0"] = small_adapter(seed=50)
-    await world.store._warmth.load(world.store._specs[DIGEST])
+    await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
     record = await world.store.resolve("n0")
     assert (record.state, record.is_pinned, record.version != old) == (AdapterState.HOST, True, True)
     assert (await world.store.status()).num_images == 1
@@ -216,16 +217,18 @@ async def test_traffic_is_written_down_while_there_is_always_something_to_load(w
 
     async def never_quiet():
         busy.set()
-        await asyncio.Event().wait()
+        await for_ever()
 
     world.store._flights.quiet = never_quiet
     await world.store.register_spec(SPEC)
-    async with asyncio.timeout(20):
-        await busy.wait()
-        key = NameKey("fake", "new")
-        world.store._warmth.count(key)
-        while key not in {name for name, _, _ in await world.store._tiers.index.traffic(100)}:
-            await asyncio.sleep(0.01)
+    await within(busy.wait(), "a load to give way")
+    key = NameKey("fake", "new")
+    world.store._warmth.count(key)
+
+    async def is_written():
+        return key in {name for name, _, _ in await world.store._tiers.index.traffic(100)}
+
+    await until_async(is_written, "the traffic to be written down")
     for task in world.store._loading.values():
         task.cancel()
 
@@ -258,8 +261,7 @@ async def test_housekeeping_that_fails_is_told_and_goes_on(world):
 
     world.store._tiers.keep_house = fail
     world.store._housekeeping = asyncio.create_task(world.store._keep_house())
-    async with asyncio.timeout(20):
-        await again.wait()
+    await within(again.wait(), "housekeeping to be tried again")
 
 
 @in_world(refresh_s=0)
@@ -273,13 +275,13 @@ async def test_a_pinned_adapter_that_cannot_be_loaded_is_told_once_for_each_reas
         await world.store.pin("n0")
         files = world.source.adapters.pop("n0")
         for _ in range(5):
-            await world.store._warmth.load(world.store._specs[DIGEST])
+            await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
         assert len(told) == 1
         world.source.adapters["n0"] = files
         world.clock.now += world.config.missing_ttl_s
-        await world.store._warmth.load(world.store._specs[DIGEST])
+        await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
         del world.source.adapters["n0"]
-        await world.store._warmth.load(world.store._specs[DIGEST])
+        await world.store._warmth.load(world.store._specs.named(DIGEST, ""))
         assert len(told) == 2
     finally:
         log.removeHandler(handler)

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.support.waiting import ended
+
 
 @contextmanager
 def answering(answer: bytes, *, endless: threading.Event | None = None) -> Iterator[str]:
@@ -14,8 +16,9 @@ def answering(answer: bytes, *, endless: threading.Event | None = None) -> Itera
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            while self.rfile.readline() not in (b"\r\n", b""):
-                pass
+            for line in self.rfile:
+                if line == b"\r\n":
+                    break
             self.wfile.write(answer)
             if endless is None:
                 return
@@ -35,4 +38,4 @@ def answering(answer: bytes, *, endless: threading.Event | None = None) -> Itera
             yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
-            thread.join()
+            ended(thread, "the server's thread")

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.certificates import Certificate
-from tests.support.s3_servers import S3Server, answers, free_ports, process, wait_until
+from tests.support.s3_servers import S3Server, answers, free_ports, process
+from tests.support.waiting import until
 
 _CONF = """
 [global]
@@ -86,7 +87,7 @@ def ceph(folder: Path, certificate: Certificate) -> Iterator[tuple[S3Server, S3S
             stdin=f'[osd.0]\nkey = {key}\ncaps mon = "allow profile osd"\ncaps osd = "allow *"\n',
         )  # fmt: skip
         with process(daemon("ceph-osd", "-i", "0"), log), process(daemon("radosgw", "-n", "client.rgw"), log):
-            wait_until(lambda: answers(http) and answers(https), "radosgw answers", 90)
+            until(lambda: answers(http) and answers(https), "an answer of radosgw", 90)
             user = ("--uid", "test", "--display-name", "test", "--access-key", "key", "--secret-key", "secret")
             run("radosgw-admin", *c, "-n", "client.rgw", "user", "create", *user)
             keys = {"kind": "ceph", "access_key": "key", "secret_key": "secret"}

@@ -13,6 +13,7 @@ from safetensors.numpy import save
 from adapter_store.errors import SourceUnavailable
 from adapter_store.sources.base import RangeRead, SourceChanged, SourceFile, SourceKind, SourceListing, SourcePage
 from adapter_store.tiers.blobs import BlobsFull
+from tests.support.waiting import within
 
 Files = dict[str, bytes]
 
@@ -123,7 +124,7 @@ class FakeSource:
         if file.name.endswith(".safetensors"):
             self.fetches.append(name)
             if self.gate is not None:
-                await self.gate.wait()
+                await within(self.gate.wait(), f"the test to open the gate for {name}")
             await asyncio.sleep(0)
             if self.on_fetch is not None:
                 self.on_fetch()
@@ -143,6 +144,8 @@ class FakeSource:
 
 class FakeBlobs:
     """Handles are numbers; `lost` handles are gone."""
+
+    node = ""
 
     def __init__(self) -> None:
         self.arrays: dict[int, Any] = {}

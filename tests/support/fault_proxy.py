@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+from tests.support.waiting import ended, happened, within
+
 Kind = Literal["none", "refuse", "latency", "rate", "reset", "close", "hang", "flip"]
 _CONNECTION = re.compile(rb"\r\nconnection:[^\r]*", re.IGNORECASE)
 _RANGE = re.compile(rb"\r\nrange:([^\r]*)", re.IGNORECASE)
 _HEADER_BYTES = 1 << 16
+OPEN_S = 600.0  # of a proxy at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,7 @@ class FaultProxy:
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
-        self._ready.wait()
+        happened(self._ready, "the start of the proxy")
         return self
 
     def __exit__(
@@ -85,7 +88,7 @@ class FaultProxy:
         assert self._loop is not None
         assert self._over is not None
         self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join()
+        ended(self._thread, "the end of the proxy")
 
     async def _serve(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
@@ -99,7 +102,7 @@ class FaultProxy:
         server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=_HEADER_BYTES)
         self._port = server.sockets[0].getsockname()[1]
         self._ready.set()
-        await self._over.wait()
+        await within(self._over.wait(), "the test to end", OPEN_S)
         server.close()
         for task in connections:
             task.cancel()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from engine.quantize.__main__ import main
 from engine.quantize.source import open_source
+from tests.support.waiting import until
 
 
 def run(arguments: list[str], fatal: int | None = None) -> tuple[int, int]:
@@ -27,7 +28,8 @@ def run(arguments: list[str], fatal: int | None = None) -> tuple[int, int]:
     child = os.fork()
     if child:
         os.close(writing)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _, ended = until(lambda: done if (done := os.waitpid(child, os.WNOHANG))[0] else None, "a run to end", 120)
+        status = os.waitstatus_to_exitcode(ended)
         with os.fdopen(reading) as pipe:
             return status, int(pipe.read() or 0)
     calls = 0

@@ -43,7 +43,7 @@ def measure(model: Path, **settings: Any) -> dict[str, int]:
     """kept_bytes: what the model's tensors have; largest_shard_bytes: of the checkpoint's files."""
     settings = {"quantization": None, **settings, "model": str(model.resolve())}
     command = [sys.executable, "-c", PROGRAM, json.dumps(settings)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=200)
     figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     files = [path.stat().st_size for path in model.glob("*.safetensors")]
     return {**figures, "checkpoint_bytes": sum(files), "largest_shard_bytes": max(files)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from adapter_store.records import AdapterRecord, Lease
 from adapter_store.store import AdapterStore
@@ -13,14 +13,9 @@ from deployments.replica.held import HeldAdapters, Store
 from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.request import OutputDelta, Request, SamplingParams
+from tests.support.waiting import until_async
 
-POLL_S = 0.002
-
-
-class BeatingStore(Store, Protocol):
-    """A store, and the heartbeat that keeps the leases."""
-
-    async def heartbeat(self, versions: tuple[str, ...]) -> None: ...
+SETTLE_S = 20.0
 
 
 class LocalStore:
@@ -48,23 +43,23 @@ class LocalStore:
         lease = await self._store.acquire(name, self._digest, self._owner, version, source)
         return lease, self._open_image(lease.image)
 
-    async def release(self, version: str) -> None:
-        await self._store.release(version, self._owner)
+    async def lease_again(self, lease: Lease) -> Lease:
+        return await self._store.acquire(lease.name, self._digest, self._owner, lease.version, lease.source)
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> None:
-        await self._store.heartbeat(self._owner, versions)
+    async def release(self, lease: Lease) -> None:
+        await self._store.release(lease.version, self._owner, lease.number)
+
+    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+        return await self._store.heartbeat(self._owner, versions, self._digest)
 
 
 class ReplicaParts:
     """Answers requests as `deployments.replica` does. Lives on one event loop; close it with `close`."""
 
-    def __init__(
-        self, engine: Engine, store: BeatingStore, *, lease_ttl_s: float = 30.0, refresh_s: float = 60.0
-    ) -> None:
+    def __init__(self, engine: Engine, store: Store, *, lease_ttl_s: float = 30.0, refresh_s: float = 60.0) -> None:
         self.held = HeldAdapters(store, engine.image_spec, refresh_s=refresh_s)
-        self.engine = AsyncEngine(engine, on_adapter_released=self.held.dropped)
+        self.engine = AsyncEngine(engine, image_owner=self.held)
         self.engine.start()
-        self._store = store
         self._lease_ttl_s = lease_ttl_s
         self._heart = asyncio.ensure_future(self._beat())
 
@@ -80,18 +75,27 @@ class ReplicaParts:
             request = Request(request_id=request_id, prompt_token_ids=prompt, params=params, seed=0, adapter=version)
             stream = cast("AsyncGenerator[OutputDelta]", self.engine.generate(request, held.image if held else None))
             async for delta in await stack.enter_async_context(aclosing(stream)):
-                if held:
-                    held.in_engine = True
                 yield delta
 
-    async def settled(self, num_held: int) -> None:
-        """Waits until no more than `num_held` images are held: leases are given back beside the answers."""
-        while len(self.held.versions) > num_held:
-            await asyncio.sleep(POLL_S)
+    async def settled(self) -> None:
+        """Waits until what is held is what the idle engine has in its slots: it tells that beside the answers.
+
+        Raises: TimeoutError, naming what is held and what the engine has.
+        """
+
+        def both() -> tuple[list[str], list[str]]:
+            return sorted(self.held.versions), sorted(self.engine.stats().resident_adapters)
+
+        await until_async(
+            lambda: both()[0] == both()[1],
+            lambda: "leases on what the engine has: leases on {}, the engine has {}".format(*both()),
+            SETTLE_S,
+        )
+        await self.held.settled()
 
     async def _beat(self) -> None:
         while True:
-            await self._store.heartbeat(self.held.versions)
+            await self.held.beat()
             await asyncio.sleep(self._lease_ttl_s / 3)
 
     async def close(self) -> None:

@@ -10,8 +10,7 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from tests.support.certificates import Certificate
+from tests.support.waiting import ended, until
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ def moto(certificate: Certificate | None = None) -> Iterator[S3Server]:
         yield S3Server(kind="moto", endpoint=f"{scheme}://127.0.0.1:{server.port}", ca_bundle=bundle, requests=requests)
     finally:
         server.shutdown()
-        thread.join()
+        ended(thread, "moto's server")
         server.server_close()
 
 
@@ -96,7 +96,7 @@ def rclone(folder: Path) -> Iterator[S3Server]:
     command = [binary, "serve", "s3", "--auth-key", "key,secret", "--addr", f"127.0.0.1:{port}", str(folder)]
     command += ["--config", os.devnull]
     with process(command, folder.parent / "rclone.log"):
-        wait_until(lambda: answers(port), "rclone answers", 20)
+        until(lambda: answers(port), "an answer of rclone")
         yield S3Server(kind="rclone", endpoint=f"http://127.0.0.1:{port}", access_key="key", secret_key="secret")
 
 
@@ -113,7 +113,7 @@ def process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             started.wait(10)
         except subprocess.TimeoutExpired:
             started.kill()  # radosgw was seen to take longer
-            started.wait()
+            ended(started, f"{command[0]} to end after a kill")
 
 
 def free_ports(count: int) -> list[int]:
@@ -133,12 +133,3 @@ def answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(holds: Callable[[], bool], what: str, timeout_s: float) -> None:
-    """Raises TimeoutError with `what` did not come about."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.05)

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from adapter_store.errors import SourceUnavailable
 from adapter_store.sources.base import RangeRead, SourceFile, SourceKind, SourceListing, SourcePage
 from tests.support.fake_sources import Files
+from tests.support.waiting import for_ever
 
 
 class Fault(NamedTuple):
@@ -98,4 +99,4 @@ class ScriptedSource:
         if fault.kind == "overload":
             raise SourceUnavailable(self.name, "Please reduce your request rate (SlowDown)")
         if fault.kind == "hang":
-            await asyncio.Event().wait()
+            await for_ever()

@@ -12,6 +12,7 @@ import pytest
 
 from adapter_store.errors import SourceUnavailable
 from adapter_store.sources.base import RangeRead, Source, SourceChanged, SourceFile, SourceListing, distrust
+from tests.support.waiting import happened, until_async, within
 
 
 def run(source: Source, *calls: Callable[[], Awaitable[Any]]) -> list[Any]:
@@ -83,12 +84,14 @@ async def look_while_reads_wait(source: Source, name: str, num_reads: int) -> So
     assert listing is not None
     file = listing.files[0]
     paid = threading.Event()
-    parts = [RangeRead(0, memoryview(bytearray(file.num_bytes)), lambda _: bool(paid.wait())) for _ in range(num_reads)]
+    parts = [
+        RangeRead(0, memoryview(bytearray(file.num_bytes)), lambda _: happened(paid, "the pay"))
+        for _ in range(num_reads)
+    ]
     reads = [asyncio.create_task(source.read(name, file, part)) for part in parts]
     try:
-        while not any(part.num_received for part in parts):
-            await asyncio.sleep(0.01)
-        return await asyncio.wait_for(source.stat(name), 10.0)
+        await until_async(lambda: any(part.num_received for part in parts), "the first byte of a read")
+        return await within(source.stat(name), "a look-up beside reads that wait")
     finally:
         paid.set()
         await asyncio.gather(*reads)

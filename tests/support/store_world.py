@@ -13,6 +13,7 @@ from adapter_store.records import Lease, StoreConfig
 from adapter_store.store import AdapterStore
 from adapter_store.tiers.blobs import FileImage, map_image
 from tests.support.fake_sources import FakeBlobs, FakeClock, FakeSource, small_adapter, small_spec
+from tests.support.waiting import patience, within
 
 SPEC = small_spec()
 DIGEST = spec_digest(SPEC)
@@ -54,8 +55,11 @@ class World:
     async def settle(self) -> None:
         """Returns when nothing goes on in the background any more."""
         tiers = self.store._tiers
-        while tasks := [*self.store._tasks, *tiers.flights._flights.values()]:
-            await asyncio.wait(tasks)
+        for _ in patience("the store's background to be quiet"):
+            tasks = [*self.store._tasks, *tiers.flights._flights.values()]
+            if not tasks:
+                break
+            await within(asyncio.wait(tasks), f"the store's background: {tasks}")
         await tiers.flights.spilled()
         if tiers.disk is not None:
             await tiers.disk.has_stock()

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from tests.support.certificates import Certificate
+from tests.support.waiting import ended
 
 
 @dataclass
@@ -90,7 +91,7 @@ def web_server(answer: Callable[[Ask], Answer], certificate: Certificate | None 
             yield serving
         finally:
             server.shutdown()
-            thread.join()
+            ended(thread, "the server's thread")
 
 
 @dataclass

@@ -14,6 +14,7 @@ import pytest
 from engine.errors import ConfigError, InvalidRequest
 from engine.text.tokenizer import LONG_CHARS, Tokenizer
 from tests.support.tiny_model import make_tokenizer
+from tests.support.waiting import ended, happened
 from tests.text.tokenizers_for_tests import byte_fallback, byte_level, metaspace, word_piece
 
 TEMPLATE = (
@@ -89,7 +90,7 @@ def test_a_model_without_a_template_says_how_to_get_one() -> None:
 
 def test_importing_the_tokenizer_module_does_not_import_torch() -> None:
     code = "import sys, engine.text.tokenizer, engine.text.stop, engine.output; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "False"
 
 
@@ -124,15 +125,15 @@ def test_other_threads_run_while_a_long_text_is_encoded() -> None:
     def count() -> None:
         nonlocal rounds
         began.set()
-        while not done.is_set() and rounds < 1000:
+        for _ in range(1000):
             rounds += 1
-            done.wait(0.0001)
+            if done.wait(0.0001):
+                break
 
     counter = threading.Thread(target=count)
     counter.start()
-    assert began.wait(10), "the counting thread did not start within 10 s"
+    happened(began, "the start of the counting thread")
     thread.start()
     for worker in (thread, counter):
-        worker.join(60)
-        assert not worker.is_alive(), "encoding did not end within 60 s"
+        ended(worker, "the end of encoding, and of counting")
     assert rounds > 20

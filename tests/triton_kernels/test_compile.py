@@ -28,6 +28,7 @@ def compiled_by(cache: Path, *arguments: str) -> set[str]:
         env={**environment, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
+        timeout=200,
     )
     assert run.returncode == 0, run.stderr
     compiled = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]

@@ -16,6 +16,7 @@ from deployments.http.documented import answers, failures
 from deployments.http.limits import MAX_CURSOR_CHARS, MAX_PAGE
 from deployments.http.openai.replies import error_body
 from deployments.http.origin import check_is_json, check_is_local
+from deployments.http.validation import cut
 from deployments.router.gateway import Gateway
 
 DEFAULT_PAGE = 100
@@ -24,7 +25,7 @@ DEFAULT_PAGE = 100
 async def _check_may_change(request: Request) -> None:
     caller: Caller = request.state.caller
     if not caller.may_change:
-        what = f"{request.method} {request.url.path} changes what is served"
+        what = f"{request.method} {cut(request.url.path)} changes what is served"
         remedy = "send a key of the environment variable that the server's setting admin_keys_env names"
         raise Refused(Fault(code="admin_key_required", message=f"{what}; {remedy}"))
     if not caller.has_admin_key:
