@@ -198,15 +198,18 @@ class Player:
             num_plans += 1
             self.plans.append(plan)
             self._count(plan)
-            if self._chance(self.workload.abandon_percent):
+            if self._may_abandon():
                 self._abandon(plan)
                 return num_plans
             self.in_flight.append((plan, self.runner.submit(plan)))
-            if self._chance(self.workload.abandon_percent) and self._chance(30):
+            if self._may_abandon() and self._chance(30):
                 self._abandon(self.in_flight[self.rng.randrange(len(self.in_flight))][0])
                 return num_plans
             if self.rng.random() < 0.2:
                 return num_plans
+
+    def _may_abandon(self) -> bool:
+        return self._chance(self.workload.abandon_percent) and self.counts["abandoned"] < self.workload.max_abandoned
 
     def _abandon(self, plan: StepPlan) -> None:
         """`plan` was submitted, or could not be; the later ones go with it."""

@@ -9,6 +9,7 @@ from engine.core.limits import SchedulerConfig
 from engine.request import Request, SamplingParams
 from tests.support.hash_model import EOS, STOP, Habits, expected_tokens
 
+MAX_ABANDONED = 40  # of a workload with windows
 ADAPTER_UNIT = 1 << 20  # so that loads and ranks count in the fairness
 ADAPTERS = {"ada": 1 * ADAPTER_UNIT, "bob": 2 * ADAPTER_UNIT, "cyd": 3 * ADAPTER_UNIT, "dan": 5 * ADAPTER_UNIT}
 ADAPTER_RUNS = {"ada": (1,), "bob": (1, 1), "cyd": (2, 1), "dan": (3, 1, 1)}  # pages, where adapters live in them
@@ -24,6 +25,7 @@ class Workload:
     aborts: tuple[tuple[int, str], ...] = ()
     finishes: tuple[tuple[int, str, int], ...] = ()  # (step, request id, sample index)
     abandon_percent: int = 0
+    max_abandoned: int = 1_000_000  # plans, after which all goes well
     pin_percent: int = 0  # chance that a caller preloads, pins or unpins an adapter, at each step
     copy_steps: int = 0
     habits: Habits = field(default_factory=Habits)
@@ -129,9 +131,9 @@ def window_workload(seed: int) -> Workload:
         enable_chunked_prefill=rng.random() < 0.8,
     )
     requests = [(step, _longer(rng, request, window, plain.habits)) for step, request in plain.requests]
-    # Where every fifth step is lost, a text of sixty steps is hardly ever done: its sequence begins anew each time.
-    abandon_percent = min(plain.abandon_percent, 5)
-    return replace(plain, config=config, requests=tuple(requests), abandon_percent=abandon_percent)
+    # A sequence whose plan is lost begins anew, and finds nothing in the cache if the first blocks of its text are gone
+    # from it: while every fifth step is lost, a text of sixty steps is hardly ever done. Then the steps are counted.
+    return replace(plain, config=config, requests=tuple(requests), max_abandoned=MAX_ABANDONED)
 
 
 def _longer(rng: random.Random, request: Request, window: int, habits: Habits) -> Request:
