@@ -189,12 +189,12 @@ class KVBlocks:
         while (seq.num_published_blocks + 1) * size <= seq.num_committed_tokens:
             index = seq.num_published_blocks
             tokens = seq.tokens_between(index * size, (index + 1) * size)
-            block: int | None = seq.block_table[index]
+            block = seq.block_table[index]
             if block == NULL_BLOCK:  # it is not its own to publish: a sibling's, that is hoped to have been
-                block = self.cache.find(seq.cache_parent, tokens)
-                if block is None:
+                found = self.cache.find(seq.cache_parent, tokens)
+                if found is None:
                     return
-                seq.cache_parent = self.cache.node_of(block)
+                seq.cache_parent = self.cache.node_of(found)
             else:
                 seq.cache_parent = self.cache.publish(seq.cache_parent, tokens, block, seq.request.adapter)
             seq.num_published_blocks += 1

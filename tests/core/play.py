@@ -291,3 +291,16 @@ def _end_ids(request: Request) -> set[int]:
 
 def play(workload: Workload, make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler) -> Counter[str]:
     return Player(workload, make_scheduler).play()
+
+
+MAX_WORKLOADS = 600
+
+
+def first_failure(draw: Callable[[int], Workload]) -> int | None:
+    """The first of so many workloads that shows a planted fault; None: it goes unnoticed."""
+    for seed in range(MAX_WORKLOADS):
+        try:
+            play(draw(seed))
+        except (AssertionError, KeyError, IndexError):
+            return seed
+    return None
