@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
-from deployments.listener import listening_host
+from deployments.listener import listening_host, take_calls_at_this_node_only
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.replicas import ServeBackend
@@ -30,6 +30,7 @@ class Router:
 
     async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where it listens."""
+        take_calls_at_this_node_only()
         host = await asyncio.to_thread(listening_host)
         self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
         self._limits = args.limits

@@ -95,6 +95,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "deployments.replica": (
         "engine", "adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store", "deployments.replica",
+        "deployments.listener",
     ),
     "demo": ("demo",),
 }  # fmt: skip
@@ -110,7 +111,17 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "adapter_store.names": ("cryptography",),
     "adapter_store.actor": ("ray",),
     "adapter_store.cluster": ("numpy", "ray"),
-    "deployments": ("ray", "grpc", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
+    "deployments": (
+        "ray",
+        "grpc",
+        "fastapi",
+        "fastapi_offline",
+        "starlette",
+        "pydantic",
+        "pydantic_core",
+        "numpy",
+        "yaml",
+    ),
     "demo": (*_TORCH, "peft", "tokenizers"),
 }
 

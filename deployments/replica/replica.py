@@ -18,6 +18,7 @@ from ray import serve
 from adapter_store.errors import StoreError
 from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
 from deployments.errors import fault_of
+from deployments.listener import take_calls_at_this_node_only
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.neighbours import neighbours_here
@@ -42,6 +43,7 @@ class Replica:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         """Raises: ConfigError, ModelNotSupported; ValueError when a secret is missing; Refused without a store."""
+        take_calls_at_this_node_only()
         self._id = serve.get_replica_context().replica_id.unique_id
         config = args.engine_config()
         engine = await asyncio.to_thread(Engine, config, neighbours=await asyncio.to_thread(neighbours_here, args))
