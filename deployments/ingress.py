@@ -40,8 +40,9 @@ class Router:
         connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
         store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
         await store.start()
+        self._backend = ServeBackend(replicas, wait_s=args.replica_wait_s)
         self._gateway = Gateway(
-            backend=ServeBackend(replicas, wait_s=args.replica_wait_s),
+            backend=self._backend,
             adapters=store,
             prompts=prompts,
             model_id=args.model_id,
@@ -50,6 +51,11 @@ class Router:
             max_resumes=args.max_resumes,
             defaults=sampling_defaults(args.model, args.generation_config, logger),
         )
+
+    async def __del__(self) -> None:
+        """Called by Serve after it has drained this router."""
+        if (backend := getattr(self, "_backend", None)) is not None:
+            await backend.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""

@@ -1,4 +1,4 @@
-"""The Replica deployment: one engine, the adapter images it needs, and answers as streams of `StreamItem`s."""
+"""The Replica deployment: one engine, the adapter images it needs, and answers in frames for the routers that ask."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from typing import Any, cast
+from contextlib import asynccontextmanager
+from typing import Any
 
 from ray import serve
 
 from adapter_store.errors import StoreError
-from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
+from deployments import frames
+from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Aim, Call, Fault, Receipt, Refused, Submission
 from deployments.errors import fault_of
 from deployments.listener import take_calls_at_this_node_only
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.neighbours import neighbours_here
+from deployments.replica.subscribers import Run, Subscribers
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
 from deployments.store.actor import connector, current_app
@@ -35,6 +37,7 @@ logger = logging.getLogger("ray.serve")
 
 MAX_PREFIX_HINTS = 512
 LAST_WORDS_S = 0.5
+SWEEP_S = 1.0
 EXIT_CODE = 70  # EX_SOFTWARE
 
 
@@ -65,6 +68,7 @@ class Replica:
         self._engine.start()
         self._in_hand = 0
         self._door = Door()
+        self._subscribers = Subscribers(self._id, self._observe)
         self._is_stopping = False
         self._prefixes: OrderedDict[int, None] = OrderedDict()
         self._warmer = Warmer(
@@ -75,36 +79,62 @@ class Replica:
             budget_bytes=args.warm_bytes(engine.config.adapter_bytes),
             refresh_s=args.adapters.refresh_s,
         )
-        self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run())]
+        self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run(), self._sweep())]
 
-    async def generate(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """Items of `call`. The first, which is empty, says that it arrived; a failure is the last.
+    async def subscribe(self, aim: Aim, router: str) -> AsyncGenerator[bytes]:
+        """Frames of all answers to `router`, for as long as it reads. The first is empty: it says that they come.
 
-        Closing the generator aborts the request within a step.
+        Closing the generator aborts what `router` asked for within a step.
         """
-        if (fault := self._turned_away(call)) is not None:
-            yield StreamItem(replica=self._id, fault=fault)
-            return
-        self._in_hand += 1
-        self._remember(call.prefix_hints)
-        version = None
+        subscriber = self._subscribers.opened(router)
         try:
-            yield StreamItem(replica=self._id)
+            yield frames.write(self._in_hand, ())
+            while self._subscribers.is_here(subscriber):
+                yield await subscriber.frame(lambda: self._in_hand)
+        finally:
+            self._subscribers.closed(subscriber)
+
+    async def submit(self, submission: Submission) -> Receipt:
+        """Begins to answer into the frames of the router that asks, or says why not. The same one again is no news."""
+        call, subscriber = submission.call, self._subscribers.of(submission.router)
+        if submission.number not in subscriber.runs:
+            if (fault := self._turned_away(call)) is not None:
+                return Receipt(self._id, self._in_hand, fault)
+            run = subscriber.runs[submission.number] = Run(submission, subscriber)
+            self._in_hand += 1
+            self._remember(call.prefix_hints)
+            run.task = asyncio.ensure_future(self._serve(run))
+        return Receipt(self._id, self._in_hand)
+
+    async def cancel(self, aim: Aim, router: str, numbers: tuple[int, ...]) -> None:
+        """`router` is there, and wants no more of the calls with these numbers."""
+        self._subscribers.heard(router, numbers)
+
+    async def _serve(self, run: Run) -> None:
+        """From the image that `run` needs to its end, however it comes."""
+        call = run.submission.call
+        try:
             async with self._image_of(call) as held:
-                version = held.version if held else None
-                request = _request(call, version)
-                stream = self._engine.generate(request, held.image if held else None)
-                async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
-                    async for delta in deltas:
-                        self._door.produced(call, len(delta.token_ids))
-                        yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
+                run.item_version = held.version if held else None
+                request = _request(call, run.item_version)
+                run.stream = await self._engine.open(request, held.image if held else None, run.wake)
+                try:
+                    await run.ended
+                finally:
+                    self._engine.leave(run.stream, abort=run.num_unfinished > 0)
         except Exception as error:
             if not isinstance(error, EngineError | StoreError | Refused):
                 logger.exception("request %s failed", call.request_id)
-            yield StreamItem(replica=self._id, adapter_version=version, fault=self._fault_of(error))
+            run.fail(self._fault_of(error))
         finally:
+            run.end()
             self._in_hand -= 1
             self._door.left(call)
+
+    def _observe(self, run: Run, deltas: list[OutputDelta]) -> None:
+        """Called with what `run` has gained, before its router is told."""
+        for delta in deltas:
+            self._door.produced(run.submission.call, len(delta.token_ids))
 
     def _turned_away(self, call: Call) -> Fault | None:
         """Why `call` cannot begin here. Asked before anything is done for it: it has no part in what happens then."""
@@ -178,6 +208,11 @@ class Replica:
             except Exception as error:  # whatever it is: without beats the leases would run out
                 logger.warning("no heartbeat to the adapter store: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._lease_ttl_s / 3)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._subscribers.sweep()
 
     async def __del__(self) -> None:
         """Called by Serve after it has drained this replica."""

@@ -7,12 +7,15 @@ advisory: each router has its own copy, at most a poll period old, and a wrong c
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.calls import Call
+from deployments.calls import Aim, Submission
 from deployments.router.placement import Heard, ReplicaView, Weights, rank
+
+if TYPE_CHECKING:
+    from deployments.router.loads import Load
 
 
 class AdapterRequestRouter(RequestRouter):
@@ -30,14 +33,20 @@ class AdapterRequestRouter(RequestRouter):
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
+        asked = pending_request.args[0] if pending_request.args else None
+        if isinstance(asked, Aim):
+            return [[replica] for replica in candidate_replicas if replica.replica_id.unique_id == asked.replica]
+        from deployments.router.loads import LOADS  # by name, and not as a copy: see above
+
         silent = self._heard.silent(time.monotonic())
-        views = [self._view(replica, silent) for replica in candidate_replicas]
-        call = pending_request.args[0] if pending_request.args else None
-        if isinstance(call, Call):
+        views = [self._view(replica, silent, LOADS.get(replica.replica_id.unique_id)) for replica in candidate_replicas]
+        if isinstance(asked, Submission):
+            call = asked.call
             avoid = frozenset(call.avoid)
             # One that must be served alone had better meet a replica that has nothing to finish first.
             adapter, hints = (None, ()) if call.alone_tokens else (call.adapter, call.prefix_hints)
             order = rank(views, adapter, hints, avoid=avoid, weights=self._weights)
+            LOADS.sent(order[0], next(view.load for view in views if view.replica_id == order[0]))
         else:
             order = rank(views, None, weights=self._weights)
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
@@ -51,26 +60,17 @@ class AdapterRequestRouter(RequestRouter):
         self._heard.keep([replica.replica_id.unique_id for replica in replicas])
         super().update_replicas(replicas)
 
-    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
-        """Called by Serve when a replica took a call."""
-        self._heard.queue(replica_id.unique_id, time.monotonic())
-        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
-
-    def on_send_request(self, replica_id: ReplicaID) -> None:
-        """Called by Serve when it sends a call."""
-        self._heard.queue(replica_id.unique_id, time.monotonic())
-        super().on_send_request(replica_id)
-
-    def _view(self, replica: RunningReplica, silent: frozenset[str]) -> ReplicaView:
+    def _view(self, replica: RunningReplica, silent: frozenset[str], own: Load | None) -> ReplicaView:
+        """`own`: what this process learnt of its load by itself. Older than the report, the report knows better."""
         name = replica.replica_id.unique_id
         stats: dict[str, Any] = replica.routing_stats or {}
-        # What this router sent since the last report. Older than that, the report knows better; ten quiet seconds, and
-        # it is forgotten.
-        queued = self.replica_queue_len_cache.get(replica.replica_id) if self._heard.believes_queue(name) else None
+        if own is not None:
+            self._heard.queue(name, own.at_s)
+        is_younger = own is not None and self._heard.believes_queue(name)
         return ReplicaView(
             replica_id=name,
             is_silent=name in silent,
-            load=int(stats.get("load", 0)) if queued is None else queued,
+            load=own.num_calls if own is not None and is_younger else int(stats.get("load", 0)),
             capacity=int(stats.get("capacity", 1)),
             resident=frozenset(stats.get("resident", ())),
             host=frozenset(stats.get("host", ())),
