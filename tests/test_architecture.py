@@ -32,7 +32,7 @@ PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engin
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
 STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
 STORE_FLOORS = tuple(f"adapter_store.{folder}" for folder in ("image", "sources", "names", "fetch", "tiers"))
-SERVE_SEAMS = ("deployments.calls", "deployments.asks", "deployments.errors", "deployments.losses")
+SERVE_SEAMS = tuple(f"deployments.{name}" for name in ("calls", "frames", "asks", "errors", "losses"))
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
@@ -79,6 +79,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # Ray Serve's side. `app` and `ingress` put it together.
     "deployments": ("engine", "adapter_store", "deployments"),
     "deployments.calls": (*SEAMS, *STORE_SEAMS),
+    "deployments.frames": (*SEAMS, "deployments.calls"),
     "deployments.asks": (*SEAMS, "deployments.calls"),
     "deployments.errors": (*SEAMS, *STORE_SEAMS, "deployments.calls"),
     "deployments.losses": (),
@@ -184,6 +185,7 @@ def test_every_library_that_is_used_is_declared() -> None:
     names = {re.match(r"[\w.-]+", requirement)[0].replace("-", "_") for requirement in declared}  # type: ignore[index]
     # Parts of what is declared: ray[serve] brings FastAPI, boto3 botocore, each in the version it was tested with.
     names |= {"botocore", "urllib3", "pydantic_core", "fastapi", "starlette", "grpc"}
+    names |= {"yaml"}  # pyyaml's
     names |= {"triton"}  # comes with torch's builds for CUDA, and is used on no other
     names |= {*EXTRAS}
     assert {lib for package in PACKAGES if package != "demo" for lib in rule(THIRD_PARTY, package)} <= names
