@@ -61,10 +61,12 @@ def server(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         running.remove()
 
 
-def started(tmp_path_factory: pytest.TempPathFactory, bucket: Bucket, environment: dict[str, str]) -> Iterator[Server]:
+def started(
+    tmp_path_factory: pytest.TempPathFactory, bucket: Bucket, environment: dict[str, str], direct: bool = False
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("adapters")
     shutil.copytree(ADAPTERS, folder, dirs_exist_ok=True)
-    server = Server(folder, bucket.endpoint, BUCKET, environment)
+    server = Server(folder, bucket.endpoint, BUCKET, environment, direct)
     try:
         server.start()
         yield server
