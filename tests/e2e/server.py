@@ -163,6 +163,7 @@ class Server:
 
     def kill(self) -> None:
         """`serve run` alone, as if it had crashed."""
+        self.client.close()
         self._process.kill()
         ended(self._process, "serve run to end after a kill", STOP_S)
 
