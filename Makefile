@@ -22,12 +22,8 @@ TORCH = $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-serve: export RAY_USAGE_STATS_ENABLED ?= 0
-serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 1
-# Ray gives a proxy 5 s to start, which a busy laptop does not keep; three times late, and the server gives up.
-serve: export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 serve: .venv/.serve ## serve serve_config.yaml until Ctrl-C (exit 0, no process left)
-	@exec .ci/foreground $(BIN)/serve run serve_config.yaml
+	@exec .ci/foreground $(BIN)/python -m deployments.start serve_config.yaml
 
 test: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the default tests, with the seconds each folder took
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -16,7 +16,6 @@ from deployments.replica.replica import Replica
 from deployments.settings.app import AppArgs
 from engine.sizing.machine import read_host_memory
 
-ROUTING_STATS_PERIOD_S = 0.5
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 60.0  # longer than the longest step with the interpreter lock held
 MAX_ONGOING = 4096  # the engine's own queue says no, by name, long before
@@ -40,10 +39,7 @@ def build(args: AppArgs) -> Application:
         graceful_shutdown_timeout_s=args.drain_s,
         ray_actor_options={"num_cpus": args.replica_num_cpus, "num_gpus": args.replica_num_gpus},
         request_router_config=RequestRouterConfig.model_validate(
-            {
-                "request_router_class": "deployments.router.request_router:AdapterRequestRouter",
-                "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
-            }
+            {"request_router_class": "deployments.router.request_router:AdapterRequestRouter"}
         ),
     )(Replica)
     router = serve.deployment(

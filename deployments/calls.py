@@ -1,7 +1,7 @@
 """What passes between a router and a replica: plain frozen data that pickles, standard library only.
 
-A router sends a `Call` and receives a stream of `StreamItem`s. Errors travel as data (`Fault`), so that their stable
-codes survive the trip; what an exception from Ray means, `deployments.losses` knows.
+A router submits a `Call` and receives `StreamItem`s in frames (`deployments.frames`). Errors travel as data (`Fault`),
+so that their stable codes survive the trip; what an exception from Ray means, `deployments.losses` knows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from engine.request import OutputDelta, SamplingParams
 PREFIX_TOKENS = (64, 256, 1024)
 """Prompt lengths, in tokens, at which a hint is taken for cache-aware placement."""
 
-
-REPORT_S = 2.0
-"""A replica that answers when it is polled gives its reports a new number so often, though nothing else is new."""
-
 RESERVED_CODE = "replica_reserved"
 """Of a replica that takes no call, or not this one, because one must be served alone."""
 
 STOPPED_CODE = "replica_stopped"
 """Of a replica that ends for a reason that the request has no part in."""
+
+UNREAD_CODE = "answer_unread"
+"""Of an answer that was given up as the router that asked for it was not reading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +62,35 @@ class Call:
     prefix_hints: tuple[int, ...] = ()
     avoid: tuple[str, ...] = ()  # replicas that just failed this request
     alone_tokens: int = 0  # a replica serves nothing else until this call has produced so many
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """Something for one replica and no other, by its id."""
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A call from a router, whose answer goes into the frames that this router reads, under `number`.
+
+    `aim`: replicas that should have it, best first; empty: any.
+    """
+
+    call: Call
+    router: str
+    number: int
+    aim: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a replica says to a submission: `fault` set, it takes no part in it. `load`: calls it has in hand now."""
+
+    replica: str
+    load: int
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

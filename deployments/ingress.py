@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
-from deployments.listener import listening_host
+from deployments.listener import listening_host, take_calls_at_this_node_only
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.replicas import ServeBackend
@@ -30,6 +30,7 @@ class Router:
 
     async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where it listens."""
+        take_calls_at_this_node_only()
         host = await asyncio.to_thread(listening_host)
         self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
         self._limits = args.limits
@@ -39,8 +40,10 @@ class Router:
         connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
         store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
         await store.start()
+        self._backend = ServeBackend(replicas, wait_s=args.replica_wait_s)
+        self._backend.start()
         self._gateway = Gateway(
-            backend=ServeBackend(replicas, wait_s=args.replica_wait_s),
+            backend=self._backend,
             adapters=store,
             prompts=prompts,
             model_id=args.model_id,
@@ -49,6 +52,11 @@ class Router:
             max_resumes=args.max_resumes,
             defaults=sampling_defaults(args.model, args.generation_config, logger),
         )
+
+    async def __del__(self) -> None:
+        """Called by Serve after it has drained this router."""
+        if (backend := getattr(self, "_backend", None)) is not None:
+            await backend.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig, SizedConfig
+from engine.config import EngineConfig, SizedConfig, live_blocks
 from engine.core.limits import SchedulerConfig
 from engine.gc_pause import garbage_collection_paused
 from engine.model_folder import locate
@@ -34,6 +34,7 @@ class EngineParts:
     vocab_size: int  # columns of the logits: ids beyond it are refused
     eos_token_ids: tuple[int, ...]
     cache_namespace: str  # base revision, KV scheme and element type of adapters
+    window_tokens: int | None = None  # no layer sees further back; None: some layer does
     length_rule: LengthRule | None = None  # None: rotary frequencies are the same for texts of all lengths
     quantized_bytes: int = 0  # of weights; see EngineStats
     quantized_16bit_bytes: int = 0
@@ -77,6 +78,7 @@ def _load_parts(config: EngineConfig, neighbours: Neighbours) -> EngineParts:
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
+        window_tokens=loaded.capabilities.window_tokens,
         length_rule=loaded.length_rule,
         cache_namespace=f"{loaded.cache_namespace}/{shape.scheme}/{spec.dtype}",
         quantized_bytes=loaded.footprint.num_bytes if loaded.footprint else 0,
@@ -92,7 +94,9 @@ def limits_of(config: SizedConfig, parts: EngineParts) -> SchedulerConfig:
     max_pages, min_pages = None, 0
     if config.has_adapter_pages():
         # What adapters never get is room for one sequence of any length.
-        num_left = parts.num_blocks - 1 - -(-parts.max_model_len // config.block_size)
+        rows = config.plans_in_flight() * config.max_num_batched_tokens
+        per_sequence = live_blocks(parts.max_model_len, config.block_size, parts.window_tokens, rows)
+        num_left = parts.num_blocks - 1 - per_sequence
         min_pages, max_pages = config.adapter_pages(parts.block_bytes)
         max_pages = min(max_pages, max(0, num_left))
     return SchedulerConfig(
@@ -112,6 +116,7 @@ def limits_of(config: SizedConfig, parts: EngineParts) -> SchedulerConfig:
         pipeline_depth=config.plans_in_flight(),
         eos_token_ids=parts.eos_token_ids,
         long_from=None if parts.length_rule is None else parts.length_rule.original_tokens,
+        window_tokens=parts.window_tokens,
         recomputes_long=parts.length_rule is not None and parts.length_rule.is_one_switch,
         cache_namespace=parts.cache_namespace,
     )

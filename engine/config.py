@@ -272,3 +272,15 @@ def check_step_limits(limits: StepLimits) -> None:
             f"max_num_batched_tokens={limits.max_num_batched_tokens} is less than max_num_seqs={limits.max_num_seqs}: "
             "a step must be able to decode every running sequence; raise the first or lower the second"
         )
+
+
+def live_blocks(num_tokens: int, block_size: int, window_tokens: int | None, rows_in_flight: int) -> int:
+    """Blocks that a sequence of so many tokens holds at most at a time.
+
+    Where every layer has a window, a block goes when no row in flight or to come sees it. What is left are the rows in
+    flight and what the first of them sees, which need not begin with a block.
+    """
+    num_blocks = -(-num_tokens // block_size)
+    if window_tokens is None:
+        return num_blocks
+    return min(num_blocks, -(-(window_tokens - 1 + rows_in_flight) // block_size) + 1)

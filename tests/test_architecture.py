@@ -32,9 +32,7 @@ PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engin
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
 STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
 STORE_FLOORS = tuple(f"adapter_store.{folder}" for folder in ("image", "sources", "names", "fetch", "tiers"))
-SERVE_SEAMS = (
-    "deployments.calls", "deployments.asks", "deployments.errors", "deployments.losses", "deployments.reports",
-)  # fmt: skip
+SERVE_SEAMS = tuple(f"deployments.{name}" for name in ("calls", "frames", "asks", "errors", "losses", "reports"))
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
@@ -81,6 +79,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # Ray Serve's side. `app` and `ingress` put it together.
     "deployments": ("engine", "adapter_store", "deployments"),
     "deployments.calls": (*SEAMS, *STORE_SEAMS),
+    "deployments.frames": (*SEAMS, "deployments.calls"),
     "deployments.asks": (*SEAMS, "deployments.calls"),
     "deployments.errors": (*SEAMS, *STORE_SEAMS, "deployments.calls"),
     "deployments.losses": (),
@@ -98,6 +97,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "deployments.replica": (
         "engine", "adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store", "deployments.replica",
+        "deployments.listener",
     ),
     "demo": ("demo",),
 }  # fmt: skip
@@ -113,7 +113,17 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "adapter_store.names": ("cryptography",),
     "adapter_store.actor": ("ray",),
     "adapter_store.cluster": ("numpy", "ray"),
-    "deployments": ("ray", "grpc", "fastapi", "fastapi_offline", "starlette", "pydantic", "pydantic_core", "numpy"),
+    "deployments": (
+        "ray",
+        "grpc",
+        "fastapi",
+        "fastapi_offline",
+        "starlette",
+        "pydantic",
+        "pydantic_core",
+        "numpy",
+        "yaml",
+    ),
     "demo": (*_TORCH, "peft", "tokenizers"),
 }
 
@@ -176,6 +186,7 @@ def test_every_library_that_is_used_is_declared() -> None:
     names = {re.match(r"[\w.-]+", requirement)[0].replace("-", "_") for requirement in declared}  # type: ignore[index]
     # Parts of what is declared: ray[serve] brings FastAPI, boto3 botocore, each in the version it was tested with.
     names |= {"botocore", "urllib3", "pydantic_core", "fastapi", "starlette", "grpc"}
+    names |= {"yaml"}  # pyyaml's
     names |= {"triton"}  # comes with torch's builds for CUDA, and is used on no other
     names |= {*EXTRAS}
     assert {lib for package in PACKAGES if package != "demo" for lib in rule(THIRD_PARTY, package)} <= names

@@ -33,10 +33,10 @@ while True:
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Path]:
     """A folder whose Makefile has the recipe of `make serve` with the stand-in for the server."""
-    recipe = "@exec .ci/foreground $(BIN)/serve run serve_config.yaml"
+    recipe = "@exec .ci/foreground $(BIN)/python -m deployments.start serve_config.yaml"
     assert recipe in (ROOT / "Makefile").read_text()
     (tmp_path / "server.py").write_text(SERVER)
-    command = recipe.replace("$(BIN)/serve run serve_config.yaml", f"{sys.executable} server.py")
+    command = recipe.replace("$(BIN)/python -m deployments.start serve_config.yaml", f"{sys.executable} server.py")
     (tmp_path / "Makefile").write_text("serve:\n\t" + command.replace(".ci", str(ROOT / ".ci")) + "\n")
     yield tmp_path
     pid = tmp_path / "pid"

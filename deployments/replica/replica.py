@@ -1,4 +1,4 @@
-"""The Replica deployment: one engine, the adapter images it needs, and answers as streams of `StreamItem`s."""
+"""The Replica deployment: one engine, the adapter images it needs, and answers in frames for the routers that ask."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import dataclasses
 import logging
 import os
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from typing import Any, cast
+from contextlib import asynccontextmanager
+from typing import Any
 
 from ray import serve
 
 from adapter_store.errors import StoreError
-from deployments.calls import REPORT_S, RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
+from deployments import frames
+from deployments.calls import RESERVED_CODE, STOPPED_CODE, Aim, Call, Fault, Receipt, Refused, Submission
 from deployments.errors import fault_of
+from deployments.listener import take_calls_at_this_node_only
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.neighbours import neighbours_here
+from deployments.replica.reporter import Reporter
+from deployments.replica.subscribers import Run, Subscribers
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
 from deployments.store.actor import connector, current_app
@@ -32,8 +34,8 @@ from engine.request import OutputDelta, Request
 
 logger = logging.getLogger("ray.serve")
 
-MAX_PREFIX_HINTS = 512
 LAST_WORDS_S = 0.5
+SWEEP_S = 1.0
 EXIT_CODE = 70  # EX_SOFTWARE
 
 
@@ -42,12 +44,12 @@ class Replica:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         """Raises: ConfigError, ModelNotSupported; ValueError when a secret is missing; Refused without a store."""
+        take_calls_at_this_node_only()
         self._id = serve.get_replica_context().replica_id.unique_id
         config = args.engine_config()
         engine = await asyncio.to_thread(Engine, config, neighbours=await asyncio.to_thread(neighbours_here, args))
         logger.info("sizes of this replica: %s", engine.stats().sizes)
         spec = engine.image_spec
-        self._capacity = engine.config.max_num_seqs
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
             connector(args.adapters, f"{args.model_id} {args.model}", current_app()),
@@ -63,8 +65,9 @@ class Replica:
         self._engine.start()
         self._in_hand = 0
         self._door = Door()
+        self._subscribers = Subscribers(self._id, self._observe)
         self._is_stopping = False
-        self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._reporter = Reporter(capacity=engine.config.max_num_seqs, names=self._adapter_names)
         self._warmer = Warmer(
             self._adapters,
             self._engine,
@@ -73,36 +76,66 @@ class Replica:
             budget_bytes=args.warm_bytes(engine.config.adapter_bytes),
             refresh_s=args.adapters.refresh_s,
         )
-        self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run())]
+        self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run(), self._sweep())]
 
-    async def generate(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """Items of `call`. The first, which is empty, says that it arrived; a failure is the last.
+    async def subscribe(self, aim: Aim, router: str) -> AsyncGenerator[bytes]:
+        """Frames of all answers to `router`, for as long as it reads. The first is empty: it says that they come.
 
-        Closing the generator aborts the request within a step.
+        Closing the generator aborts what `router` asked for within a step.
         """
-        if (fault := self._turned_away(call)) is not None:
-            yield StreamItem(replica=self._id, fault=fault)
-            return
-        self._in_hand += 1
-        self._remember(call.prefix_hints)
-        version = None
+        subscriber = self._subscribers.opened(router)
+        self._reporter.renew(router)
         try:
-            yield StreamItem(replica=self._id)
+            yield frames.write(self._in_hand, (), self._report(router))
+            while self._subscribers.is_here(subscriber):
+                yield await subscriber.frame(lambda: self._in_hand, lambda: self._report(router))
+        finally:
+            self._subscribers.closed(subscriber)
+            self._reporter.closed(router)
+
+    async def submit(self, submission: Submission) -> Receipt:
+        """Begins to answer into the frames of the router that asks, or says why not. The same one again is no news."""
+        call, subscriber = submission.call, self._subscribers.of(submission.router)
+        if submission.number not in subscriber.runs:
+            if (fault := self._turned_away(call)) is not None:
+                return Receipt(self._id, self._in_hand, fault)
+            run = subscriber.runs[submission.number] = Run(submission, subscriber)
+            self._in_hand += 1
+            self._reporter.remember(call.prefix_hints)
+            run.task = asyncio.ensure_future(self._serve(run))
+        return Receipt(self._id, self._in_hand)
+
+    async def cancel(self, aim: Aim, router: str, numbers: tuple[int, ...], *, is_report_missed: bool = False) -> None:
+        """`router` is there, and wants no more of the calls with these numbers."""
+        if is_report_missed:
+            self._reporter.renew(router)
+        self._subscribers.heard(router, numbers)
+
+    async def _serve(self, run: Run) -> None:
+        """From the image that `run` needs to its end, however it comes."""
+        call = run.submission.call
+        try:
             async with self._image_of(call) as held:
-                version = held.version if held else None
-                request = _request(call, version)
-                stream = self._engine.generate(request, held.image if held else None)
-                async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
-                    async for delta in deltas:
-                        self._door.produced(call, len(delta.token_ids))
-                        yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
+                run.item_version = held.version if held else None
+                request = _request(call, run.item_version)
+                run.stream = await self._engine.open(request, held.image if held else None, run.wake)
+                try:
+                    await run.ended
+                finally:
+                    self._engine.leave(run.stream, abort=run.num_unfinished > 0)
         except Exception as error:
             if not isinstance(error, EngineError | StoreError | Refused):
                 logger.exception("request %s failed", call.request_id)
-            yield StreamItem(replica=self._id, adapter_version=version, fault=self._fault_of(error))
+            run.fail(self._fault_of(error))
         finally:
+            run.end()
             self._in_hand -= 1
             self._door.left(call)
+
+    def _observe(self, run: Run, deltas: list[OutputDelta]) -> None:
+        """Called with what `run` has gained, before its router is told."""
+        for delta in deltas:
+            self._door.produced(run.submission.call, len(delta.token_ids))
 
     def _turned_away(self, call: Call) -> Fault | None:
         """Why `call` cannot begin here. Asked before anything is done for it: it has no part in what happens then."""
@@ -129,12 +162,12 @@ class Replica:
         async with self._adapters.borrowed(call.adapter, call.adapter_source, call.adapter_version) as held:
             yield held
 
-    def _remember(self, hints: tuple[int, ...]) -> None:
-        for hint in hints:
-            self._prefixes[hint] = None
-            self._prefixes.move_to_end(hint)
-        while len(self._prefixes) > MAX_PREFIX_HINTS:
-            self._prefixes.popitem(last=False)
+    def _report(self, router: str) -> bytes:
+        self._reporter.load(self._in_hand)
+        return self._reporter.due(router)
+
+    def _adapter_names(self) -> tuple[list[str], list[str]]:
+        return self._adapters.names_of(self._engine.stats().resident_adapters), self._adapters.names
 
     async def ping(self) -> None:
         """Raises: EngineDead."""
@@ -143,17 +176,6 @@ class Replica:
     async def check_health(self) -> None:
         """Called by Serve. Raises: EngineDead, and Serve replaces this replica."""
         self._engine.check()
-
-    async def record_routing_stats(self) -> dict[str, Any]:
-        """Polled by Serve and handed to every router's `AdapterRequestRouter`."""
-        return {
-            "report": int(time.monotonic() / REPORT_S),  # one that stays away for long tells of a replica that hangs
-            "load": self._in_hand,
-            "capacity": self._capacity,
-            "resident": self._adapters.names_of(self._engine.stats().resident_adapters),
-            "host": self._adapters.names,
-            "prefixes": list(self._prefixes),
-        }
 
     async def stats(self) -> dict[str, Any]:
         """For GET /stats."""
@@ -176,6 +198,11 @@ class Replica:
             except Exception as error:  # whatever it is: without beats the leases would run out
                 logger.warning("no heartbeat to the adapter store: %s: %s", type(error).__name__, error)
             await asyncio.sleep(self._lease_ttl_s / 3)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._subscribers.sweep()
 
     async def __del__(self) -> None:
         """Called by Serve after it has drained this replica."""

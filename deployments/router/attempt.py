@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
-from deployments.calls import RESERVED_CODE, STOPPED_CODE, Call, Fault, Refused, StreamItem
+from deployments.calls import RESERVED_CODE, STOPPED_CODE, UNREAD_CODE, Call, Fault, Refused, StreamItem
 from deployments.losses import Meaning
 from deployments.router.suspects import Run, Suspects
 from engine.request import FinishReason, OutputDelta
@@ -21,7 +21,7 @@ FIRST_ALONE_PAUSE_S = 0.05
 LAST_ALONE_PAUSE_S = 0.5  # less than `deployments.replica.alone.DRAIN_LEASE_S`
 MAX_FULL_REPLICAS = 3  # that are asked before a caller hears of full queues: overload must not multiply calls
 _FULL_CODE = "queue_full"
-_LOST_CODES = {"engine_dead": Meaning.DIED, STOPPED_CODE: Meaning.KILLED}
+_LOST_CODES = {"engine_dead": Meaning.DIED, STOPPED_CODE: Meaning.KILLED, UNREAD_CODE: Meaning.AWAY}
 
 
 class ReplicaLost(Exception):

@@ -115,10 +115,10 @@ class Fleet:
         self._loaded(known, report.load, report.capacity)
         return True
 
-    def on_load(self, replica_id: str, load: int, capacity: int) -> None:
+    def on_load(self, replica_id: str, load: int, capacity: int | None = None) -> None:
         """`replica_id` said what it has in hand, with a frame or a reply."""
         if (known := self._by_id.get(replica_id)) is not None:
-            self._loaded(known, load, capacity)
+            self._loaded(known, load, known.capacity if capacity is None else capacity)
 
     def on_lost(self, replica_id: str) -> None:
         """The connection to `replica_id` broke: it comes after the others until something is heard from it."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from adapter_store.errors import StoreError
-from deployments.calls import Call, Fault, Refused, StreamItem
+from deployments.calls import Call, Fault, Receipt, Refused, StreamItem, Submission
 from deployments.losses import LOST, Meaning, actor_of, fate, meaning
+from deployments.router import members
+from deployments.router.fleet import Fleet
 from deployments.router.streams import ReplicaLost
+from deployments.router.subscriptions import Mailbox, Subscriptions
 from engine.errors import EngineError
 
 logger = logging.getLogger("ray.serve")
@@ -35,48 +38,105 @@ class ServeBackend:
         """`wait_s`: how long a call may wait for a replica to take it; Serve itself would wait for ever."""
         self._handle = handle
         self._wait_s = wait_s
-        self._streaming = handle.options(stream=True)
+        self._fleet = Fleet()
+        self._subscriptions = Subscriptions(
+            handle, explain=_explained, known_replicas=self._replica_ids, fleet=self._fleet
+        )
+        self._stop_listening: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Begins to hear of the replicas, on the loop that runs. Nothing happens the second time."""
+        if self._stop_listening is None:
+            deployment = str(getattr(self._handle, "deployment_id", ""))
+            self._on_members(tuple(self._replica_ids()))
+            self._stop_listening = members.listen(deployment, asyncio.get_running_loop(), self._on_members)
+
+    def _on_members(self, replica_ids: tuple[str, ...]) -> None:
+        self._fleet.on_members(replica_ids)
+        self._subscriptions.read_from(replica_ids)
 
     async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        """Items of `call`. Raises: ReplicaLost; Refused; what the replica itself or a mistake of ours raises."""
+        """Items of `call`, the first of them empty: a replica has it.
+
+        Raises: ReplicaLost; Refused; what the replica itself or a mistake of ours raises.
+        """
+        self.start()
+        box = self._subscriptions.box()
+        aim = self._fleet.place(call)
+        where = aim[0] if aim else ""
+        self._fleet.sent(where)
+        num_unfinished, is_over = call.params.n, True
+        try:
+            is_over = False
+            receipt = await self._receipt(call, box, aim)
+            if receipt.replica != where:
+                self._fleet.ended(where)
+                where = receipt.replica
+                self._fleet.sent(where)
+            self._fleet.on_load(receipt.replica, receipt.load)
+            if receipt.fault is not None:
+                is_over = True
+                yield StreamItem(replica=receipt.replica, fault=receipt.fault)
+                return
+            yield StreamItem(replica=receipt.replica)
+            while num_unfinished:
+                item = await box.take()
+                num_unfinished -= sum(delta.finish_reason is not None for delta in item.deltas)
+                is_over = not num_unfinished or item.fault is not None
+                yield item
+                if item.fault is not None:
+                    return
+        except ReplicaLost:
+            is_over = True
+            raise
+        finally:
+            self._fleet.ended(where)
+            self._subscriptions.leave(box, is_over=is_over)
+
+    async def _receipt(self, call: Call, box: Mailbox, aim: tuple[str, ...]) -> Receipt:
+        """What the replica says that has it. Raises: as `stream`."""
+        submission = Submission(call, self._subscriptions.router, box.number, aim)
         # In a context of its own: calls made within one HTTP request would share its internal id, by which Serve tells
         # waiting calls apart, and all but the first would wait for ever.
-        response: Any = contextvars.Context().run(self._streaming.generate.remote, call)
+        response: Any = contextvars.Context().run(self._handle.submit.remote, submission)
+        asking = asyncio.ensure_future(_answer_of(response))
         try:
-            yield await self._accepted(response)
-            async for item in response:
-                yield item
-        except (Refused, ReplicaLost):
-            raise
+            receipt = await asyncio.wait_for(asyncio.shield(asking), self._wait_s)
+        except TimeoutError as error:
+            if asking.done():
+                raise await _explained(error, call.request_id) from error  # one of Ray's own
+            self._take_back(asking, response, box)
+            message = f"no replica took the request within {self._wait_s:g} s; try again later"
+            raise Refused(Fault(code="no_replica", message=message)) from error
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
+                self._take_back(asking, response, box)
                 raise
             raise Refused(_CANCELLED) from error  # Serve's word for a call that was cancelled over there
         except Exception as error:
-            found = meaning(error)
-            if found is Meaning.AWAY and (actor := actor_of(error)) is not None:
-                found = await asyncio.to_thread(fate, actor)
-            told = _told(error, found, call.request_id)
+            told = await _explained(error, call.request_id)
             if told is error:
                 raise
             raise told from error
-        finally:
-            response.cancel()  # aborts what still runs; nothing to a finished call
+        if receipt.fault is None:
+            self._subscriptions.bind(box, receipt.replica)
+        return receipt
 
-    async def _accepted(self, response: Any) -> StreamItem:
-        """The first item, which a replica sends before it does anything else."""
-        deadline = asyncio.timeout(self._wait_s)
-        try:
-            async with deadline:
-                item: StreamItem = await anext(response)
-                return item
-        except StopAsyncIteration as error:
-            raise ReplicaLost("the stream ended before it began", meaning=Meaning.AWAY) from error
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise  # one of Ray's: it means what it does elsewhere
-            message = f"no replica took the request within {self._wait_s:g} s; try again later"
-            raise Refused(Fault(code="no_replica", message=message)) from error
+    def _take_back(self, asking: asyncio.Future[Receipt], response: Any, box: Mailbox) -> None:
+        """Nobody waits for the receipt: if a replica has taken the call all the same, it is told."""
+
+        def told(done: asyncio.Future[Receipt]) -> None:
+            if not done.cancelled() and done.exception() is None and done.result().fault is None:
+                self._subscriptions.cancel(done.result().replica, box.number)
+
+        asking.add_done_callback(told)
+        response.cancel()
+
+    async def close(self) -> None:
+        """Reads no more: what runs is given up, and replicas that are to stop need not wait."""
+        if self._stop_listening is not None:
+            self._stop_listening()
+        await self._subscriptions.close()
 
     async def ping(self) -> None:
         """Returns as soon as one replica answered. Raises: Refused when none does in time."""
@@ -165,11 +225,24 @@ async def _within(member: Any, timeout_s: float) -> object:
         return f"it is gone: {found.value}" if found in LOST else f"{type(error).__name__} in the replica"
 
 
-def _told(error: Exception, found: Meaning, request_id: str) -> Exception:
+async def _answer_of(response: Any) -> Receipt:
+    receipt: Receipt = await response
+    return receipt
+
+
+async def _explained(error: Exception, what: str) -> Exception:
+    """`error` of Ray in this layer's words; `what` it came from."""
+    found = meaning(error)
+    if found is Meaning.AWAY and (actor := actor_of(error)) is not None:
+        found = await asyncio.to_thread(fate, actor)
+    return _told(error, found, what)
+
+
+def _told(error: Exception, found: Meaning, what: str) -> Exception:
     """`error` of Ray in this layer's words."""
     if found in LOST:
-        what = f"{type(error).__name__} in request {request_id} ({found.value})"
-        return ReplicaLost(what, meaning=found, death=actor_of(error) or "")
+        message = f"{type(error).__name__} in {what} ({found.value})"
+        return ReplicaLost(message, meaning=found, death=actor_of(error) or "")
     if found is Meaning.OVERLOADED:
         code = "queue_full" if "BackPressure" in type(error).__name__ else "replica_overloaded"
         return Refused(Fault(code=code, message="all replicas are full; try again later"))

@@ -1,6 +1,7 @@
 """Serve's request router for the replicas: sends a call where it is aimed, and tells who runs. The choice is `Fleet`'s.
 
-Serve pickles this module by value into every process that holds a handle, so it imports little.
+Serve pickles this module by value into every process that holds a handle, so it imports little, and keeps nothing that
+others of the process must see: that is in `deployments.router.members`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from deployments.calls import Aim, Submission
 from deployments.router import members
 
 
 class AdapterRequestRouter(RequestRouter):
-    """Tries the replicas of a call's aim in their order: the keyword `aim`, or `aim` of its first argument.
+    """Tries the replicas that a submission is aimed at in their order; what is for one replica goes there or nowhere.
 
-    An aim is a tuple of replica ids. Those that Serve does not know any more are skipped; where none is left, or
-    nothing is aimed, any replica is asked, by least load as Serve knows it.
+    Replicas that Serve does not know any more are skipped; where none is left, or nothing is aimed, any is asked, by
+    least load as Serve knows it.
     """
 
     def initialize_state(self, **_: Any) -> None:
@@ -30,13 +32,10 @@ class AdapterRequestRouter(RequestRouter):
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
-        running = self.curr_replicas
-        known = (self._by_name.get(name) for name in _aim(pending_request))
-        aimed = [replica for replica in known if replica is not None and replica.replica_id in running]
-        for replica in aimed:
-            # Without an entry of the last ten seconds Serve asks the replica for the length of its queue first, a round
-            # trip before each call to one that was quiet. The engine's own queue says no, by name, long before Serve's.
-            self.replica_queue_len_cache.update(replica.replica_id, 0)
+        asked = pending_request.args[0] if pending_request.args else None
+        if isinstance(asked, Aim):
+            return [[replica] for replica in self._running((asked.replica,))]
+        aimed = self._running(asked.aim) if isinstance(asked, Submission) else []
         return [[replica] for replica in aimed] or [candidate_replicas]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -50,12 +49,17 @@ class AdapterRequestRouter(RequestRouter):
         super().on_replica_actor_died(replica_id)
         self._publish()
 
+    def _running(self, names: tuple[str, ...]) -> list[RunningReplica]:
+        """Those of `names` that run, with a queue that Serve takes for empty.
+
+        Without a length of the last ten seconds Serve asks a replica for it, a round trip before each call to one that
+        was quiet. The engine's own queue says no, by name, long before Serve's is full.
+        """
+        found = [self._by_name[name] for name in names if name in self._by_name]
+        running = [replica for replica in found if replica.replica_id in self.curr_replicas]
+        for replica in running:
+            self.replica_queue_len_cache.update(replica.replica_id, 0)
+        return running
+
     def _publish(self) -> None:
         members.publish(str(self._deployment_id), [replica_id.unique_id for replica_id in self.curr_replicas])
-
-
-def _aim(pending_request: PendingRequest) -> tuple[str, ...]:
-    aim = pending_request.kwargs.get("aim")
-    if aim is None and pending_request.args:
-        aim = getattr(pending_request.args[0], "aim", None)
-    return tuple(aim or ())

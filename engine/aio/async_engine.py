@@ -100,10 +100,7 @@ class AsyncEngine:
 
         Raises: RequestError, AdapterError when the request is refused; EngineDead.
         """
-        self.start()
-        if image is not None:
-            await self._prepare(image)
-        stream = self._submit(request, image)
+        stream = await self.open(request, image)
         num_unfinished = request.params.n
         try:
             while num_unfinished:
@@ -111,7 +108,27 @@ class AsyncEngine:
                     num_unfinished -= delta.finish_reason is not None
                     yield delta
         finally:
-            self._leave(stream, abort=num_unfinished > 0)
+            self.leave(stream, abort=num_unfinished > 0)
+
+    async def open(
+        self, request: Request, image: AdapterImage | None = None, on_wake: Callable[[], None] | None = None
+    ) -> Stream:
+        """As `generate`, for who reads many streams: `on_wake` is called on this loop when there is something to drain.
+
+        Whoever opens a stream leaves it.
+        """
+        self.start()
+        if image is not None:
+            await self._prepare(image)
+        return self._submit(request, image, on_wake)
+
+    def leave(self, stream: Stream, *, abort: bool) -> None:
+        """The end of a stream that was opened; with `abort` of its unfinished samples too. From any thread."""
+        with self._condition:
+            self._streams.pop(stream.request.request_id, None)
+            if abort:
+                self._commands.append(Abort(stream.request.request_id))
+                self._condition.notify_all()
 
     async def preload(self, image: AdapterImage) -> None:
         """Load an adapter without a request, and do not wait for that.
@@ -184,10 +201,12 @@ class AsyncEngine:
         if self._closing:
             raise EngineDead("the engine was closed")
 
-    def _submit(self, request: Request, image: AdapterImage | None) -> Stream:
+    def _submit(
+        self, request: Request, image: AdapterImage | None, on_wake: Callable[[], None] | None = None
+    ) -> Stream:
         # An id of our own: the caller may ask again under the same id while the engine still aborts the first.
         own = replace(request, request_id=f"{request.request_id}#{next(self._request_numbers)}")
-        stream = Stream(own, request.request_id, asyncio.get_running_loop())
+        stream = Stream(own, request.request_id, asyncio.get_running_loop(), on_wake)
         with self._condition:
             self._raise_if_gone()
             if self._draining:
@@ -201,13 +220,6 @@ class AsyncEngine:
         if image not in self._prepared and not self._engine.config.has_adapter_pages():
             await asyncio.to_thread(self._engine.prepare_adapter, image)
             self._prepared.add(image)
-
-    def _leave(self, stream: Stream, *, abort: bool) -> None:
-        with self._condition:
-            self._streams.pop(stream.request.request_id, None)
-            if abort:
-                self._commands.append(Abort(stream.request.request_id))
-                self._condition.notify_all()
 
     # ---- the engine thread
 
@@ -274,7 +286,7 @@ class AsyncEngine:
                 touched[delta.request_id] = stream
         self._command(Finish(*key) for key in self._processor.take_finishes())
         for stream in wake_all(touched.values()):
-            self._leave(stream, abort=True)
+            self.leave(stream, abort=True)
         if turn.answered or turn.adapter_changes:
             self._tell(AdapterNews(changes=turn.adapter_changes, answered=tuple(turn.answered)))
 
@@ -328,4 +340,4 @@ class AsyncEngine:
         for stream in streams:
             stream.fail(EngineDead(reason))
         for stream in wake_all(streams):
-            self._leave(stream, abort=False)
+            self.leave(stream, abort=False)

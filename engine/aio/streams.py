@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from engine.output import merge
 from engine.request import OutputDelta, Request
@@ -14,12 +14,20 @@ class Stream:
     """Deltas not yet taken. A slow consumer finds them merged: one per sample, holding all tokens since the last.
 
     `put`, `fail` come from the output thread; `take` runs on the consumer's event loop, which `wake` must be called on.
-    What waits here is never more than the request's own output.
+    What waits here is never more than the request's own output. A consumer of many streams gives `on_wake`, which is
+    called in the place of what `take` waits for, and then asks `drain`.
     """
 
-    __slots__ = ("_deltas", "_error", "_lock", "_ready", "loop", "request", "shown_id")
+    __slots__ = ("_deltas", "_error", "_lock", "_on_wake", "_ready", "loop", "request", "shown_id")
 
-    def __init__(self, request: Request, shown_id: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        request: Request,
+        shown_id: str,
+        loop: asyncio.AbstractEventLoop,
+        on_wake: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_wake = on_wake
         self.request = request
         self.shown_id = shown_id
         self.loop = loop
@@ -38,20 +46,28 @@ class Stream:
             self._error = self._error or error
 
     def wake(self) -> None:
-        self._ready.set()
+        if self._on_wake is not None:
+            self._on_wake()
+        else:
+            self._ready.set()
+
+    def drain(self) -> tuple[list[OutputDelta], Exception | None]:
+        """All that was put and not taken yet, and what `fail` was given: behind it nothing comes."""
+        with self._lock:
+            taken, self._deltas = self._deltas, {}
+            error = self._error
+        return [merge(deltas)._replace(request_id=self.shown_id) for deltas in taken.values()], error
 
     async def take(self) -> list[OutputDelta]:
         """Wait until something was put; all of it. Raises: what `fail` was given."""
         await self._ready.wait()
         self._ready.clear()
-        with self._lock:
-            taken, self._deltas = self._deltas, {}
-            error = self._error
+        taken, error = self.drain()
         if error is not None:
             if not taken:
                 raise error
             self._ready.set()
-        return [merge(deltas)._replace(request_id=self.shown_id) for deltas in taken.values()]
+        return taken
 
 
 def wake_all(streams: Iterable[Stream]) -> list[Stream]:

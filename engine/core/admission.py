@@ -23,7 +23,9 @@ class Admission:
       it) is passed over and claims its adapter.
     - The first ready one that does not fit (rows, seats, blocks) ends admission for this step: what it needs is not
       given to those behind it, so it is not overtaken for ever.
-    - A prompt's blocks are taken whole, so that only decoding grows and only decoding can run out of blocks.
+    - A prompt's blocks are taken whole, so that only decoding grows and only decoding can run out of blocks. Where
+      every layer has a window, as many are taken as the prompt will ever hold at a time: it goes on in those that it
+      drops, and lacks one only if somebody shares what it has dropped.
     """
 
     def __init__(
@@ -95,13 +97,15 @@ class Admission:
         if found is None:
             running = [sibling for sibling in seq.siblings if sibling.state is SequenceState.RUNNING]
             computed = (sibling for sibling in running if sibling.has_prompt_computed)
-            source = next((sibling for sibling in computed if not draft.has_start_of(sibling)), None)
+            sources = (sibling for sibling in computed if not draft.has_start_of(sibling))
+            source = min(sources, key=lambda sibling: sibling.num_dropped_blocks, default=None)
             found = self._families[seq.request.request_id] = (bool(running), source)
         return found
 
     def _admit(self, seq: Sequence, draft: PlanDraft) -> bool:
         placement = self._kv.place(seq, self._family(seq, draft)[1])
-        num_rows = seq.num_known_tokens - placement.num_computed_tokens
+        num_tokens = (len(placement.shared) + placement.num_new) * self._config.block_size
+        num_rows = min(seq.num_known_tokens, num_tokens) - placement.num_computed_tokens
         may_split = self._config.enable_chunked_prefill or num_rows > self._config.max_num_batched_tokens
         if num_rows > draft.rows_left:
             if not may_split:

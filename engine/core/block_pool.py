@@ -6,7 +6,9 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Protocol
 
-NULL_BLOCK = 0  # padding rows of a runner write here; no sequence ever gets it
+NULL_BLOCK = 0
+"""Padding rows of a runner write here, and no sequence ever gets it. In a block table it stands for a block that lies
+behind the window of every layer."""
 
 _HELD, _EMPTY, _CACHED = 0, 1, 2  # what a block is, to those who look for neighbours
 _AS_EMPTY = bytes((_HELD, _EMPTY, _EMPTY)) + bytes(253)
@@ -115,6 +117,11 @@ class BlockPool:
                 self._cached[block] = None
                 self._kinds[block] = _CACHED
                 self._note(block)
+
+    def keep_longer(self, block: int) -> None:
+        """A free block's content was of use just now, though nobody took it."""
+        if block in self._cached:
+            self._cached.move_to_end(block)
 
     def hand_out_early(self, block: int) -> None:
         """A free block's content is of no use any more; it stays findable until the block is handed out."""

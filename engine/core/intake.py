@@ -6,13 +6,13 @@ from engine.core.fairness import OUTPUT_WEIGHT, FairQueue
 from engine.core.kv_blocks import KVBlocks
 from engine.core.plan import Sample, SequenceSlice
 from engine.core.roster import Roster
-from engine.core.sequence import Ending, Sequence
+from engine.core.sequence import Ending, Sequence, SequenceState
 from engine.errors import RequestFailed
 from engine.request import FinishReason, OutputError
 
 
 class Intake:
-    """Turns slices and samples into progress, published blocks, charges and endings."""
+    """Turns slices and samples into progress, published and dropped blocks, charges and endings."""
 
     def __init__(self, eos_token_ids: tuple[int, ...], kv: KVBlocks, queue: FairQueue, roster: Roster) -> None:
         self._eos_token_ids = eos_token_ids
@@ -36,6 +36,8 @@ class Intake:
             seq.lookup.learn(piece.num_guesses, num_right)
             self.num_guessed_right += num_right
         self._kv.publish(seq)
+        if seq.state is SequenceState.RUNNING:
+            self._kv.slide(seq)
         if sample is not None:
             self._tell(seq, sample, num_gained, ending)
 

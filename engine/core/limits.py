@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import check_step_limits
+from engine.config import check_step_limits, live_blocks
 from engine.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...]
     long_from: int | None = None  # texts of more tokens have other rotary frequencies; None: all have the same
     recomputes_long: bool = False  # a text that grows beyond is computed again; else what is computed stays
+    window_tokens: int | None = None  # no layer lets a token see further back, itself included; None: some layer does
     cache_namespace: str  # base revision, KV scheme, adapters' element type: KV is never shared between two of them
 
     def __post_init__(self) -> None:
@@ -39,6 +40,8 @@ class SchedulerConfig:
             raise ConfigError(
                 f"num_blocks={self.num_blocks} must be at least 2, as block 0 is never used; raise kv_cache_bytes"
             )
+        if self.window_tokens is not None and self.window_tokens < 1:
+            raise ConfigError(f"window_tokens={self.window_tokens} must be at least 1, or None where no window is")
         check_step_limits(self)
         if self.max_adapter_pages is not None:
             self._check_pages(self.max_adapter_pages)
@@ -56,9 +59,22 @@ class SchedulerConfig:
             )
 
     @property
+    def max_live_blocks(self) -> int:
+        """Blocks that one sequence ever holds at a time: those of all its tokens, or those that a window reaches from
+        the first row in flight to the last.
+        """
+        rows = self.pipeline_depth * self.max_num_batched_tokens
+        return live_blocks(self.max_model_len, self.block_size, self.window_tokens, rows)
+
+    @property
     def max_kv_tokens(self) -> int:
-        """Tokens that one sequence alone can keep in the KV cache, beside as many adapters as there may be."""
-        return (self.num_blocks - 1 - (self.max_adapter_pages or 0)) * self.block_size
+        """Tokens of the longest sequence that the KV cache has room for when it is alone, beside as many adapters as
+        there may be.
+        """
+        num_blocks = self.num_blocks - 1 - (self.max_adapter_pages or 0)
+        if self.window_tokens is not None and num_blocks >= self.max_live_blocks:
+            return max(self.max_model_len, num_blocks * self.block_size)
+        return num_blocks * self.block_size
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -41,6 +41,10 @@ class PrefixWatch:
         """Of the prefix that the blocks make up."""
         return self._nodes[-1] if self._nodes else self._seq.namespace
 
+    def num_free_from(self, place: int) -> int:
+        """Of the blocks from this place on, those without a reference."""
+        return self.num_free - sum(self._is_free[:place])
+
     def note(self, block: int) -> None:
         """The pool has given a block its first reference or taken its last one, or has changed its content."""
         if block in self._places:

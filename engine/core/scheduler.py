@@ -199,13 +199,14 @@ class Scheduler:
                 if not seq.num_pending and seq.state is SequenceState.RUNNING:
                     self._roster.preempt(seq, self._time_ns)
             elif num_rows > 1:
-                prefills.append(seq)
+                if seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
+                    prefills.append(seq)
             elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
                 if seq.lookup is not None:
                     guessing.append((draft.num_slices, seq))
                 draft.add(seq, 1)
         for seq in prefills:
-            num_rows = min(seq.num_to_compute, draft.rows_left)
+            num_rows = min(seq.num_to_compute, draft.rows_left, self._kv.extend(seq))
             if num_rows and seq.state is SequenceState.RUNNING:
                 draft.add(seq, num_rows)
         return guessing

@@ -63,7 +63,8 @@ class Sequence:
       - committed <= computed <= num_tokens (until it ends): computed counts what any plan has scheduled, committed
         what has come back
       - a sequence that waits holds no block, unless a plan in flight still names it
-      - block_table covers all computed tokens
+      - block_table covers all computed tokens; its first `num_dropped_blocks` are the null block, in the place of
+        blocks that no token to come can see
     """
 
     __slots__ = (
@@ -80,6 +81,7 @@ class Sequence:
         "num_cached_tokens",
         "num_committed_tokens",
         "num_computed_tokens",
+        "num_dropped_blocks",
         "num_in_flight",
         "num_pending",
         "num_published_blocks",
@@ -145,6 +147,7 @@ class Sequence:
         self.num_pending = 0
         self.last_sample: TokenRef | None = None
         self.num_published_blocks = 0
+        self.num_dropped_blocks = 0
         if self.long_from is not None:
             self._choose_frequencies(self.long_from)
         self.cache_parent: int | Namespace = self.namespace

@@ -31,8 +31,11 @@ class ReferenceAttention:
         for s, context in enumerate(inputs.context_lengths):
             start, end = inputs.query_starts[s], inputs.query_starts[s + 1]
             keys, values = self.storage.gather(layer.index, inputs.block_tables[s])  # [n * P, Hk, D]
-            positions = torch.arange(context - (end - start), context, device=q.device)
-            out[start:end] = attend(q[start:end], keys[:context], values[:context], positions, layer).to(q.dtype)
+            # What lies behind the window of all rows may be gone, and another's be there: 0 * NaN is NaN.
+            first = 0 if layer.sliding_window is None else max(0, context - (end - start) - layer.sliding_window + 1)
+            positions = torch.arange(context - (end - start) - first, context - first, device=q.device)
+            keys, values = keys[first:context], values[first:context]
+            out[start:end] = attend(q[start:end], keys, values, positions, layer).to(q.dtype)
         return out
 
 
@@ -41,7 +44,8 @@ def attend(
 ) -> torch.Tensor:
     """Attention of some rows over one sequence, in float32.
 
-    Shapes: q [t, Hq, D]; keys, values [c, Hk, D] of positions 0 .. c - 1; positions [t]; returns [t, Hq, D].
+    Shapes: q [t, Hq, D]; keys, values [c, Hk, D]; positions [t] in the numbering of the keys, 0 .. c - 1; returns
+    [t, Hq, D].
     """
     groups = q.shape[1] // keys.shape[1]
     keys = keys.float().repeat_interleave(groups, dim=1)  # [c, Hq, D]

@@ -48,6 +48,12 @@ class Capabilities:
     head_dim: int
     vocab_size: int  # columns of the logits
 
+    @property
+    def window_tokens(self) -> int | None:
+        """How far back the layer with the widest window lets a token see, itself included; None: one has none."""
+        windows = [layer.sliding_window for layer in self.layers]
+        return None if None in windows else max(window for window in windows if window is not None)
+
     def kv_shape(self, block_size: int, dtype: torch.dtype, quantization: KVQuantization | None = None) -> KVShape:
         return KVShape(len(self.layers), block_size, self.num_kv_heads, self.head_dim, dtype, quantization)
 

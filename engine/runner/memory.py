@@ -132,6 +132,7 @@ def model_needs(loaded: LoadedModel, config: EngineConfig) -> Needs:
         context_tokens=loaded.max_model_len,
         block_size=config.block_size,
         block_bytes=shape.block_bytes,
+        window_tokens=loaded.capabilities.window_tokens,
         rank_bytes=spec_item * sum(site.in_features + site.out_features for site in loaded.sites),
         row_bytes=row_bytes,
         sampled_row_bytes=sampled_row_bytes(vocab_size, _LOGIT_BYTES),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import AUTO, CEILINGS, EngineConfig, SizedConfig
+from engine.config import AUTO, CEILINGS, EngineConfig, SizedConfig, live_blocks
 from engine.errors import ConfigError
 from engine.sizing.room import Needs, Room, Sizes, human
 
@@ -51,7 +51,7 @@ class _Plan:
         seqs = self._least_seqs(rows)
         context = self._context(seqs, rows)
         seqs = self._seqs(seqs, rows, context)
-        per_sequence = self._blocks_of(context)
+        per_sequence = self._blocks_of(context, rows)
         available = self._kv_bytes(seqs, rows, context) // needs.block_bytes
         adapter_bytes = self._adapter_bytes(seqs, rows, context)
         pages = config.resolved(adapter_bytes=adapter_bytes).adapter_pages(needs.block_bytes)[1]
@@ -136,7 +136,7 @@ class _Plan:
             least = self._least_adapter_bytes(rows)
             return least if self.room.store_bytes is None else self.room.store_bytes
         blocks = self._kv_bytes(seqs, rows, context) // self.needs.block_bytes
-        beside_one = blocks - self._blocks_of(context) - _NULL_BLOCKS
+        beside_one = blocks - self._blocks_of(context, rows) - _NULL_BLOCKS
         pages = max(self._kept_pages(rows), min(blocks // 2, beside_one))
         return max(self.config.min_adapter_bytes, min(pages * self.needs.block_bytes, self._most_adapter_bytes))
 
@@ -149,13 +149,15 @@ class _Plan:
     def _ceiling(self, name: str) -> int:
         return CEILINGS[self.config.device][name]
 
-    def _blocks_of(self, context: int) -> int:
-        return -(-context // self.needs.block_size)
+    def _blocks_of(self, context: int, rows: int) -> int:
+        """Blocks that one sequence of `context` tokens ever holds at a time, where a step has so many rows."""
+        rows_in_flight = rows * self.config.plans_in_flight()
+        return live_blocks(context, self.needs.block_size, self.needs.window_tokens, rows_in_flight)
 
     def _fits(self, seqs: int, rows: int, context: int) -> bool:
         """Whether one sequence of `context` tokens has room in the cache, beside what adapters keep."""
         blocks = self._kv_bytes(seqs, rows, context) // self.needs.block_bytes
-        return blocks >= self._blocks_of(context) + self._kept_pages(rows) + _NULL_BLOCKS
+        return blocks >= self._blocks_of(context, rows) + self._kept_pages(rows) + _NULL_BLOCKS
 
     def _rows(self) -> int:
         least_seqs = self._given("max_num_seqs", 1)
@@ -192,7 +194,7 @@ class _Plan:
 
     def _longest(self, seqs: int, rows: int, below: int) -> int:
         """The longest context in whole blocks that fits; 0: none."""
-        low, high = 0, self._blocks_of(below)
+        low, high = 0, -(-below // self.needs.block_size)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._fits(seqs, rows, middle * self.needs.block_size) else (low, middle)
@@ -210,7 +212,7 @@ class _Plan:
         if self.config.kv_cache_bytes != AUTO:
             return True  # fewer sequences would leave no more for it, and short ones may all find room
         blocks = self._kv_bytes(seqs, rows, context) // self.needs.block_bytes - _NULL_BLOCKS - self._kept_pages(rows)
-        return blocks >= seqs * self._blocks_of(min(context, TYPICAL_TOKENS))
+        return blocks >= seqs * self._blocks_of(min(context, TYPICAL_TOKENS), rows)
 
     # ---- words
 
@@ -248,7 +250,7 @@ class _Plan:
 
     def _context_is_too_long(self, seqs: int, rows: int, wanted: int, fitting: int) -> str:
         needs, config = self.needs, self.config
-        least = self._blocks_of(wanted) + self._kept_pages(rows) + _NULL_BLOCKS
+        least = self._blocks_of(wanted, rows) + self._kept_pages(rows) + _NULL_BLOCKS
         kept = self._kept_pages(rows)
         beside = f" and {kept} for adapters (min_adapter_bytes={config.min_adapter_bytes})" if kept else ""
         shorter = f"lower max_model_len to at most {fitting}" if fitting else "lower max_model_len"

@@ -37,6 +37,7 @@ class Needs:
     context_tokens: int  # the longest that the model was made for
     block_size: int  # tokens
     block_bytes: int  # of the KV cache
+    window_tokens: int | None = None  # no layer sees further back; None: some layer does
     rank_bytes: int  # one rank of an adapter on every site
     row_bytes: int  # of the forward
     sampled_row_bytes: int  # logits, and the sampler at its peak

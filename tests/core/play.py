@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.core.block_pool import NULL_BLOCK
 from engine.core.limits import SchedulerConfig
 from engine.core.plan import AdapterLoad, StepEvents, StepPlan
 from engine.core.scheduler import Scheduler
@@ -163,7 +164,12 @@ class Player:
 
     def _max_kv_tokens(self) -> int:
         config = self.workload.config
-        return (config.num_blocks - 1 - (config.max_adapter_pages or 0)) * config.block_size
+        num_blocks = config.num_blocks - 1 - (config.max_adapter_pages or 0)
+        if config.window_tokens is not None:
+            in_sight = config.window_tokens - 1 + config.pipeline_depth * config.max_num_batched_tokens
+            if num_blocks >= -(-in_sight // config.block_size) + 1:
+                return config.max_model_len
+        return num_blocks * config.block_size
 
     def _max_output(self, request: Request) -> int:
         config = self.workload.config
@@ -192,15 +198,18 @@ class Player:
             num_plans += 1
             self.plans.append(plan)
             self._count(plan)
-            if self._chance(self.workload.abandon_percent):
+            if self._may_abandon():
                 self._abandon(plan)
                 return num_plans
             self.in_flight.append((plan, self.runner.submit(plan)))
-            if self._chance(self.workload.abandon_percent) and self._chance(30):
+            if self._may_abandon() and self._chance(30):
                 self._abandon(self.in_flight[self.rng.randrange(len(self.in_flight))][0])
                 return num_plans
             if self.rng.random() < 0.2:
                 return num_plans
+
+    def _may_abandon(self) -> bool:
+        return self._chance(self.workload.abandon_percent) and self.counts["abandoned"] < self.workload.max_abandoned
 
     def _abandon(self, plan: StepPlan) -> None:
         """`plan` was submitted, or could not be; the later ones go with it."""
@@ -231,6 +240,7 @@ class Player:
 
     def _count(self, plan: StepPlan) -> None:
         self.counts["copies"] += len(plan.block_copies)
+        self.counts["dropped"] += sum(NULL_BLOCK in piece.block_table for piece in plan.slices)
         self.counts["adapter_ops"] += len(plan.adapter_ops)
         self.counts["mixed"] += len({piece.lora_slot for piece in plan.slices}) > 1
         self.counts["paged_loads"] += sum(isinstance(op, AdapterLoad) and bool(op.pages) for op in plan.adapter_ops)
@@ -261,7 +271,8 @@ class Player:
     def _check_text(self, text: Text) -> None:
         request, reason = text.request, text.finish.finish_reason if text.finish else None
         limit = self._max_output(request)
-        expected = expected_output(request, limit, self.workload.habits, text.sample)
+        window = self.workload.config.window_tokens
+        expected = expected_output(request, limit, self.workload.habits, text.sample, window)
         tokens = [*request.resumed_output_token_ids, *text.tokens]
         assert tokens == expected[: len(tokens)], f"{text}: expected {expected}"
         if reason in (FinishReason.ABORT, FinishReason.ERROR):
@@ -280,3 +291,16 @@ def _end_ids(request: Request) -> set[int]:
 
 def play(workload: Workload, make_scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler) -> Counter[str]:
     return Player(workload, make_scheduler).play()
+
+
+MAX_WORKLOADS = 600
+
+
+def first_failure(draw: Callable[[int], Workload]) -> int | None:
+    """The first of so many workloads that shows a planted fault; None: it goes unnoticed."""
+    for seed in range(MAX_WORKLOADS):
+        try:
+            play(draw(seed))
+        except (AssertionError, KeyError, IndexError):
+            return seed
+    return None

@@ -18,10 +18,8 @@ from engine.core.prefix_cache import PrefixCache, PrefixMatch
 from engine.core.roster import Roster
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
-from tests.core.play import play
+from tests.core.play import MAX_WORKLOADS, first_failure
 from tests.support.strategies import random_workload
-
-MAX_WORKLOADS = 600
 
 Patch = pytest.MonkeyPatch
 
@@ -309,16 +307,7 @@ FAULTS: list[Callable[[Patch], None]] = [
 ]
 
 
-def first_failure() -> int | None:
-    for seed in range(MAX_WORKLOADS):
-        try:
-            play(random_workload(seed))
-        except (AssertionError, KeyError, IndexError):
-            return seed
-    return None
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
     fault(monkeypatch)
-    assert first_failure() is not None, f"{fault.__name__} went unnoticed in {MAX_WORKLOADS} workloads"
+    assert first_failure(random_workload) is not None, f"{fault.__name__} went unnoticed in {MAX_WORKLOADS} workloads"

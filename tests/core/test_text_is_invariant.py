@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.play import Player, play
-from tests.support.strategies import draw_workload, random_workload
+from tests.support.strategies import draw_workload, random_workload, window_workload
 
 NUM_SHARDS = 10
 WORKLOADS_PER_SHARD = 1000
@@ -32,6 +32,20 @@ def test_text_is_invariant_under_everything_the_scheduler_does(shard: int) -> No
     interesting = {"preemptions", "hits", "copies", "adapter_ops", "mixed", "abandoned", "polls", "refused"}
     interesting |= {"paged_loads", "preloads", "pins"}
     assert happened >= interesting | {"queue_full", "stop", "length", "abort", "error"}, counts
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_text_is_invariant_where_every_layer_has_a_window(shard: int) -> None:
+    """The device reads what is in sight and nothing else; no sequence holds more than its formula says."""
+    counts: Counter[str] = Counter()
+    for seed in range(shard * 400, (shard + 1) * 400):
+        try:
+            counts.update(play(window_workload(seed)))
+        except Exception as error:
+            raise AssertionError(f"workload {seed}: {error}") from error
+    interesting = {"preemptions", "hits", "copies", "adapter_ops", "mixed", "abandoned", "refused", "paged_loads"}
+    assert {name for name, count in counts.items() if count >= 20} >= interesting, counts
+    assert counts["dropped"] > 5000, counts
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

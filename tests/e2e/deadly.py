@@ -3,16 +3,17 @@
 # No `from __future__ import annotations` here: Serve reads the real annotation of `build`.
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections import Counter
 from pathlib import Path
 
 from ray.serve import Application
 
 import deployments.app
 from deployments.app import build as build_as_it_is
-from deployments.calls import Call, StreamItem
 from deployments.replica.replica import Replica
+from deployments.replica.subscribers import Run
 from deployments.settings.app import AppArgs
+from engine.request import OutputDelta
 
 DEADLY = b"deadly"
 AFTER_TOKENS = 3
@@ -22,15 +23,15 @@ LOG = "CHORUS_DEADLY_LOG"  # names a file that gets a line for each such death
 class DeadlyReplica(Replica):
     """As the real one, up to the end."""
 
-    async def generate(self, call: Call) -> AsyncGenerator[StreamItem]:
-        num_tokens = 0
-        async for item in super().generate(call):
-            num_tokens += sum(len(delta.token_ids) for delta in item.deltas)
-            if DEADLY in bytes(token for token in call.prompt_token_ids if token < 256) and num_tokens >= AFTER_TOKENS:
-                with Path(os.environ[LOG]).open("a") as log:
-                    log.write(f"{os.getpid()}\n")
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield item
+    def _observe(self, run: Run, deltas: list[OutputDelta]) -> None:
+        super()._observe(run, deltas)
+        number, call = run.submission.number, run.submission.call
+        counts = self.__dict__.setdefault("_counts", Counter())
+        counts[number] += sum(len(delta.token_ids) for delta in deltas)
+        if DEADLY in bytes(token for token in call.prompt_token_ids if token < 256) and counts[number] >= AFTER_TOKENS:
+            with Path(os.environ[LOG]).open("a") as log:
+                log.write(f"{os.getpid()}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def build(args: AppArgs) -> Application:

@@ -1,4 +1,4 @@
-"""A real server for the tests: `serve run` in a session of its own, its processes, and its end."""
+"""A real server for the tests: `python -m deployments.start` in a session of its own, its processes, and its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -31,9 +33,12 @@ def free_port() -> int:
 
 
 class Server:
-    """`serve run` of serve_config.yaml, changed only in ports, sources and limits."""
+    """What `make serve` starts, of serve_config.yaml, changed only in ports, sources and limits."""
 
-    def __init__(self, adapters: Path, s3_endpoint: str, bucket: str) -> None:
+    def __init__(
+        self, adapters: Path, s3_endpoint: str, bucket: str, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._environment = environment
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))  # Ray's socket paths must be short
@@ -57,23 +62,25 @@ class Server:
             base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60.0, trust_env=False
         )
 
+    @property
+    def is_behind_haproxy(self) -> bool:
+        return self._environment.get("RAY_SERVE_ENABLE_HA_PROXY") != "0"
+
     def start(self) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {
             "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": str(self._folder),
-            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts a proxy late
             "CHORUS_E2E_KEYS": f"{KEY},another-key-0123456789",
             "CHORUS_E2E_ADMIN_KEYS": ADMIN_KEY,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
+            **self._environment,
         }
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [str(ROOT / ".venv/bin/serve"), "run", str(self._config)],
+                [str(ROOT / ".venv/bin/python"), "-m", "deployments.start", str(self._config)],
                 cwd=ROOT,
                 env=environment,
                 stdout=log,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -180,6 +181,37 @@ def test_what_another_sequence_left_in_a_block_is_never_seen(fast, window) -> No
         backend = make_backend(fast, storage)
         backend.plan(step)
         outputs.append(backend.run(q, k, v, layer))
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("fast", ["reference", *FAST])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["plain", "capped", "int8"])
+def test_a_block_behind_the_window_may_be_gone(fast, block_size, kind) -> None:
+    """Its place in the table says block 0, whose numbers may be anything: the output has the same bits."""
+    device, window = device_of(fast), 7
+    rows = ((1, 40), (1, 22), (1, 6), (5, 30), (20, 17), (1, 99))
+    step = make_step(rows, block_size, 400, seed=2, device=device)
+    step = replace(step, block_tables=step.block_tables + 1, slot_mapping=step.slot_mapping + block_size)
+    gone = step.block_tables.clone()
+    for table, (_, before) in zip(gone, rows, strict=True):
+        table[: max(0, before - window + 1) // block_size] = 0
+    assert (gone == 0).sum() > 4
+    layer = LayerCall(index=0, scaling=0.4, sliding_window=window, softcap=5.0 if kind == "capped" else None)
+    shape = KVShape(1, block_size, 2, 16, torch.float32, "int8" if kind == "int8" else None)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(29, 2, 16, generator=generator).to(device) for _ in range(3))
+    past = torch.randn(401 * block_size, 2, 16, generator=generator).to(device)
+    outputs = []
+    for tables in (step.block_tables, gone):
+        storage = KVStorage(shape, 401, device)
+        storage.write(0, past, past.flip(0), torch.arange(len(past), device=device))
+        if tables is gone:
+            storage.pages.view(401, -1)[0] = 0xFF  # NaN as a number, and as a scale
+        backend = make_backend(fast, storage)
+        backend.plan(replace(step, block_tables=tables))
+        outputs.append(backend.run(q, k, v, layer))
+    assert torch.isfinite(outputs[0]).all()
     assert torch.equal(outputs[0], outputs[1])
 
 

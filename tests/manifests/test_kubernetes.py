@@ -19,6 +19,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.start import PROGRAM, settings
 from tests.support.kustomize import load_all, render
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,26 @@ def test_a_replica_fits_into_a_worker(overlay: Path) -> None:
 
 
 # ---- the pods
+
+
+@overlays
+def test_every_container_starts_in_the_environment_that_a_server_wants(overlay: Path) -> None:
+    for pod in pods(overlay):
+        for container in pod["containers"]:
+            given = {entry["name"]: entry.get("value") for entry in container["env"]}
+            wanted = settings()
+            assert {name: given.get(name) for name in wanted} == wanted
+
+
+@overlays
+def test_a_replaced_haproxy_outlives_the_longest_drain(overlay: Path) -> None:
+    drain_s = serve_config(overlay)["applications"][0]["args"]["drain_s"]
+    assert int(settings()["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > drain_s
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.gpu"])
+def test_an_image_names_the_program_that_closes_haproxy(name: str) -> None:
+    assert f"/bin/{PROGRAM}" in (ROOT / "k8s" / "docker" / name).read_text()
 
 
 @overlays

@@ -12,63 +12,87 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.calls import Call, Refused, StreamItem
+from deployments import frames
+from deployments.calls import Aim, Call, Receipt, Refused, StreamItem, Submission
 from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
-from engine.request import SamplingParams
+from engine.request import FinishReason, OutputDelta, SamplingParams
 from tests.support.waiting import for_ever
 
 CALL = Call(request_id="q", prompt_token_ids=(1,), params=SamplingParams(), seed=0)
+DONE = OutputDelta("", 0, (7,), "g", finish_reason=FinishReason.LENGTH)
 ITEMS = (StreamItem(replica="a"), StreamItem(replica="a", adapter_version="v"))
+WHOLE = (*ITEMS, StreamItem(replica="a", adapter_version="v", deltas=(DONE,)))
 
 
 class FakeResponse:
-    """Items in turn; an exception is raised, None never comes."""
+    """Outcomes in turn; an exception is raised, None never comes."""
 
-    def __init__(self, items: Sequence[StreamItem | BaseException | None]) -> None:
-        self._items = list(items)
+    def __init__(self, outcomes: Sequence[object]) -> None:
+        self._outcomes = list(outcomes)
         self.cancelled = False
 
     def __aiter__(self) -> FakeResponse:
         return self
 
-    async def __anext__(self) -> StreamItem:
-        if not self._items:
+    async def __anext__(self) -> Any:
+        if not self._outcomes:
             raise StopAsyncIteration
-        item = self._items.pop(0)
-        if item is None:
+        outcome = self._outcomes.pop(0)
+        if outcome is None:
             await for_ever()
-        if isinstance(item, BaseException):
-            raise item
-        assert item is not None
-        return item
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def __await__(self) -> Any:
+        return self.__anext__().__await__()
 
     def cancel(self) -> None:
         self.cancelled = True
 
 
 class FakeHandle:
-    def __init__(self, *items: StreamItem | BaseException | None) -> None:
-        self.response = FakeResponse(items)
-        self.generate = self
+    """One replica. The first outcome is that of submitting; the others come in frames, and then these end."""
+
+    def __init__(self, first: StreamItem | BaseException | None, *later: StreamItem | BaseException | None) -> None:
+        receipt = Receipt(first.replica, 1, first.fault) if isinstance(first, StreamItem) else first
+        self.response = FakeResponse([receipt])
+        self._later = later
+        self.cancelled: list[int] = []
+        self.submit = SimpleNamespace(remote=self._submitted)
+        self.subscribe = SimpleNamespace(remote=self._subscribed)
+        self.cancel = SimpleNamespace(remote=self._cancelled)
 
     def options(self, *, stream: bool) -> FakeHandle:
         assert stream
         return self
 
-    def remote(self, call: Call) -> FakeResponse:
-        assert call is CALL
+    def _submitted(self, submission: Submission) -> FakeResponse:
+        assert submission.call is CALL
+        self.number = submission.number
         return self.response
+
+    def _subscribed(self, aim: Aim, router: str) -> FakeResponse:
+        later = [frames.write(1, [(self.number, i)]) if isinstance(i, StreamItem) else i for i in self._later]
+        return FakeResponse([frames.write(0, ()), *later])
+
+    def _cancelled(self, aim: Aim, router: str, numbers: tuple[int, ...]) -> FakeResponse:
+        self.cancelled += numbers
+        return FakeResponse(["told"])
 
 
 async def items_of(handle: Any, wait_s: float = 60.0) -> list[StreamItem]:
-    stream: AsyncGenerator[StreamItem] = ServeBackend(handle, wait_s=wait_s).stream(CALL)
-    return [item async for item in stream]
+    backend = ServeBackend(handle, wait_s=wait_s)
+    try:
+        stream: AsyncGenerator[StreamItem] = backend.stream(CALL)
+        return [item async for item in stream]
+    finally:
+        await backend.close()
 
 
 def test_items_are_handed_on():
-    handle = FakeHandle(*ITEMS)
-    assert asyncio.run(items_of(handle)) == list(ITEMS)
+    assert asyncio.run(items_of(FakeHandle(*WHOLE))) == list(WHOLE)
 
 
 def test_a_call_that_no_replica_takes_is_refused_and_taken_back():
@@ -85,9 +109,9 @@ def test_a_replica_that_dies_is_lost_whenever_it_dies(before: tuple[StreamItem, 
         asyncio.run(items_of(FakeHandle(*before, ActorDiedError())))
 
 
-def test_a_stream_without_items_is_of_a_lost_replica():
+def test_frames_that_end_are_of_a_lost_replica():
     with pytest.raises(ReplicaLost):
-        asyncio.run(items_of(FakeHandle()))
+        asyncio.run(items_of(FakeHandle(*ITEMS)))
 
 
 def test_back_pressure_of_serve_is_a_full_queue():

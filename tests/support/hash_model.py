@@ -28,6 +28,13 @@ class Habits:
 PLAIN = Habits()
 
 
+def next_digest(before: Sequence[int], token: int, key: int, window: int | None) -> int:
+    """What the slot of a token holds: of all tokens before it by the last slot, or of those in its window by theirs."""
+    if window is None:
+        return hash((before[-1] if before else ROOT, token, key))
+    return hash((ROOT, tuple(before[max(0, len(before) - window + 1) :]), token, key))
+
+
 def choose_token(
     digests: Sequence[int],
     prompt: Sequence[int],
@@ -56,12 +63,14 @@ def expected_tokens(
     end_ids: Collection[int] = (),
     min_tokens: int = 0,
     habits: Habits = PLAIN,
+    window: int | None = None,
 ) -> list[int]:
     """The oracle: the output of one sequence alone."""
     outputs: list[int] = []
     digests: list[int] = []
     while len(outputs) < num_tokens and not (len(outputs) > min_tokens and outputs[-1] in end_ids):
         for token in [*prompt, *outputs][len(digests) :]:
-            digests.append(hash((digests[-1] if digests else ROOT, token, adapter_digest(adapter))))
-        outputs.append(choose_token(digests, prompt, seed, sample_index, outputs, min_tokens, habits))
+            digests.append(next_digest(digests, token, adapter_digest(adapter), window))
+        read = digests if window is None else digests[-window:]
+        outputs.append(choose_token(read, prompt, seed, sample_index, outputs, min_tokens, habits))
     return outputs

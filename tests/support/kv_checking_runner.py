@@ -4,6 +4,8 @@ Each KV slot holds a digest of (the digest in the slot before it *as read throug
 adapter bound to the LoRA slot at that moment), as real KV depends on its whole prefix. A sampled token is a hash of all
 slots the sequence reads, its parameters, and the outputs the sampler remembers of it. So a wrong block, a block that
 was reused too early, a wrong adapter or a lost token changes the text; `expected_tokens` is what it should be.
+Where the config has a window, a slot depends on those in its window, a token on the last window of them, and nothing
+further back is read: a window kept too short or a block dropped too early changes the text as well.
 
 Adapters in pages lie in the same slots: a load writes them when it begins and again when it ends, and an adapter whose
 pages hold something else when it is used is another adapter.
@@ -18,6 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.core.block_pool import NULL_BLOCK
 from engine.core.limits import SchedulerConfig
 from engine.core.plan import (
     NO_LORA,
@@ -32,7 +35,7 @@ from engine.core.plan import (
     StepResult,
     TokenRef,
 )
-from tests.support.hash_model import PLAIN, ROOT, Habits, adapter_digest, choose_token
+from tests.support.hash_model import PLAIN, Habits, adapter_digest, choose_token, next_digest
 
 _ADAPTER = -1  # who wrote a page
 
@@ -218,7 +221,7 @@ class KVCheckingRunner:
 
     def _check_floor(self, plan: StepPlan) -> None:
         """What adapters hold, and what is kept for them, is not given to sequences."""
-        named = {block for piece in plan.slices for block in piece.block_table}
+        named = {block for piece in plan.slices for block in piece.block_table} - {NULL_BLOCK}
         for_adapters = max(self.config.min_adapter_pages, sum(len(home) for home in self._homes.values()))
         num_blocks = self.config.num_blocks - 1 - for_adapters
         assert len(named) <= num_blocks, f"sequences have {len(named)} blocks and may have {num_blocks}"
@@ -244,7 +247,8 @@ class KVCheckingRunner:
             for piece in plan.slices:
                 if piece.seq_id != owner:
                     num_read = -(-(piece.position + piece.num_rows) // self.config.block_size)
-                    shared = blocks.intersection(piece.block_table[:num_read])
+                    first = self._first_read(piece) // self.config.block_size
+                    shared = blocks.intersection(piece.block_table[first:num_read])
                     assert not shared, f"blocks {shared} are written while plan {plan.plan_id} reads them"
 
     # --- step 5: rows ----------------------------------------------------------------------------------------------
@@ -293,8 +297,15 @@ class KVCheckingRunner:
         self._check_writable({slot // size for slot in slots}, owner=piece.seq_id)
         return slots
 
+    def _first_read(self, piece: SequenceSlice) -> int:
+        """The first position that a row of a slice sees."""
+        window = self.config.window_tokens
+        return 0 if window is None else max(0, piece.position - window + 1)
+
     def _attend(self, piece: SequenceSlice, tokens: tuple[int, ...], before: dict[int, int]) -> list[int]:
-        """Write the slice's slots. Returns: what all slots up to its last token hold, as read through the table."""
+        """Write the slice's slots. Returns: what the slots from the first it sees up to its last token hold, as read
+        through the table.
+        """
         size, table = self.config.block_size, piece.block_table
         adapter = None
         if piece.lora_slot != NO_LORA:
@@ -303,9 +314,9 @@ class KVCheckingRunner:
         key = adapter_digest(adapter)
         if adapter is not None:
             key += sum(before.get(slot) != held for slot, held in self._content(adapter).items())
-        digests = [before[table[p // size] * size + p % size] for p in range(piece.position)]
+        digests = [before[table[p // size] * size + p % size] for p in range(self._first_read(piece), piece.position)]
         for position, token in enumerate(tokens, piece.position):
-            digests.append(hash((digests[-1] if digests else ROOT, token, key)))
+            digests.append(next_digest(digests, token, key, self.config.window_tokens))
             self._kv[table[position // size] * size + position % size] = digests[-1]
             self._writer[table[position // size]] = piece.seq_id
         return digests
@@ -321,7 +332,8 @@ class KVCheckingRunner:
             fails = start.seed in self.error_seeds and len(outputs) >= 1
             if fails and i:
                 break  # the guess before it counts; the error comes when its turn does
-            read = digests[: num_sure + i]
+            end, window = num_sure + i, self.config.window_tokens
+            read = digests[:end] if window is None else digests[max(0, end - window) : end]
             min_tokens = start.params.min_tokens
             token = choose_token(
                 read, start.prompt_token_ids, start.seed, start.sample_index, outputs, min_tokens, self.habits

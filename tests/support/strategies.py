@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.core.limits import SchedulerConfig
 from engine.request import Request, SamplingParams
 from tests.support.hash_model import EOS, STOP, Habits, expected_tokens
 
+MAX_ABANDONED = 40  # of a workload with windows
 ADAPTER_UNIT = 1 << 20  # so that loads and ranks count in the fairness
 ADAPTERS = {"ada": 1 * ADAPTER_UNIT, "bob": 2 * ADAPTER_UNIT, "cyd": 3 * ADAPTER_UNIT, "dan": 5 * ADAPTER_UNIT}
 ADAPTER_RUNS = {"ada": (1,), "bob": (1, 1), "cyd": (2, 1), "dan": (3, 1, 1)}  # pages, where adapters live in them
@@ -24,6 +25,7 @@ class Workload:
     aborts: tuple[tuple[int, str], ...] = ()
     finishes: tuple[tuple[int, str, int], ...] = ()  # (step, request id, sample index)
     abandon_percent: int = 0
+    max_abandoned: int = 1_000_000  # plans, after which all goes well
     pin_percent: int = 0  # chance that a caller preloads, pins or unpins an adapter, at each step
     copy_steps: int = 0
     habits: Habits = field(default_factory=Habits)
@@ -96,7 +98,9 @@ def _fields(request: Request) -> dict[str, object]:
     return {name: getattr(request, name) for name in request.__slots__}
 
 
-def expected_output(request: Request, num_tokens: int, habits: Habits, sample: int = 0) -> list[int]:
+def expected_output(
+    request: Request, num_tokens: int, habits: Habits, sample: int = 0, window: int | None = None
+) -> list[int]:
     """What sample number `sample` of a request must say, alone, in at most `num_tokens` tokens."""
     params = request.params
     end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
@@ -109,7 +113,38 @@ def expected_output(request: Request, num_tokens: int, habits: Habits, sample: i
         end_ids=end_ids,
         min_tokens=params.min_tokens,
         habits=habits,
+        window=window,
     )
+
+
+def window_workload(seed: int) -> Workload:
+    """Texts of many windows, in pools of little more than one."""
+    rng = random.Random(seed)
+    plain = draw_workload(rng, seed)
+    max_num_seqs, window = rng.randint(1, 4), rng.choice((1, 2, 3, 4, 5, 7, 9))
+    config = replace(
+        plain.config,
+        window_tokens=window,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice((0, 1, 1, 4)),
+        max_model_len=rng.randint(12, 70),
+        enable_chunked_prefill=rng.random() < 0.8,
+    )
+    requests = [(step, _longer(rng, request, window, plain.habits)) for step, request in plain.requests]
+    # A sequence whose plan is lost begins anew, and finds nothing in the cache if the first blocks of its text are gone
+    # from it: while every fifth step is lost, a text of sixty steps is hardly ever done. Then the steps are counted.
+    return replace(plain, config=config, requests=tuple(requests), max_abandoned=MAX_ABANDONED)
+
+
+def _longer(rng: random.Random, request: Request, window: int, habits: Habits) -> Request:
+    params, prompt = request.params, request.prompt_token_ids * rng.choice((1, 1, 3, 6))
+    if params.max_tokens is not None:
+        params = replace(params, max_tokens=params.max_tokens * rng.choice((1, 2, 4)))
+    longer = Request(**{**_fields(request), "params": params, "prompt_token_ids": prompt})
+    if not request.resumed_output_token_ids:
+        return longer
+    resumed = expected_output(longer, len(request.resumed_output_token_ids), habits, window=window)
+    return Request(**{**_fields(longer), "resumed_output_token_ids": tuple(resumed)})
 
 
 def random_workload(seed: int) -> Workload:

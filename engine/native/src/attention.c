@@ -30,6 +30,7 @@ typedef struct {
     const int64_t *table;
     int64_t kv_head, row, heads, num_queries, first_position;
     int64_t begin, end; /* positions that any of the rows may see, begin at a multiple of 16 */
+    int64_t oldest;     /* the first that one does see: what lies between may be anything */
     float *queries;     /* [num_queries, D], scaled */
     float *scores;      /* [num_queries, width] */
     float *keys;        /* [D, 16] */
@@ -255,7 +256,7 @@ INLINE void mix_group(const int queries, const int vectors, __mmask16 mask, cons
         for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
     const int64_t size = c->cache->block_size, step = c->cache->num_kv_heads * c->cache->head_dim * item_bytes(type);
     const float *weights = t->scores + query * t->width;
-    for (int64_t position = t->begin; position < t->end;) {
+    for (int64_t position = t->oldest; position < t->end;) {
         const int64_t stop = min64(t->end, (position / size + 1) * size);
         const char *value = cell_at(c, t, 1, position);
         if (query == 0 && d == 0 && stop < t->end) {
@@ -332,7 +333,8 @@ INLINE void attend(call *c, int64_t index, element type, element io) {
                     .first_position = tile->position,
                     .end = tile->position + tile->num_rows};
     const int64_t oldest = c->layer->window ? t.first_position - c->layer->window + 1 : 0;
-    t.begin = oldest > 0 ? oldest / LANES * LANES : 0;
+    t.oldest = oldest > 0 ? oldest : 0;
+    t.begin = t.oldest / LANES * LANES;
     t.width = (t.end - t.begin + LANES - 1) / LANES * LANES;
     const int64_t scales = type == INT8 ? 2 * t.width : 0;
     const int64_t floats = LANES * dims + scales + t.num_queries * (t.width + dims);

@@ -1,0 +1,91 @@
+"""The environment that a server starts in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments import start
+from deployments.start import environment, is_loopback, settings
+
+HAPROXY_FILES = ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_SOCKET_PATH", "SERVER_STATE_BASE", "SERVER_STATE_FILE")
+
+
+def config(host: str = "127.0.0.1", *drains: float) -> dict[str, object]:
+    return {"http_options": {"host": host}, "applications": [{"args": {"drain_s": drain}} for drain in drains]}
+
+
+@pytest.fixture
+def haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "why_not_haproxy", lambda: None)
+
+
+@pytest.mark.usefixtures("haproxy")
+def test_every_file_of_haproxy_lies_in_a_folder_of_this_server(tmp_path: Path) -> None:
+    added, reason = environment(config(), tmp_path, {})
+    assert reason is None
+    assert all(Path(added[f"RAY_SERVE_HAPROXY_{name}"]).is_relative_to(tmp_path) for name in HAPROXY_FILES)
+
+
+@pytest.mark.usefixtures("haproxy")
+@pytest.mark.parametrize(("drains", "least_s"), [((), 300), ((10.0,), 10), ((10.0, 900.0), 900), ((0.5, 60.0), 60)])
+def test_a_replaced_haproxy_outlives_the_longest_drain(drains: tuple[float, ...], least_s: int, tmp_path: Path) -> None:
+    added, _ = environment(config("127.0.0.1", *drains), tmp_path, {})
+    assert int(added["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > least_s
+
+
+@pytest.mark.usefixtures("haproxy")
+def test_what_is_set_already_wins(tmp_path: Path) -> None:
+    given = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "7", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
+    assert not set(given) & set(environment(config(), tmp_path, given)[0])
+
+
+@pytest.mark.parametrize("given", [{"RAY_SERVE_ENABLE_HA_PROXY": "0"}, {}])
+def test_without_haproxy_nothing_of_it_is_set_and_routers_open_no_port(
+    given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "why_not_haproxy", lambda: "it is not there")
+    added, reason = environment(config(), tmp_path, given)
+    assert reason
+    assert added["RAY_SERVE_ENABLE_HA_PROXY"] == added["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
+    assert not [name for name in added if "HAPROXY" in name]
+    assert added["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+
+
+HOSTS = [("127.0.0.1", True), ("127.8.9.1", True), ("localhost", True), ("::1", True), ("[::1]", True)]
+HOSTS += [("0.0.0.0", False), ("::", False), ("10.0.0.4", False), ("chorus.example", False)]
+
+
+@pytest.mark.parametrize(("host", "is_local"), HOSTS)
+def test_ray_stays_on_this_machine_where_the_server_does(host: str, is_local: bool, tmp_path: Path) -> None:
+    assert is_loopback(host) is is_local
+    assert ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" in environment(config(host), tmp_path, {})[0]) is is_local
+
+
+def test_each_line_of_the_settings_is_a_variable_of_ray() -> None:
+    assert settings()
+    assert all(name.startswith("RAY_") and value for name, value in settings().items())
+
+
+def test_another_ray_is_served_by_its_own_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "binary", lambda: "/bin/true")
+    monkeypatch.setattr(start, "_program", lambda: Path("/bin/true"))
+    monkeypatch.setattr(start, "_EXPECTED", ("what no Ray writes",))
+    assert "what no Ray writes" in str(start.why_not_haproxy())
+
+
+BAD = [([], "usage"), (["--help-me"], "usage"), (["nowhere.yaml"], "not a file"), (["list.yaml"], "not a Serve")]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_a_wrong_call_ends_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    arguments = [str(tmp_path / a) if a.endswith(".yaml") else a for a in arguments]
+    command = [sys.executable, "-m", "deployments.start", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
