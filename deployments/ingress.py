@@ -1,4 +1,4 @@
-"""The Router deployment: the HTTP API in front of the replicas."""
+"""The Router deployment: the HTTP API in front of the replicas, and what of it a replica alone has too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from deployments.listener import listening_host, take_calls_at_this_node_only
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.replicas import ServeBackend
+from deployments.router.streams import Backend
 from deployments.settings.app import AppArgs
 from deployments.store.actor import connector, current_app
 from deployments.store.client import StoreClient
@@ -24,13 +25,11 @@ from engine.checkpoint.generation import sampling_defaults
 logger = logging.getLogger("ray.serve")
 
 
-@serve.ingress()
-class Router:
-    """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
+class Front:
+    """What answers HTTP for `backend`: keys, prompts, the adapter store, and the API made of them."""
 
-    async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+    async def open(self, args: AppArgs, backend: Backend) -> None:
         """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where it listens."""
-        take_calls_at_this_node_only()
         host = await asyncio.to_thread(listening_host)
         self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
         self._limits = args.limits
@@ -40,18 +39,33 @@ class Router:
         connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
         store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
         await store.start()
-        self._backend = ServeBackend(replicas, wait_s=args.replica_wait_s)
-        self._backend.start()
         self._gateway = Gateway(
-            backend=self._backend,
+            backend=backend,
             adapters=store,
             prompts=prompts,
             model_id=args.model_id,
             sources=args.adapters.source_names,
             allowed=args.adapters.allowed,
-            max_resumes=args.max_resumes,
+            max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
             defaults=sampling_defaults(args.model, args.generation_config, logger),
         )
+
+    def api(self) -> FastAPI:
+        """The routes, once it is open."""
+        return create_api(self._gateway, self._keys, self._limits, self._cors)
+
+
+@serve.ingress()
+class Router:
+    """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
+
+    async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        """Raises: as `Front.open`."""
+        take_calls_at_this_node_only()
+        self._backend = ServeBackend(replicas, wait_s=args.replica_wait_s)
+        self._backend.start()
+        self._front = Front()
+        await self._front.open(args, self._backend)
 
     async def __del__(self) -> None:
         """Called by Serve after it has drained this router."""
@@ -60,4 +74,4 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return create_api(self._gateway, self._keys, self._limits, self._cors)
+        return self._front.api()

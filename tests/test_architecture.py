@@ -211,7 +211,7 @@ def test_the_policy_loads_without_torch_numpy_or_ray() -> None:
 
 def test_the_router_and_the_store_load_without_torch() -> None:
     """So that a router starts fast and stays small; the model's process alone pays for torch."""
-    of_the_replica = ("deployments.replica.replica", "deployments.app")
+    of_the_replica = ("deployments.replica.replica", "deployments.direct", "deployments.app")
     apart = [m for m in MODULES if is_below(m, "deployments") and m not in of_the_replica]
     store = [m for m in MODULES if is_below(m, "adapter_store")]
     assert "deployments.ingress" in apart

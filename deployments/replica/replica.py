@@ -8,14 +8,24 @@ import logging
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
 
 from ray import serve
 
 from adapter_store.errors import StoreError
 from deployments import frames
-from deployments.calls import RESERVED_CODE, STOPPED_CODE, Aim, Call, Fault, Receipt, Refused, Submission
+from deployments.calls import (
+    RESERVED_CODE,
+    STOPPED_CODE,
+    Aim,
+    Call,
+    Fault,
+    Receipt,
+    Refused,
+    StreamItem,
+    Submission,
+)
 from deployments.errors import fault_of
 from deployments.listener import take_calls_at_this_node_only
 from deployments.replica.alone import Door
@@ -111,6 +121,36 @@ class Replica:
             self._reporter.renew(router)
         self._subscribers.heard(router, numbers)
 
+    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
+        """Items of `call` for somebody in this process. The first, which is empty, says that it is accepted; a failure
+        is the last. Closing the generator aborts the request within a step."""
+        if (fault := self._turned_away(call)) is not None:
+            yield StreamItem(replica=self._id, fault=fault)
+            return
+        self._in_hand += 1
+        self._reporter.remember(call.prefix_hints)
+        version = None
+        try:
+            yield StreamItem(replica=self._id)
+            async with self._image_of(call) as held:
+                version = held.version if held else None
+                stream = self._engine.generate(_request(call, version), held.image if held else None)
+                async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
+                    async for delta in deltas:
+                        self._door.produced(call, len(delta.token_ids))
+                        yield StreamItem(replica=self._id, adapter_version=version, deltas=(delta,))
+        except Exception as error:
+            yield StreamItem(replica=self._id, adapter_version=version, fault=self._told(call, error))
+        finally:
+            self._in_hand -= 1
+            self._door.left(call)
+
+    def _told(self, call: Call, error: Exception) -> Fault:
+        """`error` as the caller hears it; what nobody expected is logged."""
+        if not isinstance(error, EngineError | StoreError | Refused):
+            logger.exception("request %s failed", call.request_id)
+        return self._fault_of(error)
+
     async def _serve(self, run: Run) -> None:
         """From the image that `run` needs to its end, however it comes."""
         call = run.submission.call
@@ -124,9 +164,7 @@ class Replica:
                 finally:
                     self._engine.leave(run.stream, abort=run.num_unfinished > 0)
         except Exception as error:
-            if not isinstance(error, EngineError | StoreError | Refused):
-                logger.exception("request %s failed", call.request_id)
-            run.fail(self._fault_of(error))
+            run.fail(self._told(call, error))
         finally:
             run.end()
             self._in_hand -= 1

@@ -81,7 +81,8 @@ class Fleet:
             known = self._by_id.pop(replica_id)
             self._index.forget(known)
         for replica_id in sorted(wanted - self._by_id.keys()):
-            known = self._strangers.pop(replica_id, None) or _stranger(replica_id, now_s)
+            known = self._stranger_of(replica_id)
+            del self._strangers[replica_id]
             known.heard_s = now_s  # it has time to report
             self._by_id[replica_id] = known
             self._index_all(known)

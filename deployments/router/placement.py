@@ -150,4 +150,4 @@ class Demand:
             self._keys[key] = (count, at_s, num)
 
     def _decay(self, elapsed_s: float) -> float:
-        return 0.5 ** (max(0.0, elapsed_s) / self._half_life_s)
+        return math.exp2(-max(0.0, elapsed_s) / self._half_life_s)

@@ -136,6 +136,8 @@ class AppArgs(Settings):
     engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
     num_replicas: PositiveInt = 1
     num_routers: PositiveInt = 1
+    # Replicas answer HTTP themselves, behind a gateway of your own: no routers, no placement, no resumed streams.
+    direct: bool = False
     replica_num_cpus: float = Field(default=1.0, ge=0.0)
     replica_num_gpus: float = Field(default=0.0, ge=0.0)
     router_num_cpus: float = Field(default=0.25, ge=0.0)

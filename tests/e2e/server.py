@@ -36,9 +36,15 @@ class Server:
     """What `make serve` starts, of serve_config.yaml, changed only in ports, sources and limits."""
 
     def __init__(
-        self, adapters: Path, s3_endpoint: str, bucket: str, environment: Mapping[str, str] = MappingProxyType({})
+        self,
+        adapters: Path,
+        s3_endpoint: str,
+        bucket: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        direct: bool = False,
     ) -> None:
         self._environment = environment
+        self._num_told = 1 if direct else 2  # replicas that one answer of /stats tells of
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))  # Ray's socket paths must be short
@@ -46,6 +52,7 @@ class Server:
         config["http_options"]["port"] = self.port
         args = config["applications"][0]["args"]
         args |= {"api_keys_env": "CHORUS_E2E_KEYS", "admin_keys_env": "CHORUS_E2E_ADMIN_KEYS"}
+        args["direct"] = direct
         args["engine"] |= {"max_num_seqs": 16, "max_queued_requests": 24}
         args["adapters"] |= {
             "refresh_s": 2.0,
@@ -90,7 +97,7 @@ class Server:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.wait_until(self.is_healthy, "the server's health", START_S)
-        self.wait_until(lambda: len(self.stats()["replicas"]) == 2, "two replicas", START_S)
+        self.wait_until(lambda: len(self.stats()["replicas"]) == self._num_told, "the replicas", START_S)
 
     def is_healthy(self) -> bool:
         if self._process.poll() is not None:

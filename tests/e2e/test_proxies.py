@@ -19,10 +19,12 @@ BACK_S = 90.0
 LINE = "One base, many voices\n"
 
 
-def started(tmp_path_factory: pytest.TempPathFactory, bucket: Bucket, environment: dict[str, str]) -> Iterator[Server]:
+def started(
+    tmp_path_factory: pytest.TempPathFactory, bucket: Bucket, environment: dict[str, str], direct: bool = False
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("adapters")
     shutil.copytree(ADAPTERS, folder, dirs_exist_ok=True)
-    server = Server(folder, bucket.endpoint, BUCKET, environment)
+    server = Server(folder, bucket.endpoint, BUCKET, environment, direct)
     try:
         server.start()
         yield server
@@ -40,6 +42,13 @@ def either(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bucket: Bucket
 ) -> Iterator[Server]:
     yield from started(tmp_path_factory, bucket, request.param)
+
+
+@pytest.fixture(scope="module", params=[{}, FALLBACK], ids=["haproxy", "fallback"])
+def direct(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bucket: Bucket
+) -> Iterator[Server]:
+    yield from started(tmp_path_factory, bucket, request.param, direct=True)
 
 
 def ask(server: Server, model: str = "upper", max_tokens: int = 64) -> httpx.Response:
@@ -131,3 +140,25 @@ def test_ctrl_c_ends_it_with_code_0_and_no_native_trace(either: Server) -> None:
     log = either.log.read_text()
     assert "*** SIG" not in log
     assert "Stack trace" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["demo", "upper"])
+def test_a_replica_that_answers_http_itself_says_the_same(direct: Server, model: str) -> None:
+    expected = LINE.strip().upper() if model == "upper" else LINE.strip()
+    assert ask(direct, model).json()["choices"][0]["text"] == streamed(direct, model) == expected
+    assert not direct.processes("ServeReplica:chorus:Router")
+
+
+@pytest.mark.slow
+def test_a_replica_that_answers_http_itself_has_the_same_gate(direct: Server) -> None:
+    assert httpx.get(f"{direct.url}/v1/models", trust_env=False).status_code == 401
+    assert ask(direct, "nobody").status_code == 404
+    assert direct.client.post("/v1/completions", json={"model": "demo", "prompt": "a", "top_p": 7}).status_code == 400
+
+
+@pytest.mark.slow
+def test_a_replica_that_answers_http_itself_is_replaced_when_it_is_killed(direct: Server) -> None:
+    for pid in direct.processes("ServeReplica:chorus:Replica"):
+        os.kill(pid, signal.SIGKILL)
+    direct.wait_until(lambda: is_right(direct), "right answers after the death of all replicas", BACK_S)

@@ -80,6 +80,6 @@ def test_what_follows_the_end_is_refused() -> None:
 
 def test_made_up_numbers_cost_nothing() -> None:
     """Four billion deltas in thirty bytes."""
-    frame = struct.pack("<BII", frames.VERSION, 0, 1) + struct.pack("<QB", 1, 0) + struct.pack("<II", 0, 2**32 - 1)
+    frame = struct.pack("<BIII", frames.VERSION, 0, 1, 0) + struct.pack("<QB", 1, 0) + struct.pack("<II", 0, 2**32 - 1)
     with pytest.raises(frames.BadFrame, match="4294967295 parts"):
         frames.read(frame)
