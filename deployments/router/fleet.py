@@ -11,21 +11,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
 from deployments.calls import Call
 from deployments.reports import HEARTBEAT_S, VRAM, BadReport, follows, name_digest, unpack
 from deployments.router.known import Holders, Index, Known
-from deployments.router.placement import Demand, Weights, digest, draws, homes, least, mixed, num_homes, prefix_share
+from deployments.router.placement import Demand, Weights, digest, draws, homes, least, num_homes, prefix_share, tie
 
 SILENT_S = 3 * HEARTBEAT_S
 FEW = 8  # so many replicas are all looked at
-MAX_HOMES = 8  # of a key with more, as many are drawn
+MAX_HOMES = 6  # of a key with more, as many are drawn
 NUM_DRAWN = 2
 NUM_DRAWN_WITHOUT_KEY = 6
 NUM_HOLDERS = 4
 NUM_TAIL = 4  # the least loaded, for when all that were chosen refuse
+TAIL_S = 0.01  # they are looked for no more often, nor less often than for each `TAIL_CALLS` calls
+TAIL_CALLS = 16
 MAX_PLACED = 24
 _MAX_STRANGERS = 64
 _MAX_CACHED = 4096
@@ -43,6 +46,7 @@ class _Ask:
     seed: int
     avoid: Sequence[str]
     is_alone: bool
+    now_s: float
     silent_s: float  # who was last heard before is silent
     num_homes: int = 0
     at_home: Sequence[int] = ()
@@ -64,6 +68,9 @@ class Fleet:
         self._total_capacity = 0
         self._heard_s = float("-inf")  # of any
         self._demand = Demand()
+        self._least: list[Known] = []
+        self._tail_left = 0
+        self._tail_at_s = float("-inf")
         self._homes: OrderedDict[int, tuple[int, tuple[int, ...]]] = OrderedDict()
 
     @property
@@ -91,6 +98,7 @@ class Fleet:
             known.slot = slot
         self._salts = np.array([known.salt for known in self._members], np.uint64)
         self._shares = np.array([np.inf if known.is_lost else known.share for known in self._members], np.float64)
+        self._tail_left = 0
         self._total_load = sum(known.load for known in self._members)
         self._total_capacity = sum(known.capacity for known in self._members)
         self._homes.clear()
@@ -162,13 +170,16 @@ class Fleet:
             seed=digest(f"{call.request_id} {call.sample_index} {len(call.avoid)}"),
             avoid=call.avoid,
             is_alone=is_alone,
+            now_s=now_s,
             silent_s=now_s - SILENT_S if self._heard_s >= now_s - SILENT_S else float("-inf"),
         )
         share = self._demand.asked(key, now_s)
         if key is not None:
             size = len(self._members)
             demand, capacity = share * (self._total_load + 1), self._total_capacity / size
-            ask.num_homes = min(size, num_homes(self._demand.homes_of(key), demand, capacity, self._weights))
+            ask.num_homes = min(
+                size, num_homes(self._demand.homes_of(key), demand, capacity, share, size, self._weights)
+            )
             self._demand.set_homes(key, ask.num_homes)
             at_home = self._homes_of(key, ask.num_homes)
             if len(at_home) > MAX_HOMES:
@@ -210,28 +221,35 @@ class Fleet:
         is_awaited = is_hot and (holders is None or len(holders.members) < ask.num_homes)
         awaited = weights.vram if adapter is not None else weights.prefix
         steps = weights.load_steps if ask.num_homes == 1 else 0
-        tie = ask.key if ask.num_homes == 1 and ask.key is not None else ask.seed
+        among_equals = ask.key if ask.num_homes == 1 and ask.key is not None else ask.seed
+        home = ask.at_home[0] if ask.num_homes == 1 else -1
+        silent_s = ask.silent_s
         ranks: dict[int, Rank] = {}
-
-        def add(known: Known, group: int, score: float) -> None:
-            is_silent = known.is_lost or known.heard_s < ask.silent_s
-            order = -mixed(tie ^ known.salt)
-            ranks[known.slot] = (known.replica_id in avoid, is_silent, group, -score, order, known.replica_id)
-
         for known in candidates:
-            if known.slot in ranks:
+            slot, name, load = known.slot, known.replica_id, known.share
+            if slot in ranks:
                 continue
-            load = known.share
             score = weights.prefix * prefix_share(hints, known.hints) if hints else 0.0
             if adapter is not None and (tier := known.names.get(adapter)) is not None:
                 score += weights.vram if tier == VRAM else weights.host
-            if is_awaited and known.slot in ask.at_home:
+            if is_awaited and slot in ask.at_home:
                 score = max(score, awaited)
-            add(known, 0, score - (int(load * steps) / steps if steps else load))
-        for slot in least(self._shares, NUM_TAIL) if len(self._members) > FEW else ():
-            if slot not in ranks:
-                add(self._members[slot], 1, -self._members[slot].share)
+            score -= int(load * steps) / steps if steps else load
+            order = -1 if slot == home else tie(among_equals, known.salt)
+            ranks[slot] = (name in avoid, known.is_lost or known.heard_s < silent_s, 0, -score, order, name)
+        for known in self._tail(ask.now_s) if len(self._members) > FEW else ():
+            if known.slot not in ranks:
+                name, is_silent = known.replica_id, known.is_lost or known.heard_s < silent_s
+                ranks[known.slot] = (name in avoid, is_silent, 1, known.share, 0, name)
         return sorted(ranks.values())
+
+    def _tail(self, now_s: float) -> list[Known]:
+        """The least loaded of all."""
+        self._tail_left -= 1
+        if self._tail_left < 0 or now_s - self._tail_at_s > TAIL_S:
+            self._least = [self._members[slot] for slot in least(self._shares, NUM_TAIL)]
+            self._tail_left, self._tail_at_s = TAIL_CALLS, now_s
+        return self._least
 
     def _loaded(self, known: Known, load: int, capacity: int) -> None:
         now_s = self._now_s()
@@ -239,7 +257,9 @@ class Fleet:
         known.is_lost = False
         before, capacity_before = known.load, known.capacity
         known.reported, known.unreported, known.capacity = load, 0, max(1, capacity)
-        if known.slot >= 0:
+        if known.slot < 0:
+            known.share = known.load / known.capacity
+        else:
             self._total_capacity += known.capacity - capacity_before
             self._total_load += known.load - before
             self._count(known)
@@ -255,6 +275,7 @@ class Fleet:
         self._count(known)
 
     def _count(self, known: Known) -> None:
+        known.share = known.load / known.capacity
         self._shares[known.slot] = np.inf if known.is_lost else known.share
 
     def _index_all(self, known: Known) -> None:
@@ -280,6 +301,6 @@ def _few(holders: Holders | None, seed: int) -> list[Known]:
     """The least loaded of some that are drawn."""
     if holders is None or len(holders.members) <= NUM_HOLDERS:
         return [] if holders is None else holders.members
-    drawn = [holders.members[place] for place in draws(~seed & ((1 << 64) - 1), len(holders.members), 2 * NUM_HOLDERS)]
-    drawn.sort(key=lambda known: known.share)
+    drawn = [holders.members[place] for place in draws(~seed & ((1 << 64) - 1), len(holders.members), NUM_HOLDERS + 2)]
+    drawn.sort(key=attrgetter("share"))
     return drawn[:NUM_HOLDERS]

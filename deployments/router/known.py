@@ -20,6 +20,7 @@ class Known:
     unreported: int = 0  # sent by this router, less what ended, since a load was told
     own: int = 0  # of this router, in flight
     capacity: int = 1
+    share: float = 0.0  # of the capacity, when `load` changed last
     epoch: int = -1
     number: int = -1
     names: dict[int, int] = field(default_factory=dict)  # digest -> tier
@@ -29,10 +30,6 @@ class Known:
     def load(self) -> int:
         """What it has in hand. What this router itself has there is certain, and at least that."""
         return max(self.reported + self.unreported, self.own)
-
-    @property
-    def share(self) -> float:
-        return self.load / self.capacity
 
 
 class Holders:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MAX_KEYS = 4096
+_MIN_REST = 1 << 32  # what is left of a drawn number is worth another draw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +86,20 @@ def least(shares: npt.NDArray[np.float64], count: int) -> tuple[int, ...]:
 
 
 def draws(seed: int, size: int, count: int) -> list[int]:
-    """`count` positions below `size`, of `seed` alone; one may come twice."""
-    drawn = []
-    for _ in range(count):
-        seed = mixed(seed)
-        drawn.append(seed % size)
+    """`count` positions below `size`, at most 2^24, of `seed` alone; one may come twice."""
+    drawn: list[int] = []
+    rest = 0
+    while len(drawn) < count:
+        if rest < _MIN_REST:
+            rest = seed = mixed(seed)
+        rest, place = divmod(rest, size)
+        drawn.append(place)
     return drawn
+
+
+def tie(key: int, salt: int) -> int:
+    """An order among equals that differs from key to key: cheaper than `mixed`, and good enough for this."""
+    return ((key ^ salt) * _MIX_1) & _MASK
 
 
 def prefix_share(hints: Sequence[int], held: set[int]) -> float:
@@ -103,12 +112,14 @@ def prefix_share(hints: Sequence[int], held: set[int]) -> float:
     return matched / len(hints) if hints else 0.0
 
 
-def num_homes(now: int, demand: float, capacity: float, weights: Weights) -> int:
+def num_homes(now: int, demand: float, capacity: float, share: float, size: int, weights: Weights) -> int:
     """How many homes a key should have that has `now` and on average `demand` sequences in flight in the whole fleet.
 
-    It grows at once, and shrinks when half of them would do: a demand that wavers must not move adapters about.
+    As many as its demand fills; and its `share` of all requests in the `size` replicas, if that gives each two
+    sequences: a key that is all there is needs no room left for others. It grows at once, and shrinks when half of them
+    would do: a demand that wavers must not move adapters about.
     """
-    fills = demand / max(2.0, weights.fill * capacity)
+    fills = max(demand / max(2.0, weights.fill * capacity), min(share * size, demand / 2))
     if fills > now:
         return math.ceil(fills)
     return max(1, math.ceil(fills)) if 2 * fills < now - 1 else now
@@ -120,7 +131,7 @@ class Demand:
     Routers that see like mixtures of the traffic find like shares for a key, and each knows the fleet's load.
     """
 
-    def __init__(self, *, half_life_s: float = 10.0) -> None:
+    def __init__(self, *, half_life_s: float = 4.0) -> None:
         self._half_life_s = half_life_s
         self._keys: OrderedDict[int, tuple[float, float, int]] = OrderedDict()  # count, when, homes
         self._total = 0.0

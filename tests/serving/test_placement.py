@@ -206,12 +206,18 @@ def test_the_same_request_is_placed_the_same_when_the_same_was_heard():
 
 def test_a_key_has_homes_for_its_demand_and_keeps_them_while_it_wavers():
     weights = Weights(fill=0.125)
-    assert [num_homes(1, demand, 32, weights) for demand in (0, 1, 4, 4.1, 40, 256)] == [1, 1, 1, 2, 10, 64]
-    assert num_homes(10, 21, 32, weights) == 10, "six would do: not worth moving"
-    assert num_homes(10, 16, 32, weights) == 4
-    assert num_homes(2, 2.1, 32, weights) == 2
-    assert num_homes(2, 1.9, 32, weights) == 1
-    assert num_homes(3, 0.0, 32, weights) == 1
+
+    def homes_for(now: int, demand: float, share: float = 0.0) -> int:
+        return num_homes(now, demand, 32, share, 100, weights)
+
+    assert [homes_for(1, demand) for demand in (0, 1, 4, 4.1, 40, 256)] == [1, 1, 1, 2, 10, 64]
+    assert homes_for(10, 21) == 10, "six would do: not worth moving"
+    assert homes_for(10, 16) == 4
+    assert homes_for(2, 2.1) == 2
+    assert homes_for(2, 1.9) == 1
+    assert homes_for(3, 0.0) == 1
+    assert homes_for(1, 200, share=1.0) == 100, "it is all there is"
+    assert homes_for(1, 20, share=1.0) == 10, "but not one by one"
 
 
 def test_demand_is_forgotten_with_time():
