@@ -1,6 +1,6 @@
 """HAProxy as Ray Serve starts it, with nothing listening beside its front door. Installed as `chorus-haproxy`.
 
-Ray writes HAProxy's configuration and cannot be told three things: its pages of statistics and metrics listen on every
+Ray writes HAProxy's configuration and cannot be told some things: its pages of statistics and metrics listen on every
 address, at two ports that a second server on the machine finds taken; before there is an application, or a router that
 is up, clients are told 404 and 500; and its admin socket is everybody's. `RAY_SERVE_HAPROXY_BINARY_PATH` names this
 program: it changes the configuration, and becomes HAProxy.
@@ -8,10 +8,12 @@ program: it changes the configuration, and becomes HAProxy.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +22,7 @@ INNER = {"frontend prometheus": "metrics.sock", "listen stats": "stats.sock"}
 """Sections that listen for who runs the server: at sockets that only its user can open."""
 
 RETRY_AFTER_S = 1
+_PR_SET_PDEATHSIG = 1
 _MESSAGE = "the server is starting, or no router of it is up; try again"
 _BODY = json.dumps(
     {"error": {"message": _MESSAGE, "type": "service_unavailable", "param": None, "code": "starting"}},
@@ -81,6 +84,19 @@ def binary() -> str | None:
     return shutil.which("haproxy")
 
 
+def stop_with_parent() -> None:
+    """Once the process that started this one is dead HAProxy leaves its front door, ends its streams, and goes.
+
+    Linux keeps this across `exec`; elsewhere HAProxy outlives what started it.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)  # HAProxy's word for a soft stop
+    if os.getppid() != parent:
+        sys.exit("chorus-haproxy: what started it is dead")
+
+
 def main() -> None:
     """`chorus-haproxy -f CONFIG ...`: becomes HAProxy with the configuration closed. Exit code 2: it could not."""
     arguments = sys.argv[1:]
@@ -97,6 +113,7 @@ def main() -> None:
         (path.parent / "503.http").write_text(_ERROR_FILE)
         arguments[at] = str(path.with_suffix(".closed.cfg"))
         Path(arguments[at]).write_text(text)
+    stop_with_parent()
     os.execv(program, [program, *arguments])
 
 

@@ -6,6 +6,7 @@ this server's own, how long it may drain, and, where the server listens on this 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -45,10 +46,9 @@ def environment(config: Mapping[str, Any], folder: Path, given: Mapping[str, str
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     reason = "RAY_SERVE_ENABLE_HA_PROXY is 0" if given.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" else why_not_haproxy()
     if reason is None:
-        drains = [(app.get("args") or {}).get("drain_s", _DRAIN_S) for app in config.get("applications") or ()]
         wanted |= {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program()),
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(max(drains, default=_DRAIN_S)) + HARD_STOP_MARGIN_S),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_drain_s(config)) + HARD_STOP_MARGIN_S),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics-log.sock"),
@@ -60,6 +60,16 @@ def environment(config: Mapping[str, Any], folder: Path, given: Mapping[str, str
         wanted |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
         return {k: v for k, v in wanted.items() if k not in given or "INGRESS" in k or "HA_PROXY" in k}, reason
     return {name: value for name, value in wanted.items() if name not in given}, reason
+
+
+def longest_drain_s(config: Mapping[str, Any]) -> float:
+    """Of any deployment of any application. What is no number Serve itself will refuse, by name."""
+    drains: list[Any] = []
+    for app in config.get("applications") or ():
+        args = app.get("args")
+        drains.append(args.get("drain_s", _DRAIN_S) if isinstance(args, Mapping) else _DRAIN_S)
+        drains += [one.get("graceful_shutdown_timeout_s") for one in app.get("deployments") or ()]
+    return max((float(one) for one in drains if isinstance(one, int | float)), default=_DRAIN_S)
 
 
 def is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from tests.e2e.server import ROOT, Server
 
 BUCKET = "chorus-e2e"
 ADAPTERS = ROOT / "demo" / "adapters"
+FALLBACK = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
 
 
 class Bucket:
@@ -60,12 +61,40 @@ def server(bucket: Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         running.remove()
 
 
+def started(
+    tmp_path_factory: pytest.TempPathFactory, bucket: Bucket, environment: dict[str, str], direct: bool = False
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(ADAPTERS, folder, dirs_exist_ok=True)
+    server = Server(folder, bucket.endpoint, BUCKET, environment, direct)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(scope="session", params=[{}, FALLBACK], ids=["haproxy", "fallback"])
+def either(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, bucket: Bucket
+) -> Iterator[Server]:
+    """A server behind HAProxy, then one behind Serve's own proxy."""
+    yield from started(tmp_path_factory, bucket, request.param)
+
+
+@pytest.fixture
+def last_either(either: Server) -> Server:
+    """As `last_server`."""
+    return either
+
+
 @pytest.fixture
 def last_server(server: Server) -> Server:
     """The server of all tests, for the one that ends it."""
     return server
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest then puts together what shares one server of `either`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In whatever order the files are given: the server is ended behind all that ask it.
 
@@ -74,4 +103,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"))
-    items.sort(key=lambda item: "last_server" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: bool({"last_server", "last_either"} & set(getattr(item, "fixturenames", ()))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -45,9 +46,10 @@ class Server:
     ) -> None:
         self._environment = environment
         self._num_told = 1 if direct else 2  # replicas that one answer of /stats tells of
+        self.first_answers: list[tuple[int, str | None]] = []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))  # Ray's socket paths must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))  # Ray's socket paths must be short
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
         config["http_options"]["port"] = self.port
         args = config["applications"][0]["args"]
@@ -56,15 +58,15 @@ class Server:
         args["engine"] |= {"max_num_seqs": 16, "max_queued_requests": 24}
         args["adapters"] |= {
             "refresh_s": 2.0,
-            "disk_path": str(self._folder / "cache"),
+            "disk_path": str(self.folder / "cache"),
             "sources": [
                 {"kind": "file", "path": str(adapters)},
                 {"kind": "s3", "bucket": bucket, "endpoint_url": s3_endpoint, "addressing_style": "path"},
             ],
         }
-        self._config = self._folder / "config.yaml"
+        self._config = self.folder / "config.yaml"
         self._config.write_text(yaml.safe_dump(config))
-        self.log = self._folder / "log.txt"
+        self.log = self.folder / "log.txt"
         self.client = httpx.Client(
             base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60.0, trust_env=False
         )
@@ -77,7 +79,7 @@ class Server:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {
             "RAY_AUTH_MODE": "disabled",
-            "RAY_TMPDIR": str(self._folder),
+            "RAY_TMPDIR": str(self.folder),
             "CHORUS_E2E_KEYS": f"{KEY},another-key-0123456789",
             "CHORUS_E2E_ADMIN_KEYS": ADMIN_KEY,
             "AWS_ACCESS_KEY_ID": "test",
@@ -103,9 +105,11 @@ class Server:
         if self._process.poll() is not None:
             raise RuntimeError(f"serve run ended with {self._process.returncode}:\n{self.log.read_text()[-4000:]}")
         try:
-            return self.client.get("/health").status_code == 200
+            response = self.client.get("/health")
         except httpx.TransportError:
             return False
+        self.first_answers.append((response.status_code, response.headers.get("retry-after")))
+        return response.status_code == 200
 
     def wait_until(self, condition: Any, what: str, limit_s: float) -> float:
         """Seconds until `condition()` held. Raises: TimeoutError with `what` and the end of the log."""
@@ -143,10 +147,26 @@ class Server:
         self._process.send_signal(signal.SIGINT)
         return ended(self._process, "serve run to end after Ctrl-C", STOP_S)
 
+    def deploy(self, **args: Any) -> None:
+        """The configuration with `args` of the application changed, as `serve deploy` brings it in."""
+        config = yaml.safe_load(self._config.read_text())
+        config["applications"][0]["args"] |= args
+        self._config.write_text(yaml.safe_dump(config))
+        found = re.search(r"dashboard at \S*?(http://127\.0\.0\.1:\d+)", self.log.read_text())
+        assert found is not None, "the log does not name the dashboard"
+        command = [str(ROOT / ".venv/bin/serve"), "deploy", str(self._config), "--address", found[1]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STOP_S, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def kill(self) -> None:
+        """`serve run` alone, as if it had crashed."""
+        self._process.kill()
+        ended(self._process, "serve run to end after a kill", STOP_S)
+
     def remove(self) -> None:
         """Whatever a failed test left behind."""
         self.client.close()
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         ended(self._process, "serve run to end after a kill", STOP_S)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

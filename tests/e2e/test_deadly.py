@@ -27,16 +27,18 @@ class DeadlyServer(Server):
     """The demo, without keys, with replicas that one prompt ends."""
 
     def __init__(self) -> None:
+        self._environment: dict[str, str] = {}
+        self.first_answers = []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
         config["http_options"]["port"] = self.port
         config["applications"][0]["import_path"] = "tests.e2e.deadly:build"
-        self._config = self._folder / "config.yaml"
+        self._config = self.folder / "config.yaml"
         self._config.write_text(yaml.safe_dump(config))
-        self.log = self._folder / "log.txt"
-        self.deaths = self._folder / "deaths.txt"
+        self.log = self.folder / "log.txt"
+        self.deaths = self.folder / "deaths.txt"
         self.client = httpx.Client(base_url=self.url, timeout=DEADLINE_S, trust_env=False)
 
     def num_deaths(self) -> int:

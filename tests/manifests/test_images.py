@@ -25,6 +25,8 @@ for package in (adapter_store, deployments, engine):
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
 from deployments.settings.app import LimitSettings
+from deployments.start import settings
+assert settings()
 from unittest.mock import MagicMock
 app = create_api(MagicMock(), ApiKeys(frozenset()), LimitSettings())
 print(app.version, *app.openapi()["paths"])
@@ -56,7 +58,7 @@ def test_an_image_installs_what_the_project_needs(rehearsal: Rehearsal) -> None:
 def test_what_the_cpu_image_starts_is_in_it(tmp_path: Path) -> None:
     (dockerfile,) = (path for path in DOCKERFILES if path.suffix == ".cpu")
     steps = instructions(dockerfile)
-    assert ("CMD", '["serve", "run", "serve_config.yaml"]') in steps
+    assert ("CMD", '["python", "-m", "deployments.start", "serve_config.yaml"]') in steps
     copied = {rest for name, rest in steps if name == "COPY"}
     assert {"demo demo", "serve_config.yaml ./"} <= copied
     model = re.search(r"model: (\S+)", (ROOT / "serve_config.yaml").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deployments.haproxy import INNER, Unexpected, binary, closed
+from tests.support.waiting import ended, until
 
 WRITE = """
     import os, sys
@@ -112,3 +114,40 @@ def test_a_configuration_of_another_ray_is_refused_rather_than_opened(
     assert known in loopback
     with pytest.raises(Unexpected):
         closed(loopback.replace(known, unknown), tmp_path)
+
+
+PARENT = """
+    import subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"ready\\n"
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+CHILD = """
+import signal, time
+from deployments.haproxy import stop_with_parent
+signal.signal(signal.SIGUSR1, lambda *_: open({told!r}, "w").close())
+{stop}
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
+def test_the_death_of_a_manager_tells_its_haproxy_to_stop(tmp_path: Path) -> None:
+    """SIGUSR1 is HAProxy's word for: no new connections, and go when the last is done."""
+    for stop in ("", "stop_with_parent()"):
+        told = tmp_path / f"told-{len(stop)}"
+        child = CHILD.format(told=str(told), stop=stop)
+        parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PARENT), child], stdout=subprocess.PIPE)
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        try:
+            parent.kill()
+            ended(parent, "the parent to die")
+            if stop:
+                until(told.exists, "the child to be told")
+            assert told.exists() is bool(stop)
+        finally:
+            parent.stdout.close()
+            os.kill(pid, signal.SIGKILL)

@@ -37,6 +37,32 @@ def test_a_replaced_haproxy_outlives_the_longest_drain(drains: tuple[float, ...]
     assert int(added["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > least_s
 
 
+DRAINS = [
+    ({"applications": None}, 300),
+    ({"applications": [{"args": {"drain_s": 5}}, {}]}, 300),
+    ({"applications": [{"args": {"drain_s": 5}, "deployments": [{"name": "Router"}]}]}, 5),
+    (
+        {
+            "applications": [
+                {"args": {"drain_s": 5}, "deployments": [{"name": "R", "graceful_shutdown_timeout_s": 600}]}
+            ]
+        },
+        600,
+    ),
+    ({"applications": [{"args": {"drain_s": "long"}}]}, 300),
+    ({"applications": [{"args": None}, {"args": {"drain_s": 10}}]}, 300),
+]
+
+
+@pytest.mark.usefixtures("haproxy")
+@pytest.mark.parametrize(("given", "longest_s"), DRAINS)
+def test_the_longest_drain_is_that_of_any_deployment(
+    given: dict[str, object], longest_s: float, tmp_path: Path
+) -> None:
+    assert start.longest_drain_s(given) == longest_s
+    assert int(environment(given, tmp_path, {})[0]["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == longest_s + 30
+
+
 @pytest.mark.usefixtures("haproxy")
 def test_what_is_set_already_wins(tmp_path: Path) -> None:
     given = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "7", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
