@@ -216,9 +216,11 @@ class Fleet:
         """Of many members the least loaded come behind the candidates: no call is stuck while one of them is free."""
         weights, adapter, hints, avoid = self._weights, ask.adapter, ask.hints, ask.avoid
         is_hot = ask.num_homes > 1
-        holders = self._index.names.get(adapter) if adapter is not None else None
+        index, key = (self._index.hints, hints[0] if hints else -1) if adapter is None else (self._index.names, adapter)
+        holders = index.get(key)
         # A key in demand is awaited at its homes, held there or not: else none but the first would ever get it.
-        is_awaited = is_hot and (holders is None or len(holders.members) < ask.num_homes)
+        num_holders = len(holders.members) if holders is not None else 0
+        is_awaited = is_hot and num_holders < ask.num_homes
         awaited = weights.vram if adapter is not None else weights.prefix
         steps = weights.load_steps if ask.num_homes == 1 else 0
         among_equals = ask.key if ask.num_homes == 1 and ask.key is not None else ask.seed
@@ -234,6 +236,8 @@ class Fleet:
                 score += weights.vram if tier == VRAM else weights.host
             if is_awaited and slot in ask.at_home:
                 score = max(score, awaited)
+            if slot == home and (not num_holders or (adapter is not None and adapter in known.names)):
+                score += weights.home
             score -= int(load * steps) / steps if steps else load
             order = -1 if slot == home else tie(among_equals, known.salt)
             ranks[slot] = (name in avoid, known.is_lost or known.heard_s < silent_s, 0, -score, order, name)

@@ -32,12 +32,14 @@ class Weights:
 
     With `vram` 0.5 a holder keeps its adapter until it is half a batch busier than another replica. `load_steps` is how
     finely load counts for a key with one home: differences below a step are noise and leave the choice to residency
-    and the hash. A key gets another home for each `fill` of a replica's capacity that it has in flight.
+    and the hash. A key gets another home for each `fill` of a replica's capacity that it has in flight. To be the only
+    home of a key, which it holds or nobody does, is worth `home`: else noise in loads would scatter the key.
     """
 
     vram: float = 0.5
     host: float = 0.25
     prefix: float = 0.25
+    home: float = 0.2
     load_steps: int = 8
     fill: float = 0.125
 
@@ -138,7 +140,10 @@ class Demand:
         self._total_at_s = 0.0
 
     def asked(self, key: int | None, now_s: float) -> float:
-        """One more request, of `key` or of none. Returns the key's share of all requests lately."""
+        """One more request, of `key` or of none. Returns the key's share of all requests lately, at the least.
+
+        That is two standard deviations below what was counted: a few requests prove no demand.
+        """
         self._total = self._total * self._decay(now_s - self._total_at_s) + 1.0
         self._total_at_s = now_s
         if key is None:
@@ -148,7 +153,7 @@ class Demand:
         self._keys[key] = (count, now_s, num)
         if len(self._keys) > _MAX_KEYS:
             self._keys.popitem(last=False)
-        return min(1.0, count / self._total)
+        return max(0.0, count - 2 * math.sqrt(count)) / self._total
 
     def homes_of(self, key: int) -> int:
         """How many homes the key had when it was last placed."""
