@@ -71,7 +71,7 @@ class Fleet:
         self._least: list[Known] = []
         self._tail_left = 0
         self._tail_at_s = float("-inf")
-        self._homes: OrderedDict[int, tuple[int, tuple[int, ...]]] = OrderedDict()
+        self._homes: OrderedDict[int, tuple[int, ...]] = OrderedDict()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -181,19 +181,22 @@ class Fleet:
                 size, num_homes(self._demand.homes_of(key), demand, capacity, share, size, self._weights)
             )
             self._demand.set_homes(key, ask.num_homes)
-            at_home = self._homes_of(key, ask.num_homes)
-            if len(at_home) > MAX_HOMES:
-                at_home = tuple(at_home[place] for place in draws(ask.seed ^ key, len(at_home), MAX_HOMES))
-            ask.at_home = at_home
+            every = self._homes_of(key, ask.num_homes)
+            if ask.num_homes <= MAX_HOMES:
+                ask.at_home = every[: ask.num_homes]
+            else:
+                ask.at_home = [every[place] for place in draws(ask.seed ^ key, ask.num_homes, MAX_HOMES)]
         return ask
 
     def _homes_of(self, key: int, count: int) -> tuple[int, ...]:
-        cached = self._homes.get(key)
-        if cached is None or cached[0] != count:
-            cached = self._homes[key] = (count, homes(key, self._salts, count))
+        """At least the key's first `count` homes: when it grows, twice as many are looked for as are needed."""
+        cached = self._homes.get(key, ())
+        if len(cached) < count:
+            enough = 1 if count == 1 else min(len(self._members), 2 * max(count, MAX_HOMES))
+            cached = self._homes[key] = homes(key, self._salts, enough)
             if len(self._homes) > _MAX_CACHED:
                 self._homes.popitem(last=False)
-        return cached[1]
+        return cached
 
     def _candidates(self, ask: _Ask) -> list[Known]:
         """Replicas to look at."""
