@@ -19,7 +19,6 @@ from deployments.replica.replica import Replica
 from deployments.settings.app import AppArgs
 from engine.sizing.machine import read_host_memory
 
-ROUTING_STATS_PERIOD_S = 0.5
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 60.0  # longer than the longest step with the interpreter lock held
 MAX_ONGOING = 4096  # the engine's own queue says no, by name, long before
@@ -60,8 +59,5 @@ def build(args: AppArgs) -> Application:
 
 def _by_adapter() -> RequestRouterConfig:
     return RequestRouterConfig.model_validate(
-        {
-            "request_router_class": "deployments.router.request_router:AdapterRequestRouter",
-            "request_routing_stats_period_s": ROUTING_STATS_PERIOD_S,
-        }
+        {"request_router_class": "deployments.router.request_router:AdapterRequestRouter"}
     )

@@ -14,10 +14,6 @@ from engine.request import OutputDelta, SamplingParams
 PREFIX_TOKENS = (64, 256, 1024)
 """Prompt lengths, in tokens, at which a hint is taken for cache-aware placement."""
 
-
-REPORT_S = 2.0
-"""A replica that answers when it is polled gives its reports a new number so often, though nothing else is new."""
-
 RESERVED_CODE = "replica_reserved"
 """Of a replica that takes no call, or not this one, because one must be served alone."""
 
@@ -77,11 +73,15 @@ class Aim:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A call from a router, whose answer goes into the frames that this router reads, under `number`."""
+    """A call from a router, whose answer goes into the frames that this router reads, under `number`.
+
+    `aim`: replicas that should have it, best first; empty: any.
+    """
 
     call: Call
     router: str
     number: int
+    aim: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

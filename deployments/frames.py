@@ -1,6 +1,6 @@
 """What a replica sends a router of all the answers that it streams to it: one frame for a step, as flat bytes.
 
-    frame   version:u8  load:u32  num_items:u32  item*
+    frame   version:u8  load:u32  num_items:u32  num_bytes:u32  report (`deployments.reports`)  item*
     item    number:u64  what:u8  replica, [adapter version], [fault: code, message, param]  num_deltas:u32  delta*
     delta   sample:u32  what:u8  cached:u32  num_tokens:u32  token:u32*  text  [finish:u8]  [stop: text or i64]
             [error: code, message]  [logprobs: for each token its id:u32, value:f64, num_top:u32, (id:u32, value:f64)*]
@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from deployments.calls import Fault, StreamItem
 from engine.request import FinishReason, OutputDelta, OutputError, TokenLogprobs
 
-VERSION = 1
+VERSION = 2
 
-_HEAD = struct.Struct("<BII")
+_HEAD = struct.Struct("<BIII")
 _ITEM = struct.Struct("<QB")
 _DELTA = struct.Struct("<IBII")
 _U32 = struct.Struct("<I")
@@ -38,9 +38,12 @@ class BadFrame(Exception):
     """Bytes that are no frame, or a frame of another version."""
 
 
-def write(load: int, items: Iterable[tuple[int, StreamItem]]) -> bytes:
-    """`load`: requests that the replica has in hand. `items`: what each stream gained, by the number of its call."""
-    parts: list[bytes] = [b""]
+def write(load: int, items: Iterable[tuple[int, StreamItem]], report: bytes = b"") -> bytes:
+    """`load`: requests that the replica has in hand. `items`: what each stream gained, by the number of its call.
+
+    `report`: what else the replica tells of itself, if it is time.
+    """
+    parts: list[bytes] = [b"", report]
     count = 0
     for number, item in items:
         count += 1
@@ -59,23 +62,28 @@ def write(load: int, items: Iterable[tuple[int, StreamItem]]) -> bytes:
         parts.append(_U32.pack(len(item.deltas)))
         for delta in item.deltas:
             _write_delta(delta, parts)
-    parts[0] = _HEAD.pack(VERSION, load, count)
+    parts[0] = _HEAD.pack(VERSION, load, count, len(report))
     return b"".join(parts)
 
 
 def read(frame: bytes, request_id: str = "") -> tuple[int, list[tuple[int, StreamItem]]]:
     """The load and the items of `frame`; its deltas are of the request `request_id`. Raises: BadFrame."""
     try:
-        version, load, count = _HEAD.unpack_from(frame)
+        version, load, count, num_bytes = _HEAD.unpack_from(frame)
         if version != VERSION:
             raise BadFrame(f"a frame of version {version}; this process reads version {VERSION}")
-        reader = _Reader(frame, _HEAD.size, request_id)
+        reader = _Reader(frame, _HEAD.size + num_bytes, request_id)
         items = [reader.item() for _ in range(count)]
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise BadFrame(f"a frame of {len(frame)} bytes cannot be read: {error}") from error
     if reader.at != len(frame):
         raise BadFrame(f"a frame of {len(frame)} bytes ends at {reader.at}")
     return load, items
+
+
+def report_of(frame: bytes) -> bytes:
+    """The report in a frame that `read` has read; empty: none."""
+    return frame[_HEAD.size : _HEAD.size + int(_HEAD.unpack_from(frame)[3])]
 
 
 def _text(text: str) -> bytes:

@@ -63,6 +63,7 @@ class Router:
         """Raises: as `Front.open`."""
         take_calls_at_this_node_only()
         self._backend = ServeBackend(replicas, wait_s=args.replica_wait_s)
+        self._backend.start()
         self._front = Front()
         await self._front.open(args, self._backend)
 

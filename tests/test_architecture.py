@@ -32,7 +32,7 @@ PARTS = ("engine.checkpoint", "engine.model", "engine.kv", "engine.lora", "engin
 KERNELS = ("engine.native", "engine.triton_kernels", "engine.to_device")  # know tensors and nothing of the engine
 STORE_SEAMS = ("adapter_store.errors", "adapter_store.records")
 STORE_FLOORS = tuple(f"adapter_store.{folder}" for folder in ("image", "sources", "names", "fetch", "tiers"))
-SERVE_SEAMS = tuple(f"deployments.{name}" for name in ("calls", "frames", "asks", "errors", "losses"))
+SERVE_SEAMS = tuple(f"deployments.{name}" for name in ("calls", "frames", "asks", "errors", "losses", "reports"))
 ARROWS: dict[str, tuple[str, ...]] = {
     # The seams: plain data that every layer may name.
     "engine.errors": (),
@@ -83,6 +83,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "deployments.asks": (*SEAMS, "deployments.calls"),
     "deployments.errors": (*SEAMS, *STORE_SEAMS, "deployments.calls"),
     "deployments.losses": (),
+    "deployments.reports": (),
     "deployments.listener": (),
     "deployments.settings": (*SEAMS, "adapter_store", "deployments.settings"),
     "deployments.store": ("adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store"),

@@ -7,8 +7,6 @@ import dataclasses
 import logging
 import os
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
@@ -18,7 +16,6 @@ from ray import serve
 from adapter_store.errors import StoreError
 from deployments import frames
 from deployments.calls import (
-    REPORT_S,
     RESERVED_CODE,
     STOPPED_CODE,
     Aim,
@@ -34,6 +31,7 @@ from deployments.listener import take_calls_at_this_node_only
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
 from deployments.replica.neighbours import neighbours_here
+from deployments.replica.reporter import Reporter
 from deployments.replica.subscribers import Run, Subscribers
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
@@ -46,7 +44,6 @@ from engine.request import OutputDelta, Request
 
 logger = logging.getLogger("ray.serve")
 
-MAX_PREFIX_HINTS = 512
 LAST_WORDS_S = 0.5
 SWEEP_S = 1.0
 EXIT_CODE = 70  # EX_SOFTWARE
@@ -63,7 +60,6 @@ class Replica:
         engine = await asyncio.to_thread(Engine, config, neighbours=await asyncio.to_thread(neighbours_here, args))
         logger.info("sizes of this replica: %s", engine.stats().sizes)
         spec = engine.image_spec
-        self._capacity = engine.config.max_num_seqs
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
             connector(args.adapters, f"{args.model_id} {args.model}", current_app()),
@@ -81,7 +77,7 @@ class Replica:
         self._door = Door()
         self._subscribers = Subscribers(self._id, self._observe)
         self._is_stopping = False
-        self._prefixes: OrderedDict[int, None] = OrderedDict()
+        self._reporter = Reporter(capacity=engine.config.max_num_seqs, names=self._adapter_names)
         self._warmer = Warmer(
             self._adapters,
             self._engine,
@@ -98,12 +94,14 @@ class Replica:
         Closing the generator aborts what `router` asked for within a step.
         """
         subscriber = self._subscribers.opened(router)
+        self._reporter.renew(router)
         try:
-            yield frames.write(self._in_hand, ())
+            yield frames.write(self._in_hand, (), self._report(router))
             while self._subscribers.is_here(subscriber):
-                yield await subscriber.frame(lambda: self._in_hand)
+                yield await subscriber.frame(lambda: self._in_hand, lambda: self._report(router))
         finally:
             self._subscribers.closed(subscriber)
+            self._reporter.closed(router)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Begins to answer into the frames of the router that asks, or says why not. The same one again is no news."""
@@ -113,12 +111,14 @@ class Replica:
                 return Receipt(self._id, self._in_hand, fault)
             run = subscriber.runs[submission.number] = Run(submission, subscriber)
             self._in_hand += 1
-            self._remember(call.prefix_hints)
+            self._reporter.remember(call.prefix_hints)
             run.task = asyncio.ensure_future(self._serve(run))
         return Receipt(self._id, self._in_hand)
 
-    async def cancel(self, aim: Aim, router: str, numbers: tuple[int, ...]) -> None:
+    async def cancel(self, aim: Aim, router: str, numbers: tuple[int, ...], *, is_report_missed: bool = False) -> None:
         """`router` is there, and wants no more of the calls with these numbers."""
+        if is_report_missed:
+            self._reporter.renew(router)
         self._subscribers.heard(router, numbers)
 
     async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
@@ -128,7 +128,7 @@ class Replica:
             yield StreamItem(replica=self._id, fault=fault)
             return
         self._in_hand += 1
-        self._remember(call.prefix_hints)
+        self._reporter.remember(call.prefix_hints)
         version = None
         try:
             yield StreamItem(replica=self._id)
@@ -200,12 +200,12 @@ class Replica:
         async with self._adapters.borrowed(call.adapter, call.adapter_source, call.adapter_version) as held:
             yield held
 
-    def _remember(self, hints: tuple[int, ...]) -> None:
-        for hint in hints:
-            self._prefixes[hint] = None
-            self._prefixes.move_to_end(hint)
-        while len(self._prefixes) > MAX_PREFIX_HINTS:
-            self._prefixes.popitem(last=False)
+    def _report(self, router: str) -> bytes:
+        self._reporter.load(self._in_hand)
+        return self._reporter.due(router)
+
+    def _adapter_names(self) -> tuple[list[str], list[str]]:
+        return self._adapters.names_of(self._engine.stats().resident_adapters), self._adapters.names
 
     async def ping(self) -> None:
         """Raises: EngineDead."""
@@ -214,17 +214,6 @@ class Replica:
     async def check_health(self) -> None:
         """Called by Serve. Raises: EngineDead, and Serve replaces this replica."""
         self._engine.check()
-
-    async def record_routing_stats(self) -> dict[str, Any]:
-        """Polled by Serve and handed to every router's `AdapterRequestRouter`."""
-        return {
-            "report": int(time.monotonic() / REPORT_S),  # one that stays away for long tells of a replica that hangs
-            "load": self._in_hand,
-            "capacity": self._capacity,
-            "resident": self._adapters.names_of(self._engine.stats().resident_adapters),
-            "host": self._adapters.names,
-            "prefixes": list(self._prefixes),
-        }
 
     async def stats(self) -> dict[str, Any]:
         """For GET /stats."""

@@ -84,13 +84,13 @@ class Subscriber:
         self._faults[number] = item
         self._ready.set()
 
-    async def frame(self, load: Callable[[], int]) -> bytes:
-        """All that came since the last one; waits for something to tell, but not for long."""
+    async def frame(self, load: Callable[[], int], report: Callable[[], bytes] = bytes) -> bytes:
+        """All that came since the last one, a report if it is due; waits for something to tell, but not for long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._ready.wait()
         self._ready.clear()
-        return frames.write(load(), self._items())
+        return frames.write(load(), self._items(), report())
 
     def _items(self) -> list[tuple[int, StreamItem]]:
         touched, self._touched = self._touched, {}

@@ -1,137 +1,169 @@
-"""Which replica should serve a request: pure and deterministic.
+"""Which replicas should serve a request: pure functions, the same in every router.
 
-score = adapter residency (VRAM > host > cold) + share of the prompt's prefix that is cached - load; ties are broken by
-rendezvous hashing, so that every router, whatever it saw before, sends a cold adapter to the same replica.
-Source: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998 (rendezvous hashing).
+Few replicas are looked at for a request, whatever their number: the homes of its key (an adapter, or how a prompt
+begins) by rendezvous hashing, some that hold its adapter, and two that are drawn. Of these
+score = residency (VRAM > host > cold) + share of the prompt's prefix that is cached - load. A key has as many homes as
+its demand fills, so that every router sends a cold adapter to the same replica and a hot one to the same set.
+Sources: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998 (rendezvous hashing);
+Mitzenmacher, "The power of two choices in randomized load balancing", 2001; Steele et al., "Fast splittable
+pseudorandom number generators", 2014 (the mixing function).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deployments.calls import REPORT_S
+import numpy as np
+import numpy.typing as npt
 
-SILENT_S = 3 * REPORT_S
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaView:
-    """What a router believes of one replica; up to a poll period old."""
-
-    replica_id: str
-    is_silent: bool = False  # it has not reported for long, while others do
-    load: int = 0  # requests it has in hand
-    capacity: int = 1  # sequences it can run at once
-    resident: frozenset[str] = frozenset()  # adapter names in the memory of its device
-    host: frozenset[str] = frozenset()  # adapter names in its host memory
-    prefixes: frozenset[int] = frozenset()  # hints of prompts it served lately
+_MASK = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MAX_KEYS = 4096
+_MIN_REST = 1 << 32  # what is left of a drawn number is worth another draw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """What each advantage is worth, in units of a full replica's load.
 
-    With `vram` 0.5 a holder keeps its adapter until it is half a batch busier than another replica; then the adapter
-    spreads. `load_steps` is how finely load counts for requests with an adapter or a prefix: differences
-    below a step are noise and leave the choice to residency and the hash.
+    With `vram` 0.5 a holder keeps its adapter until it is half a batch busier than another replica. `load_steps` is how
+    finely load counts for a key with one home: differences below a step are noise and leave the choice to residency
+    and the hash. A key gets another home for each `fill` of a replica's capacity that it has in flight. To be the only
+    home of a key, which it holds or nobody does, is worth `home`: else noise in loads would scatter the key.
     """
 
     vram: float = 0.5
     host: float = 0.25
     prefix: float = 0.25
+    home: float = 0.2
     load_steps: int = 8
+    fill: float = 0.125
 
 
-class Heard:
-    """When a router last heard of each replica: of its reports, and of its queue's length by calls of its own.
+def digest(text: str) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
-    What was heard last is believed. `now_s` is any clock of this router's process.
+
+def mixed(number: int) -> int:
+    """A 64-bit number that looks drawn, of any 64-bit number."""
+    number = (number + _GOLDEN) & _MASK
+    number = ((number ^ (number >> 30)) * _MIX_1) & _MASK
+    number = ((number ^ (number >> 27)) * _MIX_2) & _MASK
+    return number ^ (number >> 31)
+
+
+def ranks(key: int, salts: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Rendezvous: what `mixed(key ^ salt)` is for each replica's salt; the highest is the key's first home.
+
+    Shapes: salts [N] -> [N].
     """
-
-    def __init__(self) -> None:
-        self._reports: dict[str, tuple[object, float]] = {}  # the report's number, when it was first seen
-        self._queues: dict[str, float] = {}
-
-    def report(self, replica_id: str, number: object, now_s: float) -> None:
-        """The report that is at hand; the same number again is no news."""
-        if replica_id not in self._reports or self._reports[replica_id][0] != number:
-            self._reports[replica_id] = (number, now_s)
-
-    def queue(self, replica_id: str, now_s: float) -> None:
-        """A call went there or came from there, so that its queue's length is known."""
-        self._queues[replica_id] = now_s
-
-    def keep(self, replica_ids: Collection[str]) -> None:
-        """Forgets all others."""
-        kept = set(replica_ids)
-        self._reports = {name: report for name, report in self._reports.items() if name in kept}
-        self._queues = {name: at_s for name, at_s in self._queues.items() if name in kept}
-
-    def believes_queue(self, replica_id: str) -> bool:
-        """Whether the queue's length is younger than the report."""
-        _, reported_s = self._reports.get(replica_id, (None, float("-inf")))
-        return self._queues.get(replica_id, float("-inf")) > reported_s
-
-    def silent(self, now_s: float) -> frozenset[str]:
-        """Replicas without a new report for `SILENT_S`, but not if that is true of all: it is the messenger's fault."""
-        silent = {replica_id for replica_id, (_, at_s) in self._reports.items() if now_s - at_s > SILENT_S}
-        return frozenset(silent) if len(silent) < len(self._reports) else frozenset()
+    number = (salts ^ np.uint64(key)) + np.uint64(_GOLDEN)
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(_MIX_1)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(_MIX_2)
+    ranked: npt.NDArray[np.uint64] = number ^ (number >> np.uint64(31))
+    return ranked
 
 
-def rank(
-    replicas: Sequence[ReplicaView],
-    adapter: str | None,
-    prefix_hints: Sequence[int] = (),
-    *,
-    avoid: frozenset[str] = frozenset(),
-    weights: Weights = Weights(),
-) -> tuple[str, ...]:
-    """Replica ids, best first: a total order that does not depend on the order of `replicas`.
-
-    `avoid` holds replicas that just failed this request: they come last, but they do come. Before them the silent ones.
-    """
-    key = adapter if adapter is not None else str(prefix_hints[0]) if prefix_hints else ""
-
-    def order(view: ReplicaView) -> tuple[bool, bool, float, int, bytes, str]:
-        score = _residency(view, adapter, weights) + weights.prefix * _prefix_share(view, prefix_hints)
-        score -= _load(view, weights.load_steps if key else 0)
-        # A request that prefers no replica goes by exact load; one that does, by its key first.
-        exact_load = 0 if key else view.load
-        return (
-            view.replica_id in avoid,
-            view.is_silent,
-            -score,
-            exact_load,
-            _rendezvous(key, view.replica_id),
-            view.replica_id,
-        )
-
-    return tuple(view.replica_id for view in sorted(replicas, key=order))
+def homes(key: int, salts: npt.NDArray[np.uint64], count: int) -> tuple[int, ...]:
+    """Positions in `salts` of the key's first `count` homes, first home first."""
+    ranked = ranks(key, salts)
+    if count == 1:
+        return (int(ranked.argmax()),)
+    if count < len(ranked):
+        few = np.argpartition(ranked, len(ranked) - count)[len(ranked) - count :]
+        return tuple(few[np.argsort(ranked[few])[::-1]].tolist())
+    return tuple(np.argsort(ranked)[::-1].tolist())
 
 
-def _residency(view: ReplicaView, adapter: str | None, weights: Weights) -> float:
-    if adapter is None:
-        return 0.0
-    return weights.vram if adapter in view.resident else weights.host if adapter in view.host else 0.0
+def least(shares: npt.NDArray[np.float64], count: int) -> tuple[int, ...]:
+    """Positions of the `count` lowest of `shares`, in no order."""
+    if count >= len(shares):
+        return tuple(range(len(shares)))
+    return tuple(np.argpartition(shares, count)[:count].tolist())
 
 
-def _prefix_share(view: ReplicaView, prefix_hints: Sequence[int]) -> float:
-    """Share of the hints, shortest prefix first, that the replica has seen without a gap."""
+def draws(seed: int, size: int, count: int) -> list[int]:
+    """`count` positions below `size`, at most 2^24, of `seed` alone; one may come twice."""
+    drawn: list[int] = []
+    rest = 0
+    while len(drawn) < count:
+        if rest < _MIN_REST:
+            rest = seed = mixed(seed)
+        rest, place = divmod(rest, size)
+        drawn.append(place)
+    return drawn
+
+
+def tie(key: int, salt: int) -> int:
+    """An order among equals that differs from key to key: cheaper than `mixed`, and good enough for this."""
+    return ((key ^ salt) * _MIX_1) & _MASK
+
+
+def prefix_share(hints: Sequence[int], held: set[int]) -> float:
+    """Share of the hints, shortest prefix first, that a replica has seen without a gap."""
     matched = 0
-    for hint in prefix_hints:
-        if hint not in view.prefixes:
+    for hint in hints:
+        if hint not in held:
             break
         matched += 1
-    return matched / len(prefix_hints) if prefix_hints else 0.0
+    return matched / len(hints) if hints else 0.0
 
 
-def _load(view: ReplicaView, steps: int) -> float:
-    """Load over capacity; with `steps`, rounded down to a multiple of 1/steps."""
-    share = view.load / max(1, view.capacity)
-    return int(share * steps) / steps if steps else share
+def num_homes(now: int, demand: float, capacity: float, share: float, size: int, weights: Weights) -> int:
+    """How many homes a key should have that has `now` and on average `demand` sequences in flight in the whole fleet.
+
+    As many as its demand fills; and its `share` of all requests in the `size` replicas, if that gives each two
+    sequences: a key that is all there is needs no room left for others. It grows at once, and shrinks when half of them
+    would do: a demand that wavers must not move adapters about.
+    """
+    fills = max(demand / max(2.0, weights.fill * capacity), min(share * size, demand / 2))
+    if fills > now:
+        return math.ceil(fills)
+    return max(1, math.ceil(fills)) if 2 * fills < now - 1 else now
 
 
-def _rendezvous(key: str, replica_id: str) -> bytes:
-    return hashlib.blake2b(f"{key}\0{replica_id}".encode(), digest_size=8).digest()
+class Demand:
+    """How much each key is asked for: counts that halve every `half_life_s`, of the latest `_MAX_KEYS` keys.
+
+    Routers that see like mixtures of the traffic find like shares for a key, and each knows the fleet's load.
+    """
+
+    def __init__(self, *, half_life_s: float = 4.0) -> None:
+        self._half_life_s = half_life_s
+        self._keys: OrderedDict[int, tuple[float, float, int]] = OrderedDict()  # count, when, homes
+        self._total = 0.0
+        self._total_at_s = 0.0
+
+    def asked(self, key: int | None, now_s: float) -> float:
+        """One more request, of `key` or of none. Returns the key's share of all requests lately, at the least.
+
+        That is two standard deviations below what was counted: a few requests prove no demand.
+        """
+        self._total = self._total * self._decay(now_s - self._total_at_s) + 1.0
+        self._total_at_s = now_s
+        if key is None:
+            return 0.0
+        count, at_s, num = self._keys.pop(key, (0.0, now_s, 1))
+        count = count * self._decay(now_s - at_s) + 1.0
+        self._keys[key] = (count, now_s, num)
+        if len(self._keys) > _MAX_KEYS:
+            self._keys.popitem(last=False)
+        return max(0.0, count - 2 * math.sqrt(count)) / self._total
+
+    def homes_of(self, key: int) -> int:
+        """How many homes the key had when it was last placed."""
+        return self._keys[key][2] if key in self._keys else 1
+
+    def set_homes(self, key: int, num: int) -> None:
+        """The key was placed among so many."""
+        if key in self._keys:
+            count, at_s, _ = self._keys[key]
+            self._keys[key] = (count, at_s, num)
+
+    def _decay(self, elapsed_s: float) -> float:
+        return math.exp2(-max(0.0, elapsed_s) / self._half_life_s)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -17,7 +17,8 @@ from ray.serve.handle import DeploymentHandle
 from adapter_store.errors import StoreError
 from deployments.calls import Call, Fault, Receipt, Refused, StreamItem, Submission
 from deployments.losses import LOST, Meaning, actor_of, fate, meaning
-from deployments.router.loads import LOADS
+from deployments.router import members
+from deployments.router.fleet import Fleet
 from deployments.router.streams import ReplicaLost
 from deployments.router.subscriptions import Mailbox, Subscriptions
 from engine.errors import EngineError
@@ -37,18 +38,42 @@ class ServeBackend:
         """`wait_s`: how long a call may wait for a replica to take it; Serve itself would wait for ever."""
         self._handle = handle
         self._wait_s = wait_s
-        self._subscriptions = Subscriptions(handle, explain=_explained, known_replicas=self._replica_ids)
+        self._fleet = Fleet()
+        self._subscriptions = Subscriptions(
+            handle, explain=_explained, known_replicas=self._replica_ids, fleet=self._fleet
+        )
+        self._stop_listening: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Begins to hear of the replicas, on the loop that runs. Nothing happens the second time."""
+        if self._stop_listening is None:
+            deployment = str(getattr(self._handle, "deployment_id", ""))
+            self._on_members(tuple(self._replica_ids()))
+            self._stop_listening = members.listen(deployment, asyncio.get_running_loop(), self._on_members)
+
+    def _on_members(self, replica_ids: tuple[str, ...]) -> None:
+        self._fleet.on_members(replica_ids)
+        self._subscriptions.read_from(replica_ids)
 
     async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
         """Items of `call`, the first of them empty: a replica has it.
 
         Raises: ReplicaLost; Refused; what the replica itself or a mistake of ours raises.
         """
+        self.start()
         box = self._subscriptions.box()
+        aim = self._fleet.place(call)
+        where = aim[0] if aim else ""
+        self._fleet.sent(where)
         num_unfinished, is_over = call.params.n, True
         try:
             is_over = False
-            receipt = await self._receipt(call, box)
+            receipt = await self._receipt(call, box, aim)
+            if receipt.replica != where:
+                self._fleet.ended(where)
+                where = receipt.replica
+                self._fleet.sent(where)
+            self._fleet.on_load(receipt.replica, receipt.load)
             if receipt.fault is not None:
                 is_over = True
                 yield StreamItem(replica=receipt.replica, fault=receipt.fault)
@@ -65,11 +90,12 @@ class ServeBackend:
             is_over = True
             raise
         finally:
+            self._fleet.ended(where)
             self._subscriptions.leave(box, is_over=is_over)
 
-    async def _receipt(self, call: Call, box: Mailbox) -> Receipt:
-        """What the replica says that Serve chose. Raises: as `stream`."""
-        submission = Submission(call, self._subscriptions.router, box.number)
+    async def _receipt(self, call: Call, box: Mailbox, aim: tuple[str, ...]) -> Receipt:
+        """What the replica says that has it. Raises: as `stream`."""
+        submission = Submission(call, self._subscriptions.router, box.number, aim)
         # In a context of its own: calls made within one HTTP request would share its internal id, by which Serve tells
         # waiting calls apart, and all but the first would wait for ever.
         response: Any = contextvars.Context().run(self._handle.submit.remote, submission)
@@ -92,7 +118,6 @@ class ServeBackend:
             if told is error:
                 raise
             raise told from error
-        LOADS.told(receipt.replica, receipt.load)
         if receipt.fault is None:
             self._subscriptions.bind(box, receipt.replica)
         return receipt
@@ -109,6 +134,8 @@ class ServeBackend:
 
     async def close(self) -> None:
         """Reads no more: what runs is given up, and replicas that are to stop need not wait."""
+        if self._stop_listening is not None:
+            self._stop_listening()
         await self._subscriptions.close()
 
     async def ping(self) -> None:

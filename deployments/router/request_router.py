@@ -1,30 +1,29 @@
-"""Serve's request router for the replicas: reads what they report and asks `placement.rank`.
+"""Serve's request router for the replicas: sends a call where it is aimed, and tells who runs. The choice is `Fleet`'s.
 
-Serve pickles this module by value into every process that holds a handle, so it imports little. What it knows is
-advisory: each router has its own copy, at most a poll period old, and a wrong choice costs time, never an answer.
+Serve pickles this module by value into every process that holds a handle, so it imports little, and keeps nothing that
+others of the process must see: that is in `deployments.router.members`.
 """
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.calls import Aim, Submission
-from deployments.router.placement import Heard, ReplicaView, Weights, rank
-
-if TYPE_CHECKING:
-    from deployments.router.loads import Load
+from deployments.router import members
 
 
 class AdapterRequestRouter(RequestRouter):
-    """Ranks replicas by adapter residency, cached prefix and load. `request_router_kwargs` are those of `Weights`."""
+    """Tries the replicas that a submission is aimed at in their order; what is for one replica goes there or nowhere.
 
-    def initialize_state(self, **weights: float) -> None:
-        """Called by Serve with `request_router_kwargs`."""
-        self._weights = Weights(**weights)  # type: ignore[arg-type]
-        self._heard = Heard()
+    Replicas that Serve does not know any more are skipped; where none is left, or nothing is aimed, any is asked, by
+    least load as Serve knows it.
+    """
+
+    def initialize_state(self, **_: Any) -> None:
+        """Called by Serve."""
+        self._by_name: dict[str, RunningReplica] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -35,44 +34,32 @@ class AdapterRequestRouter(RequestRouter):
         pending_request.routing_context.should_backoff = True
         asked = pending_request.args[0] if pending_request.args else None
         if isinstance(asked, Aim):
-            return [[replica] for replica in candidate_replicas if replica.replica_id.unique_id == asked.replica]
-        from deployments.router.loads import LOADS  # by name, and not as a copy: see above
-
-        silent = self._heard.silent(time.monotonic())
-        views = [self._view(replica, silent, LOADS.get(replica.replica_id.unique_id)) for replica in candidate_replicas]
-        if isinstance(asked, Submission):
-            call = asked.call
-            avoid = frozenset(call.avoid)
-            # One that must be served alone had better meet a replica that has nothing to finish first.
-            adapter, hints = (None, ()) if call.alone_tokens else (call.adapter, call.prefix_hints)
-            order = rank(views, adapter, hints, avoid=avoid, weights=self._weights)
-            LOADS.sent(order[0], next(view.load for view in views if view.replica_id == order[0]))
-        else:
-            order = rank(views, None, weights=self._weights)
-        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        return [[by_id[replica_id]] for replica_id in order]
+            return [[replica] for replica in self._running((asked.replica,))]
+        aimed = self._running(asked.aim) if isinstance(asked, Submission) else []
+        return [[replica] for replica in aimed] or [candidate_replicas]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Serve with every news of the replicas, their reports among them."""
-        now_s = time.monotonic()
-        for replica in replicas:
-            self._heard.report(replica.replica_id.unique_id, (replica.routing_stats or {}).get("report"), now_s)
-        self._heard.keep([replica.replica_id.unique_id for replica in replicas])
+        """Called by Serve when replicas come and go."""
+        self._by_name = {replica.replica_id.unique_id: replica for replica in replicas}
         super().update_replicas(replicas)
+        self._publish()
 
-    def _view(self, replica: RunningReplica, silent: frozenset[str], own: Load | None) -> ReplicaView:
-        """`own`: what this process learnt of its load by itself. Older than the report, the report knows better."""
-        name = replica.replica_id.unique_id
-        stats: dict[str, Any] = replica.routing_stats or {}
-        if own is not None:
-            self._heard.queue(name, own.at_s)
-        is_younger = own is not None and self._heard.believes_queue(name)
-        return ReplicaView(
-            replica_id=name,
-            is_silent=name in silent,
-            load=own.num_calls if own is not None and is_younger else int(stats.get("load", 0)),
-            capacity=int(stats.get("capacity", 1)),
-            resident=frozenset(stats.get("resident", ())),
-            host=frozenset(stats.get("host", ())),
-            prefixes=frozenset(stats.get("prefixes", ())),
-        )
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Called by Serve when a call finds that a replica is dead, before its controller says so."""
+        super().on_replica_actor_died(replica_id)
+        self._publish()
+
+    def _running(self, names: tuple[str, ...]) -> list[RunningReplica]:
+        """Those of `names` that run, with a queue that Serve takes for empty.
+
+        Without a length of the last ten seconds Serve asks a replica for it, a round trip before each call to one that
+        was quiet. The engine's own queue says no, by name, long before Serve's is full.
+        """
+        found = [self._by_name[name] for name in names if name in self._by_name]
+        running = [replica for replica in found if replica.replica_id in self.curr_replicas]
+        for replica in running:
+            self.replica_queue_len_cache.update(replica.replica_id, 0)
+        return running
+
+    def _publish(self) -> None:
+        members.publish(str(self._deployment_id), [replica_id.unique_id for replica_id in self.curr_replicas])

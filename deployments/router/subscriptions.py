@@ -12,14 +12,14 @@ import itertools
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from deployments import frames
 from deployments.calls import Aim, StreamItem
 from deployments.losses import Meaning
 from deployments.router.attempt import ReplicaLost
-from deployments.router.loads import LOADS
+from deployments.router.fleet import Fleet
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,6 +27,7 @@ FIRST_FRAME_S = 10.0  # from the call that subscribes to the first frame
 SILENT_S = 20.0  # a replica sends a frame each second, however little it has to say
 BEAT_S = 10.0  # less than a third of what a replica waits before it gives a router's calls up
 SWEEP_S = 0.25
+RETRY_S = 1.0  # that a replica which failed is left alone, if nothing is asked of it
 CANCEL_S = 5.0
 
 
@@ -70,12 +71,17 @@ class Subscriptions:
         *,
         explain: Callable[[Exception, str], Awaitable[Exception]],
         known_replicas: Callable[[], set[str]],
+        fleet: Fleet | None = None,
     ) -> None:
+        """`fleet` is told what replicas say of themselves."""
         self.router = uuid.uuid4().hex
         self._handle = handle
         self._streaming = handle.options(stream=True)
         self._explain = explain
         self._known_replicas = known_replicas
+        self._fleet = Fleet() if fleet is None else fleet
+        self._wanted: frozenset[str] = frozenset()
+        self._ended_s: dict[str, float] = {}  # when the frames of a wanted replica broke off
         self._numbers = itertools.count(1)
         self._boxes: dict[int, Mailbox] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
@@ -92,6 +98,16 @@ class Subscriptions:
     def bind(self, box: Mailbox, replica: str) -> None:
         """`replica` has the call: whatever ends its frames from now on ends the call."""
         box.replica = replica
+        self._open(replica)
+
+    def read_from(self, replicas: Iterable[str]) -> None:
+        """Also while nothing is asked of them: what they say of themselves decides where calls go."""
+        self._wanted = frozenset(replicas)
+        self._ended_s = {replica: at_s for replica, at_s in self._ended_s.items() if replica in self._wanted}
+        for replica in self._wanted - self._readers.keys() - self._ended_s.keys():
+            self._open(replica)
+
+    def _open(self, replica: str) -> None:
         if replica not in self._readers:
             self._readers[replica] = asyncio.ensure_future(self._read(replica))
         if self._keeper is None or self._keeper.done():
@@ -112,6 +128,7 @@ class Subscriptions:
 
     async def close(self) -> None:
         """Ends all subscriptions: replicas give up what is left, and need not wait for it."""
+        self._wanted = frozenset()
         tasks = [*self._readers.values(), *([self._keeper] if self._keeper else [])]
         for task in tasks:
             task.cancel()
@@ -145,13 +162,18 @@ class Subscriptions:
             response.cancel()
             if self._readers.get(replica) is asyncio.current_task():
                 del self._readers[replica]
-            LOADS.lost(replica)
+            self._fleet.on_lost(replica)
+            if replica in self._wanted:
+                self._ended_s[replica] = asyncio.get_running_loop().time()
         for box in [box for box in self._boxes.values() if box.replica == replica]:
             box.fail(error)
 
     def _take(self, replica: str, frame: bytes) -> None:
         load, items = frames.read(frame)
-        LOADS.told(replica, load)
+        self._fleet.on_load(replica, load)
+        report = frames.report_of(frame)
+        if report and not self._fleet.on_report(replica, report):
+            self._start(self._beat(replica, (), is_report_missed=True))
         for number, item in items:
             box = self._boxes.get(number)
             if box is not None:
@@ -163,8 +185,8 @@ class Subscriptions:
         await asyncio.sleep(0)  # what ends in the same moment goes along
         await self._beat(replica, tuple(self._cancelled.pop(replica, ())))
 
-    async def _beat(self, replica: str, numbers: tuple[int, ...]) -> None:
-        call = contextvars.Context().run(self._handle.cancel.remote, Aim(replica), self.router, numbers)
+    async def _beat(self, replica: str, numbers: tuple[int, ...], **more: bool) -> None:
+        call = contextvars.Context().run(self._handle.cancel.remote, Aim(replica), self.router, numbers, **more)
         try:
             async with asyncio.timeout(CANCEL_S):
                 await call
@@ -180,12 +202,16 @@ class Subscriptions:
         """
         loop = asyncio.get_running_loop()
         beaten_s = loop.time()
-        while self._readers:
+        while self._readers or self._wanted:
             await asyncio.sleep(SWEEP_S)
             busy = {box.replica for box in self._boxes.values()}
             known = self._known_replicas()
             for replica in [replica for replica in self._readers if replica not in known and replica not in busy]:
                 self._readers.pop(replica).cancel()
+            for replica in [name for name, at_s in self._ended_s.items() if loop.time() - at_s >= RETRY_S]:
+                del self._ended_s[replica]
+                if replica in self._wanted and replica in known:
+                    self._open(replica)
             if loop.time() - beaten_s >= BEAT_S:
                 beaten_s = loop.time()
                 for replica in self._readers:

@@ -1,59 +1,112 @@
-"""Placement, alone and in a simulated fleet."""
+"""Where a router sends a call, by what it was told of the replicas."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 
-from deployments.router.placement import SILENT_S, Heard, ReplicaView, rank
+from deployments.calls import Call
+from deployments.reports import HOST, VRAM, Report, name_digest, pack
+from deployments.router.fleet import MAX_PLACED, SILENT_S, Fleet
+from deployments.router.placement import Demand, Weights, digest, homes, mixed, num_homes, ranks
+from engine.request import SamplingParams
 
 IDS = ("r1", "r2", "r3", "r4")
+CAPACITY = 32
 
 
-def _fleet(**changes: ReplicaView) -> list[ReplicaView]:
-    return [changes.get(replica_id, ReplicaView(replica_id=replica_id, capacity=32)) for replica_id in IDS]
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def call(number: object = 0, **changes: Any) -> Call:
+    return Call(
+        **{"request_id": f"q{number}", "prompt_token_ids": (1,), "params": SamplingParams(), "seed": 0} | changes
+    )
+
+
+def told(
+    load: int = 0, *, vram: tuple[str, ...] = (), host: tuple[str, ...] = (), hints: tuple[int, ...] = ()
+) -> bytes:
+    names = {name_digest(name): HOST for name in host} | {name_digest(name): VRAM for name in vram}
+    return pack(
+        Report(epoch=7, number=0, load=load, capacity=CAPACITY, is_full=True, names=tuple(names.items()), hints=hints)
+    )
+
+
+def fleet_of(ids: tuple[str, ...] = IDS, *, now_s: Clock | None = None, **reports: bytes) -> Fleet:
+    fleet = Fleet(now_s=now_s or Clock())
+    fleet.on_members(ids)
+    for replica_id in ids:
+        assert fleet.on_report(replica_id, reports.get(replica_id, told()))
+    return fleet
 
 
 def test_a_replica_with_the_adapter_in_vram_comes_before_host_before_cold():
-    fleet = _fleet(
-        r2=ReplicaView(replica_id="r2", capacity=32, host=frozenset({"a"})),
-        r3=ReplicaView(replica_id="r3", capacity=32, resident=frozenset({"a"}), host=frozenset({"a"})),
-    )
-    assert rank(fleet, "a")[:2] == ("r3", "r2")
+    fleet = fleet_of(r2=told(host=("a",)), r3=told(vram=("a",), host=("a",)))
+    assert fleet.place(call(adapter="a"))[:2] == ("r3", "r2")
 
 
-def test_the_order_does_not_depend_on_the_order_of_the_replicas():
-    fleet = _fleet(r4=ReplicaView(replica_id="r4", load=20, capacity=32))
+def test_the_order_does_not_depend_on_the_order_in_which_replicas_came():
     for adapter in ("a", "b", None):
-        assert len({rank(order, adapter) for order in itertools.permutations(fleet)}) == 1
+        orders = set()
+        for ids in itertools.permutations(IDS):
+            fleet = fleet_of(ids, r4=told(20))
+            orders.add(fleet.place(call(adapter=adapter)))
+        assert len(orders) == 1
 
 
-def test_every_router_sends_a_cold_adapter_to_the_same_replica():
-    homes = {adapter: rank(_fleet(), adapter)[0] for adapter in map(str, range(400))}
-    counts = Counter(homes.values())
+@pytest.mark.parametrize("num_replicas", [4, 64, 1000])
+def test_every_router_sends_a_cold_adapter_to_the_same_replica(num_replicas: int):
+    ids = tuple(f"replica-{i}" for i in range(num_replicas))
+    routers = [fleet_of(order) for order in (ids, ids[::-1])]
+    routers[1].place(call("other", adapter="other"))
+    for adapter in map(str, range(40)):
+        assert len({router.place(call(f"{adapter} {i}", adapter=adapter))[0] for i, router in enumerate(routers)}) == 1
+
+
+def test_cold_adapters_are_spread_evenly():
+    fleet = fleet_of()
+    counts = Counter(fleet.place(call(adapter=str(i), request_id=str(i)))[0] for i in range(400))
     assert set(counts) == set(IDS)
     assert max(counts.values()) < 2 * min(counts.values())
 
 
 def test_a_lost_replica_moves_only_its_own_adapters():
-    adapters = [str(i) for i in range(200)]
-    before = {adapter: rank(_fleet(), adapter)[0] for adapter in adapters}
-    after = {adapter: rank(_fleet()[1:], adapter)[0] for adapter in adapters}
-    assert all(after[adapter] == home for adapter, home in before.items() if home != "r1")
+    ids = tuple(f"replica-{i}" for i in range(20))
+    fleet = fleet_of(ids)
+    before = {name: fleet.place(call(name, adapter=name))[0] for name in map(str, range(200))}
+    fleet.on_members(ids[1:])
+    after = {name: fleet.place(call(name, adapter=name))[0] for name in before}
+    assert all(after[name] == home for name, home in before.items() if home != ids[0])
+    assert ids[0] not in after.values()
 
 
 def test_a_base_request_goes_to_the_least_loaded_replica():
-    fleet = [ReplicaView(replica_id=r, load=load, capacity=32) for r, load in zip(IDS, (3, 1, 2, 4), strict=True)]
-    assert rank(fleet, None) == ("r2", "r3", "r1", "r4")
+    fleet = fleet_of(r1=told(3), r2=told(1), r3=told(2), r4=told(4))
+    assert fleet.place(call()) == ("r2", "r3", "r1", "r4")
+
+
+def test_one_that_is_served_alone_goes_to_the_least_loaded_whatever_it_asks_for():
+    ids = tuple(f"replica-{i}" for i in range(100))
+    fleet = fleet_of(ids, **{name: told(5, vram=("a",), hints=(1,)) for name in ids if name != "replica-42"})
+    assert fleet.place(call(adapter="a", prefix_hints=(1,), alone_tokens=1))[0] == "replica-42"
 
 
 def test_a_busy_holder_loses_its_adapter_to_an_idle_replica():
     def first(load: int) -> str:
-        holder = ReplicaView(replica_id="r1", load=load, capacity=32, resident=frozenset({"a"}))
-        return rank(_fleet(r1=holder), "a")[0]
+        fleet = fleet_of(r1=told(load, vram=("a",)))
+        for i in range(200):  # the adapter is one of many that are asked for
+            fleet.place(call(f"other {i}"))
+        return fleet.place(call(adapter="a"))[0]
 
     assert first(0) == "r1"
     assert first(15) == "r1"
@@ -61,123 +114,128 @@ def test_a_busy_holder_loses_its_adapter_to_an_idle_replica():
 
 
 def test_a_longer_cached_prefix_wins_and_a_gap_ends_it():
-    fleet = _fleet(
-        r1=ReplicaView(replica_id="r1", capacity=32, prefixes=frozenset({1})),
-        r2=ReplicaView(replica_id="r2", capacity=32, prefixes=frozenset({1, 2})),
-        r3=ReplicaView(replica_id="r3", capacity=32, prefixes=frozenset({2, 3})),
-    )
-    order = rank(fleet, None, (1, 2, 3))
-    assert order[:2] == ("r2", "r1")
+    fleet = fleet_of(r1=told(hints=(1,)), r2=told(hints=(1, 2)), r3=told(hints=(2, 3)))
+    assert fleet.place(call(prefix_hints=(1, 2, 3)))[:2] == ("r2", "r1")
 
 
-def test_a_replica_that_failed_the_request_comes_last():
-    holder = ReplicaView(replica_id="r2", capacity=32, resident=frozenset({"a"}))
-    order = rank(_fleet(r2=holder), "a", avoid=frozenset({"r2"}))
-    assert order[-1] == "r2"
-    assert len(order) == len(IDS)
+def test_holders_of_a_prefix_and_of_an_adapter_are_found_among_a_thousand():
+    ids = tuple(f"replica-{i}" for i in range(1000))
+    fleet = fleet_of(ids, **{"replica-77": told(vram=("a",)), "replica-500": told(hints=(1, 2))})
+    assert fleet.place(call(adapter="a"))[0] == "replica-77"
+    assert fleet.place(call(prefix_hints=(1, 2, 3)))[0] == "replica-500"
 
 
-def test_a_silent_replica_comes_after_those_that_report_and_before_those_that_failed():
-    fleet = _fleet(r2=ReplicaView(replica_id="r2", is_silent=True, capacity=32, resident=frozenset({"a"})))
-    assert rank(fleet, "a", avoid=frozenset({"r3"}))[2:] == ("r2", "r3")
-    assert rank(fleet, None)[-1] == "r2"
+def test_a_replica_that_failed_the_request_comes_last_and_a_silent_one_before_it():
+    clock = Clock()
+    fleet = fleet_of(now_s=clock, r2=told(vram=("a",)))
+    assert fleet.place(call(adapter="a", avoid=("r2",)))[-1] == "r2"
+    clock.now_s += SILENT_S + 1
+    for name in ("r1", "r3", "r4"):
+        fleet.on_load(name, 0, CAPACITY)
+    assert fleet.place(call(adapter="a", avoid=("r3",)))[2:] == ("r2", "r3")
+    assert fleet.place(call())[-1] == "r2"
 
 
-def test_what_was_heard_last_of_a_queue_is_believed():
-    heard = Heard()
-    assert not heard.believes_queue("r1")
-    heard.report("r1", 7, now_s=1.0)
-    heard.queue("r1", now_s=2.0)
-    assert heard.believes_queue("r1"), "a call was sent after the report"
-    heard.report("r1", 7, now_s=11.0)
-    assert heard.believes_queue("r1"), "the same report again is no news"
-    heard.report("r1", 8, now_s=11.5)
-    assert not heard.believes_queue("r1"), "ten seconds old, and the report half a second"
-    heard.queue("r1", now_s=11.6)
-    assert heard.believes_queue("r1")
-    heard.keep(["r2"])
-    assert not heard.believes_queue("r1")
+def test_when_all_are_silent_none_is():
+    clock = Clock()
+    fleet = fleet_of(now_s=clock, r2=told(vram=("a",)))
+    clock.now_s += 10 * SILENT_S
+    assert fleet.place(call(adapter="a"))[0] == "r2", "it is the messenger's fault"
 
 
-def test_a_replica_is_silent_when_others_are_not():
-    heard = Heard()
-    for name in ("r1", "r2", "r3"):
-        heard.report(name, 0, now_s=0.0)
-    assert heard.silent(SILENT_S) == frozenset()
-    heard.report("r1", 1, now_s=SILENT_S)
-    heard.report("r2", 1, now_s=SILENT_S)
-    assert heard.silent(SILENT_S + 1) == {"r3"}
-    assert heard.silent(10 * SILENT_S) == frozenset(), "no reports at all tell of the messenger, not of replicas"
-    heard.report("r4", None, now_s=10 * SILENT_S)  # new, without a report so far
-    assert heard.silent(10 * SILENT_S) == {"r1", "r2", "r3"}
-    heard.keep(["r1"])
-    assert heard.silent(20 * SILENT_S) == frozenset()
+def test_a_replica_whose_connection_broke_comes_last_until_it_is_heard():
+    fleet = fleet_of(r2=told(vram=("a",)))
+    fleet.on_lost("r2")
+    order = fleet.place(call(adapter="a"))
+    assert (len(order), order[-1]) == (4, "r2")
+    fleet.on_load("r2", 0, CAPACITY)
+    assert fleet.place(call(adapter="a", avoid=tuple(name for name in IDS if name != "r2")))[0] == "r2"
 
 
-class _Fleet:
-    """Replicas with room for some adapters; requests take some ticks; routers see what was true some ticks ago."""
-
-    def __init__(self, num_replicas: int, slots: int, capacity: int, stale_ticks: int) -> None:
-        self.ids = [f"r{i}" for i in range(num_replicas)]
-        self.slots, self.capacity, self.stale_ticks = slots, capacity, stale_ticks
-        self.resident: dict[str, list[str]] = {r: [] for r in self.ids}  # least recently used first
-        self.ends: dict[str, list[int]] = {r: [] for r in self.ids}
-        self.seen: dict[str, frozenset[str]] = {r: frozenset() for r in self.ids}
-        self.loads = 0
-        self.peak = 0
-
-    def tick(self, now: int) -> None:
-        for r in self.ids:
-            self.ends[r] = [end for end in self.ends[r] if end > now]
-            if now % self.stale_ticks == 0:
-                self.seen[r] = frozenset(self.resident[r])
-
-    def send(self, now: int, adapter: str, ticks: int) -> str:
-        views = [
-            ReplicaView(replica_id=r, load=len(self.ends[r]), capacity=self.capacity, resident=self.seen[r])
-            for r in self.ids
-        ]
-        chosen = rank(views, adapter)[0]
-        held = self.resident[chosen]
-        if adapter in held:
-            held.remove(adapter)
-        else:
-            self.loads += 1
-            if len(held) == self.slots:
-                held.pop(0)
-        held.append(adapter)
-        self.ends[chosen].append(now + ticks)
-        self.peak = max(self.peak, len(self.ends[chosen]))
-        return chosen
+def test_few_of_many_are_named_and_the_least_loaded_is_among_them():
+    ids = tuple(f"replica-{i}" for i in range(1000))
+    fleet = fleet_of(ids, **{name: told(CAPACITY, vram=("a",)) for name in ids if name != "replica-123"})
+    for number in range(20):
+        order = fleet.place(call(number, adapter="a"))
+        assert len(order) <= MAX_PLACED
+        assert "replica-123" in order
+        assert len(set(order)) == len(order)
 
 
-def _simulate(zipf: float) -> tuple[_Fleet, Counter[str], dict[str, set[str]], int]:
-    rng = random.Random(7)
-    fleet = _Fleet(num_replicas=4, slots=60, capacity=32, stale_ticks=5)
-    adapters = [f"adapter-{i}" for i in range(200)]
-    weights = [1 / (i + 1) ** zipf for i in range(len(adapters))]
-    sent: Counter[str] = Counter()
-    where: dict[str, set[str]] = {}
-    num_requests = 6000
-    for number, adapter in enumerate(rng.choices(adapters, weights, k=num_requests)):
-        now = number // 4
-        fleet.tick(now)
-        chosen = fleet.send(now, adapter, ticks=rng.randint(5, 25))
-        sent[chosen] += 1
-        where.setdefault(adapter, set()).add(chosen)
-    return fleet, sent, where, num_requests
+def test_when_all_that_were_looked_at_failed_or_are_silent_the_rest_is_looked_at():
+    ids = tuple(f"replica-{i:03}" for i in range(300))
+    clock = Clock()
+    fleet = fleet_of(ids, now_s=clock)
+    clock.now_s += SILENT_S + 1
+    fleet.on_load("replica-299", CAPACITY, CAPACITY)
+    for number in range(20):
+        assert fleet.place(call(number, adapter="a"))[0] == "replica-299"
+        assert fleet.place(call(number, avoid=ids[:-1]))[0] == "replica-299"
 
 
-@pytest.mark.parametrize("zipf", [0.0, 1.0, 1.5])
-def test_a_fleet_stays_balanced_and_adapters_stay_where_they_are(zipf: float):
-    fleet, sent, _, num_requests = _simulate(zipf)
-    assert max(sent.values()) < 1.6 * num_requests / len(fleet.ids)
-    assert fleet.peak <= fleet.capacity
-    assert fleet.loads < 0.2 * num_requests  # random placement over 4 replicas with room for 60 of 200 loads most
+def test_own_sends_count_until_a_load_is_told_and_what_runs_counts_always():
+    fleet = fleet_of()
+    for _ in range(3):
+        fleet.sent("r1")
+    assert fleet.place(call())[-1] == "r1"
+    for name in ("r2", "r3", "r4"):
+        fleet.on_load(name, 2, CAPACITY)
+    fleet.on_load("r1", 1, CAPACITY)  # of before two of the three arrived
+    assert fleet.place(call())[-1] == "r1", "three of this router's own are there, whatever is told"
+    for _ in range(2):
+        fleet.ended("r1")
+    fleet.on_load("r1", 1, CAPACITY)
+    assert fleet.place(call())[0] == "r1"
 
 
-def test_a_hot_adapter_is_spread_and_a_cold_one_is_not():
-    _, _, where, _ = _simulate(1.5)
-    assert len(where["adapter-0"]) > 1
-    spread = [len(replicas) for adapter, replicas in where.items() if int(adapter.split("-")[1]) > 100]
-    assert sum(spread) / len(spread) < 1.8
+def test_nobody_runs_nobody_is_named():
+    fleet = Fleet()
+    assert fleet.place(call(adapter="a")) == ()
+    fleet.on_members(["r1"])
+    assert fleet.place(call(adapter="a")) == ("r1",)
+    fleet.on_members([])
+    assert fleet.place(call()) == ()
+
+
+def test_the_same_request_is_placed_the_same_when_the_same_was_heard():
+    ids = tuple(f"replica-{i}" for i in range(200))
+    calls = [call(i, adapter=f"a{i % 7}" if i % 3 else None) for i in range(100)]
+    first, second = fleet_of(ids), fleet_of(ids)
+    assert [first.place(one) for one in calls] == [second.place(one) for one in calls]
+
+
+def test_a_key_has_homes_for_its_demand_and_keeps_them_while_it_wavers():
+    weights = Weights(fill=0.125)
+
+    def homes_for(now: int, demand: float, share: float = 0.0) -> int:
+        return num_homes(now, demand, 32, share, 100, weights)
+
+    assert [homes_for(1, demand) for demand in (0, 1, 4, 4.1, 40, 256)] == [1, 1, 1, 2, 10, 64]
+    assert homes_for(10, 21) == 10, "six would do: not worth moving"
+    assert homes_for(10, 16) == 4
+    assert homes_for(2, 2.1) == 2
+    assert homes_for(2, 1.9) == 1
+    assert homes_for(3, 0.0) == 1
+    assert homes_for(1, 200, share=1.0) == 100, "it is all there is"
+    assert homes_for(1, 20, share=1.0) == 10, "but not one by one"
+
+
+def test_demand_is_forgotten_with_time():
+    demand = Demand(half_life_s=10.0)
+    for _ in range(100):
+        share = demand.asked(1, 0.0)
+    assert share == pytest.approx(0.8)
+    assert demand.asked(2, 0.0) == 0.0, "one request proves nothing"
+    for i in range(300):
+        demand.asked(2, 1.0 + i / 10)
+    assert demand.asked(1, 31.0) < 0.15
+
+
+def test_the_vector_form_of_the_hash_is_the_scalar_one():
+    salts = [digest(f"replica-{i}") for i in range(300)]
+    for key in (0, 1, digest("a"), (1 << 64) - 1):
+        expected = [mixed(key ^ salt) for salt in salts]
+        assert ranks(key, np.array(salts, np.uint64)).tolist() == expected
+        order = tuple(sorted(range(300), key=lambda slot: -expected[slot]))
+        for count in (1, 2, 8, 64, 300):
+            assert homes(key, np.array(salts, np.uint64), count) == order[:count]
