@@ -165,6 +165,8 @@ async def primed(stream: AsyncGenerator[T]) -> Primed[T]:
 
 async def all_primed(streams: Sequence[AsyncGenerator[T]]) -> list[Primed[T]]:
     """All of `streams` primed at once, or none: the first refusal closes the others and is raised."""
+    if len(streams) == 1:  # as nearly always: waited for here, a task would only carry it
+        return [await primed(streams[0])]
     tasks = [asyncio.ensure_future(primed(stream)) for stream in streams]
     try:
         return list(await asyncio.gather(*tasks))
@@ -182,6 +184,11 @@ async def merge(streams: Sequence[Stream[T]]) -> AsyncGenerator[tuple[int, T]]:
 
     The first exception ends it; leaving it closes all streams.
     """
+    if len(streams) == 1:  # as nearly always: read from here, without a task and a queue between
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(maxsize=2 * len(streams))
     tasks = [asyncio.ensure_future(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
     running = len(tasks)
