@@ -1,7 +1,8 @@
 """`python -m deployments.start CONFIG`: `serve run CONFIG` in the environment that settings/serve.env describes.
 
-What depends on the machine or on the configuration is added here: HAProxy if there is one, its files in a folder of
-this server's own, how long it may drain, and, where the server listens on this machine only, a Ray that does so too.
+What depends on the machine or on the configuration is added here: HAProxy if there is one, its files in a folder and
+its stand-in at a port of this server's own, how long it may drain, and, where the server listens on this machine only,
+a Ray that does so too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -48,6 +50,7 @@ def environment(config: Mapping[str, Any], folder: Path, given: Mapping[str, str
     if reason is None:
         wanted |= {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_drain_s(config)) + HARD_STOP_MARGIN_S),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -60,6 +63,15 @@ def environment(config: Mapping[str, Any], folder: Path, given: Mapping[str, str
         wanted |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
         return {k: v for k, v in wanted.items() if k not in given or "INGRESS" in k or "HA_PROXY" in k}, reason
     return {name: value for name, value in wanted.items() if name not in given}, reason
+
+
+def free_port() -> int:
+    """For the proxy that stands by for HAProxy. Ray's own choice is one number for all servers of a machine, which the
+    kernel would let two servers share: each would answer some of the other's requests.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def longest_drain_s(config: Mapping[str, Any]) -> float:

@@ -36,6 +36,9 @@ def free_port() -> int:
 class Server:
     """What `make serve` starts, of serve_config.yaml, changed only in ports, sources and limits."""
 
+    _environment: Mapping[str, str] = MappingProxyType({})
+    _num_told = 2  # replicas that one answer of /stats tells of
+
     def __init__(
         self,
         adapters: Path,
@@ -45,8 +48,7 @@ class Server:
         direct: bool = False,
     ) -> None:
         self._environment = environment
-        self._num_told = 1 if direct else 2  # replicas that one answer of /stats tells of
-        self.first_answers: list[tuple[int, str | None]] = []
+        self._num_told = 1 if direct else 2
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))  # Ray's socket paths must be short
@@ -76,6 +78,7 @@ class Server:
         return self._environment.get("RAY_SERVE_ENABLE_HA_PROXY") != "0"
 
     def start(self) -> None:
+        self.first_answers: list[tuple[int, str | None]] = []  # status and Retry-After of /health until it was 200
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {
             "RAY_AUTH_MODE": "disabled",
@@ -160,6 +163,7 @@ class Server:
 
     def kill(self) -> None:
         """`serve run` alone, as if it had crashed."""
+        self.client.close()
         self._process.kill()
         ended(self._process, "serve run to end after a kill", STOP_S)
 

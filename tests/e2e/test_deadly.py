@@ -27,8 +27,6 @@ class DeadlyServer(Server):
     """The demo, without keys, with replicas that one prompt ends."""
 
     def __init__(self) -> None:
-        self._environment: dict[str, str] = {}
-        self.first_answers = []
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="chorus-", dir="/tmp"))

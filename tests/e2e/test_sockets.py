@@ -52,6 +52,13 @@ def sockets_of(pid: int) -> list[str]:
     return found
 
 
+def ports_of(server: Server) -> set[int]:
+    """All at which a process of it listens."""
+    addresses = listening()
+    inodes = (inode for pid in server.processes() for inode in sockets_of(pid))
+    return {addresses[inode][1] for inode in inodes if inode in addresses}
+
+
 def test_the_kernel_s_words_are_read_as_addresses() -> None:
     with socket.socket() as here, socket.socket(socket.AF_INET6) as everywhere:
         here.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from deployments.http import json_shape
 from deployments.http.collect import Usage
 from deployments.http.openai import replies
 from deployments.http.openai.logprobs import LogprobWriter
-from deployments.http.openai.sse import TextEvents, event
+from deployments.http.openai.sse import ChunkWriter, event
 from deployments.http.reading import _takes_body_only
 from deployments.router import prompts as router_prompts
 from deployments.router.streams import all_primed, merge
@@ -59,15 +59,11 @@ def test_an_event_from_a_template_has_the_bytes_of_one_made_anew(
 ):
     usage = Usage(prompt_tokens=3)
     short, anew = (LogprobWriter(PROMPTS, (65,)) for _ in range(2))
-    template = TextEvents(head, choice, short, usage)
+    writer = ChunkWriter(head, choice, short, usage)
     for delta in many:
         usage.add(0, delta)
+        told = writer.write(delta)
         whole = b"".join(map(event, replies.delta_chunks(head, choice, delta, anew, usage)))
-        told = template.event(delta)
-        if told is None:  # then it is made anew
-            told = b"".join(map(event, replies.delta_chunks(head, choice, delta, short, usage)))
-            is_plain = not (head.token_ids or head.continuous_usage or delta.logprobs)
-            assert not (is_plain and delta.text and delta.finish_reason is None)
         assert told == whole
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,20 @@ def test_every_file_of_haproxy_lies_in_a_folder_of_this_server(tmp_path: Path) -
 def test_a_replaced_haproxy_outlives_the_longest_drain(drains: tuple[float, ...], least_s: int, tmp_path: Path) -> None:
     added, _ = environment(config("127.0.0.1", *drains), tmp_path, {})
     assert int(added["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > least_s
+
+
+@pytest.mark.usefixtures("haproxy")
+def test_two_servers_of_a_machine_share_no_port_of_the_proxy_that_stands_by(tmp_path: Path) -> None:
+    """Ray's proxies let each other share one, so that neither would notice."""
+    name = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+    ports = set()
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            port = int(environment(config(), tmp_path, {})[0][name])
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            ports.add(port)
+    assert len(ports) == 10
+    assert name not in environment(config(), tmp_path, {name: "8600"})[0]
 
 
 DRAINS = [

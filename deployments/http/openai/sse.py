@@ -20,6 +20,7 @@ from engine.request import OutputDelta
 logger = logging.getLogger("ray.serve")
 
 DONE = b"data: [DONE]\n\n"
+_PLACE = "the place of a delta's text"
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -27,34 +28,34 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-class TextEvents:
-    """Of one choice: the events that bring text and nothing else, as nearly all do.
-
-    All their bytes but the text's are the same: they are made once, by the way that makes all events.
-    """
-
-    __slots__ = ("_head", "_is_plain", "_tail")
-
-    def __init__(self, head: replies.Head, choice: int, writer: LogprobWriter, usage: Usage) -> None:
-        (chunk,) = replies.delta_chunks(head, choice, OutputDelta("", 0, text=_ANY_TEXT), writer, usage)
-        # Callers choose the model's name and the id in front of the text; behind it stands nothing of theirs.
-        start, _, end = event(chunk).rpartition(_string(_ANY_TEXT))
-        self._head, self._tail = start, end
-        self._is_plain = not (head.token_ids or head.continuous_usage)
-
-    def event(self, delta: OutputDelta) -> bytes | None:
-        """The event of `delta`; None if it brings something else than text."""
-        if not self._is_plain or not delta.text or delta.finish_reason is not None or delta.logprobs:
-            return None
-        return self._head + _string(delta.text) + self._tail
+_as_json: Callable[[str], str] = json.encoder.encode_basestring  # `json.dumps(ensure_ascii=False)` makes a writer first
 
 
-_ANY_TEXT = "text"
-_encoded: Callable[[str], str] = json.encoder.encode_basestring  # what `json.dumps(ensure_ascii=False)` calls
+class ChunkWriter:
+    """The events of one choice's deltas. Nearly all hold nothing but text: of these only the text is written anew."""
 
+    def __init__(self, head: replies.Head, choice: int, logprobs: LogprobWriter, usage: Usage) -> None:
+        self._head = head
+        self._choice = choice
+        self._logprobs = logprobs
+        self._usage = usage
+        self._around: tuple[bytes, bytes] | None = None
+        if not (head.token_ids or head.continuous_usage):  # else a chunk says more of its delta than the text
+            sample = self._written(OutputDelta("", 0, (0,), _PLACE))
+            before, _, after = sample.rpartition(json.dumps(_PLACE).encode())  # a model may be called so too
+            self._around = (before, after)
 
-def _string(text: str) -> bytes:
-    return _encoded(text).encode()
+    def write(self, delta: OutputDelta) -> bytes:
+        """Empty when there is nothing to tell. The usage holds this delta already."""
+        if self._around is None or delta.logprobs or delta.finish_reason is not None:
+            return self._written(delta)
+        if not delta.text:
+            return b""
+        before, after = self._around
+        return before + _as_json(delta.text).encode() + after
+
+    def _written(self, delta: OutputDelta) -> bytes:
+        return b"".join(map(event, replies.delta_chunks(self._head, self._choice, delta, self._logprobs, self._usage)))
 
 
 async def events(
@@ -68,8 +69,10 @@ async def events(
     usage = usage_of(opened)
     num_choices = num_samples * len(opened.prompts)
     prompt_of = [choice // num_samples for choice in range(num_choices)]
-    writers = [LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])) for prompt in prompt_of]
-    texts = [TextEvents(head, choice, writer, usage) for choice, writer in enumerate(writers)]
+    writers = [
+        ChunkWriter(head, choice, LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])), usage)
+        for choice, prompt in enumerate(prompt_of)
+    ]
     for choice in range(num_choices):
         prompt = choice // num_samples
         for chunk in replies.first_chunks(head, choice, echoes[prompt], opened.prompts[prompt], usage):
@@ -78,13 +81,8 @@ async def events(
         async with aclosing(merge(opened.streams)) as deltas:
             async for prompt, delta in deltas:
                 usage.add(prompt, delta)
-                choice = prompt * num_samples + delta.sample_index
-                if (told := texts[choice].event(delta)) is not None:
-                    yield told
-                    continue
-                chunks = replies.delta_chunks(head, choice, delta, writers[choice], usage)
-                if chunks:
-                    yield b"".join(map(event, chunks))
+                if written := writers[prompt * num_samples + delta.sample_index].write(delta):
+                    yield written
     except Exception as error:
         fault = fault_of(error)
         logger.warning("request %s failed in its stream: %s", opened.request_id, fault, exc_info=error)
