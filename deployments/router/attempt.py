@@ -72,7 +72,8 @@ class Attempt:
     def take(self, item: StreamItem) -> None:
         """Raises: ReplicaLost, ReplicaFull, ReplicaReserved, Refused."""
         self.replica = item.replica
-        self.call = replace(self.call, adapter_version=item.adapter_version or self.call.adapter_version)
+        if item.adapter_version and item.adapter_version != self.call.adapter_version:
+            self.call = replace(self.call, adapter_version=item.adapter_version)
         fault = item.fault
         if fault is None:
             return

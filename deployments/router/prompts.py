@@ -17,6 +17,8 @@ from engine.text.detokenizer import Detokenizer, DetokenizerFactory
 from engine.text.tokenizer import Tokenizer
 
 NUM_THREADS = 2
+INLINE_CHARS = 1024  # a thread would cost more than a prompt of this length
+INLINE_MESSAGES = 8
 
 
 class Prompts:
@@ -52,11 +54,13 @@ class Prompts:
                 Fault(code="prompt_too_large", message=f"{ask.prompt_param}: {message}", param=ask.prompt_param)
             )
         self._check_ids("logit_bias", ask.params.logit_bias)
+        if len(ask.prompts) == 1 and _is_small(ask.prompts[0]):
+            return [self._encode_one(ask.prompts[0], ask)]
         run = asyncio.get_running_loop().run_in_executor
         return await asyncio.gather(*(run(self._pool, self._encode_one, prompt, ask) for prompt in ask.prompts))
 
     def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
-        """In a thread of the pool, as is all that grows with the prompt."""
+        """In a thread of the pool if it is long, as is all that grows with the prompt."""
         param = ask.prompt_param
         ids: Sequence[int]
         if isinstance(prompt, tuple):
@@ -110,6 +114,16 @@ class Prompts:
         if self._tokenizer.id_to_token(token_id) is None:
             return b""
         return self._pieces.piece(previous, token_id)
+
+
+def _is_small(prompt: Prompt) -> bool:
+    """Whether it costs the event loop less than to wait for a thread."""
+    if isinstance(prompt, Chat):
+        texts = [text for message in prompt.messages[: INLINE_MESSAGES + 1] for text in message.values()]
+        if len(prompt.messages) > INLINE_MESSAGES or not all(isinstance(text, str) for text in texts):
+            return False
+        return sum(map(len, texts)) <= INLINE_CHARS
+    return len(prompt) <= INLINE_CHARS
 
 
 def _shown(token_id: int) -> str:

@@ -165,6 +165,8 @@ async def primed(stream: AsyncGenerator[T]) -> Primed[T]:
 
 async def all_primed(streams: Sequence[AsyncGenerator[T]]) -> list[Primed[T]]:
     """All of `streams` primed at once, or none: the first refusal closes the others and is raised."""
+    if len(streams) == 1:  # as nearly always: waited for here, a task would only carry it
+        return [await primed(streams[0])]
     tasks = [asyncio.ensure_future(primed(stream)) for stream in streams]
     try:
         return list(await asyncio.gather(*tasks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -210,7 +211,8 @@ def test_a_text_is_counted_as_its_parser_would(
     monkeypatch: pytest.MonkeyPatch, piece_bytes: int, value: Any, shape: tuple[int, ...]
 ):
     monkeypatch.setattr(json_shape, "PIECE_BYTES", piece_bytes)
-    for ascii_only in (True, False):
+    for ascii_only, small_bytes in itertools.product((True, False), (0, json_shape.SMALL_BYTES)):
+        monkeypatch.setattr(json_shape, "SMALL_BYTES", small_bytes)
         text = json.dumps(value, ensure_ascii=ascii_only).encode()
         assert json_shape.shape_of(text) == json_shape.Shape(*shape)
 

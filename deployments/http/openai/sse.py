@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -28,6 +28,9 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+_as_json: Callable[[str], str] = json.encoder.encode_basestring  # `json.dumps(ensure_ascii=False)` makes a writer first
+
+
 class ChunkWriter:
     """The events of one choice's deltas. Nearly all hold nothing but text: of these only the text is written anew."""
 
@@ -49,7 +52,7 @@ class ChunkWriter:
         if not delta.text:
             return b""
         before, after = self._around
-        return before + json.dumps(delta.text, ensure_ascii=False).encode() + after
+        return before + _as_json(delta.text).encode() + after
 
     def _written(self, delta: OutputDelta) -> bytes:
         return b"".join(map(event, replies.delta_chunks(self._head, self._choice, delta, self._logprobs, self._usage)))
