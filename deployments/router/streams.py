@@ -182,6 +182,14 @@ async def merge(streams: Sequence[Stream[T]]) -> AsyncGenerator[tuple[int, T]]:
 
     The first exception ends it; leaving it closes all streams.
     """
+    if len(streams) == 1:
+        (alone,) = streams
+        try:
+            async for item in alone:
+                yield 0, item
+        finally:
+            await alone.aclose()
+        return
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(maxsize=2 * len(streams))
     tasks = [asyncio.ensure_future(_pump(index, stream, queue)) for index, stream in enumerate(streams)]
     running = len(tasks)

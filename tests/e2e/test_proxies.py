@@ -146,7 +146,7 @@ class Load:
         self.faults: list[str] = []
 
     def _ask(self) -> None:
-        while not self._stop.is_set():
+        for _ in iter(self._stop.is_set, True):
             try:
                 text = streamed(self._server)
             except Exception as error:

@@ -9,21 +9,50 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.errors import fault_of
-from deployments.http.collect import usage_of
+from deployments.http.collect import Usage, usage_of
 from deployments.http.openai import replies
 from deployments.http.openai.logprobs import LogprobWriter
 from deployments.router.gateway import Opened
 from deployments.router.prompts import Prompts
 from deployments.router.streams import merge
+from engine.request import OutputDelta
 
 logger = logging.getLogger("ray.serve")
 
 DONE = b"data: [DONE]\n\n"
+_PLACE = "the place of a delta's text"
 
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event. JSON has no raw line breaks, so one `data:` line holds it."""
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class ChunkWriter:
+    """The events of one choice's deltas. Nearly all hold nothing but text: of these only the text is written anew."""
+
+    def __init__(self, head: replies.Head, choice: int, logprobs: LogprobWriter, usage: Usage) -> None:
+        self._head = head
+        self._choice = choice
+        self._logprobs = logprobs
+        self._usage = usage
+        self._around: tuple[bytes, bytes] | None = None
+        if not (head.token_ids or head.continuous_usage):  # else a chunk says more of its delta than the text
+            sample = self._written(OutputDelta("", 0, (0,), _PLACE))
+            before, _, after = sample.rpartition(json.dumps(_PLACE).encode())  # a model may be called so too
+            self._around = (before, after)
+
+    def write(self, delta: OutputDelta) -> bytes:
+        """Empty when there is nothing to tell. The usage holds this delta already."""
+        if self._around is None or delta.logprobs or delta.finish_reason is not None:
+            return self._written(delta)
+        if not delta.text:
+            return b""
+        before, after = self._around
+        return before + json.dumps(delta.text, ensure_ascii=False).encode() + after
+
+    def _written(self, delta: OutputDelta) -> bytes:
+        return b"".join(map(event, replies.delta_chunks(self._head, self._choice, delta, self._logprobs, self._usage)))
 
 
 async def events(
@@ -37,7 +66,10 @@ async def events(
     usage = usage_of(opened)
     num_choices = num_samples * len(opened.prompts)
     prompt_of = [choice // num_samples for choice in range(num_choices)]
-    writers = [LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])) for prompt in prompt_of]
+    writers = [
+        ChunkWriter(head, choice, LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])), usage)
+        for choice, prompt in enumerate(prompt_of)
+    ]
     for choice in range(num_choices):
         prompt = choice // num_samples
         for chunk in replies.first_chunks(head, choice, echoes[prompt], opened.prompts[prompt], usage):
@@ -46,10 +78,8 @@ async def events(
         async with aclosing(merge(opened.streams)) as deltas:
             async for prompt, delta in deltas:
                 usage.add(prompt, delta)
-                choice = prompt * num_samples + delta.sample_index
-                chunks = replies.delta_chunks(head, choice, delta, writers[choice], usage)
-                if chunks:
-                    yield b"".join(map(event, chunks))
+                if written := writers[prompt * num_samples + delta.sample_index].write(delta):
+                    yield written
     except Exception as error:
         fault = fault_of(error)
         logger.warning("request %s failed in its stream: %s", opened.request_id, fault, exc_info=error)
