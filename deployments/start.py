@@ -26,6 +26,7 @@ from deployments.haproxy import binary
 SETTINGS = Path(__file__).parent / "settings" / "serve.env"
 PROGRAM = "chorus-haproxy"  # in pyproject.toml; see `deployments.haproxy`
 HARD_STOP_MARGIN_S = 30
+_HOST = "0.0.0.0"  # Serve's own, where a configuration gives none
 _DRAIN_S = 300  # `AppArgs.drain_s` where a configuration gives none
 # What `deployments.haproxy` changes. Another Ray may write it otherwise, and would listen where it should not.
 _EXPECTED = ("bind :{{ config.metrics_port }}", "bind *:{{ config.stats_port }}", "frontend http_frontend")
@@ -43,10 +44,12 @@ def environment(config: Mapping[str, Any], folder: Path, given: Mapping[str, str
     `config` is a Serve configuration, `folder` one of this server's own.
     """
     wanted = settings()
-    if is_loopback((config.get("http_options") or {}).get("host") or "127.0.0.1"):
+    host = (config.get("http_options") or {}).get("host") or _HOST
+    if is_loopback(host):
         # Ray's word for "one machine, at its loopback address"; it is the default where firewalls ask.
         wanted["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    reason = "RAY_SERVE_ENABLE_HA_PROXY is 0" if given.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" else why_not_haproxy()
+    is_unwanted = given.get("RAY_SERVE_ENABLE_HA_PROXY") == "0"
+    reason = "RAY_SERVE_ENABLE_HA_PROXY is 0" if is_unwanted else why_not_haproxy() or why_not_at(host)
     if reason is None:
         wanted |= {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(_program()),
@@ -90,6 +93,15 @@ def is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def why_not_at(host: str) -> str | None:
+    """Why HAProxy cannot be used where `host` is listened at. It asks the routers of its node at 127.0.0.1, and routers
+    listen at `host`; and it takes no IPv6 where a host is `::`.
+    """
+    if host in ("127.0.0.1", "0.0.0.0"):
+        return None
+    return f"HAProxy needs http_options.host to be 127.0.0.1 (this machine only) or 0.0.0.0 (all addresses), not {host}"
 
 
 def why_not_haproxy() -> str | None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.serve.schema import ServeDeploySchema
 
 from deployments import start
 from deployments.start import environment, is_loopback, settings
@@ -105,6 +106,41 @@ HOSTS += [("0.0.0.0", False), ("::", False), ("10.0.0.4", False), ("chorus.examp
 def test_ray_stays_on_this_machine_where_the_server_does(host: str, is_local: bool, tmp_path: Path) -> None:
     assert is_loopback(host) is is_local
     assert ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" in environment(config(host), tmp_path, {})[0]) is is_local
+
+
+@pytest.mark.usefixtures("haproxy")
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_haproxy_is_used_where_it_reaches_the_routers(host: str, tmp_path: Path) -> None:
+    added, reason = environment(config(host), tmp_path, {})
+    assert reason is None
+    assert added["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
+OTHER_HOSTS = ["localhost", "127.8.9.1", "::1", "[::1]", "::", "10.0.0.4", "192.168.1.7", "chorus.example", "fe80::1"]
+
+
+@pytest.mark.usefixtures("haproxy")
+@pytest.mark.parametrize("host", OTHER_HOSTS)
+@pytest.mark.parametrize("given", [{}, {"RAY_SERVE_ENABLE_HA_PROXY": "1"}])
+def test_where_it_would_not_serve_s_own_proxy_is_used(host: str, given: dict[str, str], tmp_path: Path) -> None:
+    """Ray's HAProxy asks at 127.0.0.1, the routers listen at the host that is given."""
+    added, reason = environment(config(host), tmp_path, given)
+    assert reason is not None
+    assert host in reason
+    assert added["RAY_SERVE_ENABLE_HA_PROXY"] == added["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0"
+
+
+@pytest.mark.usefixtures("haproxy")
+@pytest.mark.parametrize("options", [{}, {"http_options": None}, {"http_options": {"port": 8123}}])
+def test_a_configuration_without_a_host_is_one_that_listens_everywhere(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    """So Serve takes it: its words, not `serve run`'s on the command line."""
+    host = ServeDeploySchema.model_validate({"applications": [], **{k: v for k, v in options.items() if v}})
+    assert host.http_options.host == "0.0.0.0"
+    added, reason = environment(options, tmp_path, {})
+    assert reason is None
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in added
 
 
 def test_each_line_of_the_settings_is_a_variable_of_ray() -> None:
