@@ -48,8 +48,8 @@ class SamplingParams:
     max_tokens: int | None = 16  # None: until the model's context is full
     min_tokens: int = 0  # before this many tokens no end-of-sequence or stop token may be chosen
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_k: int = 0  # 0: all; -1 says the same, as elsewhere, and becomes 0
+    top_p: float = 1.0  # 0: the most likely token
     min_p: float = 0.0  # relative to the most likely token
     repetition_penalty: float = 1.0  # > 1 discourages tokens of the prompt and the output (CTRL, arXiv 1909.05858)
     presence_penalty: float = 0.0  # once per distinct output token
@@ -76,6 +76,8 @@ class SamplingParams:
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "tokens")
         _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
         self._check_reals()
+        if type(self.top_k) is int and self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         self._check_counts()
         biases = {i: float(bias) for i, bias in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", biases)
@@ -108,7 +110,7 @@ class SamplingParams:
 
     def _check_reals(self) -> None:
         _real("temperature", self.temperature, 0.0, 100.0)
-        _real("top_p", self.top_p, 0.0, 1.0, exclusive_low=True)
+        _real("top_p", self.top_p, 0.0, 1.0)
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY, exclusive_low=True)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
