@@ -1,4 +1,4 @@
-"""What is common to all routes: HEAD and OPTIONS, the methods that a path has, and query parameters that no route has."""
+"""What all routes share: HEAD and OPTIONS, the methods of a path, and query parameters that no route has."""
 
 from __future__ import annotations
 
