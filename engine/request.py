@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sized
+from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -233,6 +234,12 @@ class Request:
                     "adapter", f"{_brief(self.adapter)} is not the key of an adapter version; None: the base"
                 )
             _name("adapter", self.adapter)
+
+    def renamed(self, request_id: str) -> Request:
+        """The same under another id. What was checked is not looked at again: that would cost as much as the prompt."""
+        other = copy(self)
+        object.__setattr__(other, "request_id", request_id)
+        return other
 
 
 @dataclass(frozen=True, slots=True)
