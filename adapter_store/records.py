@@ -74,7 +74,7 @@ class AdapterRecord:
     rank: int | None = None
     num_bytes: int | None = None
     reason: str | None = None  # why it is FAILED
-    notices: tuple[str, ...] = ()  # what of it has no effect here, known while it is on the host
+    notices: tuple[str, ...] = ()  # what of it has no effect here, known once it was packed
     is_pinned: bool = False
     requests: float = 0.0  # those of late count more: each counts half after `traffic_half_life_s`
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from adapter_store.errors import SourceUnavailable
 from adapter_store.names.catalog import ImageKey, NameKey, Version
 from adapter_store.names.database import IndexUnavailable
-from adapter_store.names.index import ImageRow
+from adapter_store.names.images import ImageRow
 from adapter_store.records import AdapterPage, AdapterRecord, AdapterState, StoreConfig, StoreStatus
 from adapter_store.sources.base import SourcePage
 from adapter_store.tiers.assembly import Tiers
@@ -56,7 +56,7 @@ class Reports:
             rank=image.rank if image else None,
             num_bytes=image.num_bytes if image else None,
             reason=str(failure) if failure else None,
-            notices=tuple(image.manifest.get("notices", ())) if isinstance(image, Held) else (),
+            notices=_notices(image),
             is_pinned=version.key in tiers.pins.names,
             requests=tiers.warmth.requests(version.key),
         )
@@ -139,3 +139,9 @@ class Reports:
             num_pinned=len(self._tiers.pins.names),
             degraded=self._tiers.degraded,
         )
+
+
+def _notices(image: Held | ImageRow | None) -> tuple[str, ...]:
+    if isinstance(image, Held):
+        return tuple(image.manifest.get("notices", ()))
+    return () if image is None else image.notices

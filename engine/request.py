@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sized
+from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -48,8 +49,8 @@ class SamplingParams:
     max_tokens: int | None = 16  # None: until the model's context is full
     min_tokens: int = 0  # before this many tokens no end-of-sequence or stop token may be chosen
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_k: int = 0  # 0: all; -1 says the same, as elsewhere, and becomes 0
+    top_p: float = 1.0  # 0: the most likely token
     min_p: float = 0.0  # relative to the most likely token
     repetition_penalty: float = 1.0  # > 1 discourages tokens of the prompt and the output (CTRL, arXiv 1909.05858)
     presence_penalty: float = 0.0  # once per distinct output token
@@ -76,6 +77,8 @@ class SamplingParams:
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "tokens")
         _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
         self._check_reals()
+        if type(self.top_k) is int and self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         self._check_counts()
         biases = {i: float(bias) for i, bias in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", biases)
@@ -108,7 +111,7 @@ class SamplingParams:
 
     def _check_reals(self) -> None:
         _real("temperature", self.temperature, 0.0, 100.0)
-        _real("top_p", self.top_p, 0.0, 1.0, exclusive_low=True)
+        _real("top_p", self.top_p, 0.0, 1.0)
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY, exclusive_low=True)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -231,6 +234,12 @@ class Request:
                     "adapter", f"{_brief(self.adapter)} is not the key of an adapter version; None: the base"
                 )
             _name("adapter", self.adapter)
+
+    def renamed(self, request_id: str) -> Request:
+        """The same under another id. What was checked is not looked at again: that would cost as much as the prompt."""
+        other = copy(self)
+        object.__setattr__(other, "request_id", request_id)
+        return other
 
 
 @dataclass(frozen=True, slots=True)

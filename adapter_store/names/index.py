@@ -13,13 +13,14 @@ import logging
 import sqlite3
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapter_store.names.catalog import ImageKey, NameKey
 from adapter_store.names.database import Database, Row, batches
+from adapter_store.names.images import IMAGE_COLUMNS, ImageRow, image_row, packed_manifest, unpacked
 from adapter_store.names.sealing import Sealer, is_secret
 from adapter_store.records import Registration
 from adapter_store.sources.base import SourceFile, SourceListing
@@ -61,18 +62,6 @@ class Known(NamedTuple):
     listing: SourceListing
     sha256: dict[str, str]
     checked_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRow:
-    """An image of the disk tier. `object` is the sha256 of its bytes, `cost_s` what it took to fetch it."""
-
-    key: ImageKey
-    object: str
-    num_bytes: int
-    rank: int
-    cost_s: float
-    uses: int
 
 
 class Index:
@@ -219,27 +208,24 @@ class Index:
     async def image(self, key: ImageKey) -> tuple[ImageRow, dict[str, Any]] | None:
         """An image and its manifest. Raises: RowBroken, too."""
         rows = await self.database.read(
-            "SELECT version, spec_digest, object, num_bytes, rank, cost_s, uses, manifest FROM images "
-            "WHERE version = ? AND spec_digest = ?",
+            f"SELECT {IMAGE_COLUMNS}, manifest FROM images WHERE version = ? AND spec_digest = ?",
             tuple(key),
         )
         try:
-            return (_image(rows[0]), json.loads(zlib.decompress(rows[0][7]))) if rows else None
+            return (image_row(rows[0]), unpacked(rows[0][8])) if rows else None
         except (ValueError, TypeError, zlib.error) as error:
             raise RowBroken(f"{type(error).__name__}: {error}") from error
 
     async def images(self, after: int, limit: int) -> tuple[tuple[int, ImageRow], ...]:
         """At most `limit` images behind row `after`, each with the number of its row."""
         rows = await self.database.read(
-            "SELECT version, spec_digest, object, num_bytes, rank, cost_s, uses, rowid FROM images "
-            "WHERE rowid > ? ORDER BY rowid LIMIT ?",
-            (after, limit),
+            f"SELECT {IMAGE_COLUMNS}, rowid FROM images WHERE rowid > ? ORDER BY rowid LIMIT ?", (after, limit)
         )
-        return tuple((row[7], _image(row)) for row in rows)
+        return tuple((row[8], image_row(row)) for row in rows)
 
     async def add_image(self, row: ImageRow, manifest: dict[str, Any]) -> None:
         """Writes one image."""
-        packed = zlib.compress(json.dumps(manifest).encode())
+        packed = packed_manifest(manifest, row.notices)
         values = (*row.key, row.object, row.num_bytes, row.rank, row.cost_s, row.uses, packed)
         await self.database.write("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [values])
 
@@ -300,12 +286,6 @@ def _pairs(text: str) -> Urls:
 
 def _listing(plain: dict[str, Any]) -> SourceListing:
     return SourceListing(files=tuple(SourceFile(**file) for file in plain["files"]), origin=plain["origin"])
-
-
-def _image(row: Row) -> ImageRow:
-    version, spec_digest, digest, num_bytes, rank, cost_s, uses = row[:7]
-    key = ImageKey(version, spec_digest)
-    return ImageRow(key=key, object=digest, num_bytes=num_bytes, rank=rank, cost_s=cost_s, uses=uses)
 
 
 def _change(statement: str, rows: Sequence[Row], writer: sqlite3.Connection) -> None:

@@ -23,7 +23,7 @@ from adapter_store.sources.base import (
 )
 from adapter_store.sources.threads import SourceThreads
 
-MAX_DIGESTS = 100_000  # with more, the half that was taken longest ago is forgotten, and taken again when needed
+MAX_DIGESTS = 100_000  # with more, the half that was used longest ago is forgotten, and taken again when needed
 _MAX_LOOKUPS = 8  # each may have a file to hash, which keeps a core busy
 _READ_CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int, int]  # mtime_ns, size, inode
@@ -44,7 +44,7 @@ class LocalSource:
         self.root = Path(os.path.realpath(root))
         self._inner = (self.root, *_blobs_of(self.root))
         self.name = name or f"file://{self.root}"
-        self._digests: dict[Path, tuple[_Identity, str]] = {}  # the latest last
+        self._digests: dict[Path, tuple[_Identity, str]] = {}  # the latest used last
         self._lock = threading.Lock()  # of the digests
         self._threads = SourceThreads(4, "adapters-local", niceness, _MAX_LOOKUPS)
 
@@ -132,6 +132,7 @@ class LocalSource:
             identity = (status.st_mtime_ns, status.st_size, status.st_ino)
             known = self._digests.get(path)
             if known is not None and known[0] == identity:
+                self._remember(path, *known)  # the latest used last
                 return known[1], status.st_size
             hasher, num_bytes = hashlib.sha256(), 0
             while chunk := file.read(_READ_CHUNK_BYTES):

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from adapter_store.errors import StoreFull
 from adapter_store.names.catalog import ImageKey
 from adapter_store.names.database import IndexUnavailable
-from adapter_store.names.index import ImageRow, Index, RowBroken
+from adapter_store.names.images import ImageRow
+from adapter_store.names.index import Index, RowBroken
 from adapter_store.sources.threads import nice_pool
 from adapter_store.tiers.objects import FolderLock, ObjectBroken, ObjectFiles
 from adapter_store.tiers.value_cache import ValueCache
@@ -168,7 +169,10 @@ class DiskTier:
         if not self._lock.is_held or self._is_resting() or not await self.has_stock() or key in self._rows:
             return
         digest = await self._in_thread(lambda: hashlib.sha256(data.data).hexdigest())
-        row = ImageRow(key=key, object=digest, num_bytes=data.nbytes, rank=rank, cost_s=cost_s, uses=1)
+        notices = tuple(manifest.get("notices", ()))
+        row = ImageRow(
+            key=key, object=digest, num_bytes=data.nbytes, rank=rank, cost_s=cost_s, uses=1, notices=notices
+        )  # fmt: skip
         is_new = digest not in self._cache
         try:
             if is_new:
@@ -198,10 +202,7 @@ class DiskTier:
             if uses != row.uses:
                 used.append((key, uses))
         for key, uses in used:
-            row = self._rows[key]
-            self._rows[key] = ImageRow(
-                key=key, object=row.object, num_bytes=row.num_bytes, rank=row.rank, cost_s=row.cost_s, uses=uses
-            )
+            self._rows[key] = replace(self._rows[key], uses=uses)
         await self._index.used(used)
 
     async def close(self) -> None:

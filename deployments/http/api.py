@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -28,6 +28,7 @@ from deployments.calls import Fault, Refused
 from deployments.errors import answer_for, fault_of
 from deployments.http.auth import ApiKeys
 from deployments.http.gate import DOCS_FILES, Gate
+from deployments.http.methods import HeadAsGet, allowed_methods, check_query
 from deployments.http.origin import LOOPBACK_PAGES
 from deployments.http.reading import route_class
 from deployments.http.validation import cut, fault_of_validation
@@ -41,13 +42,19 @@ logger = logging.getLogger("ray.serve")
 HEALTH_CACHE_S = 1.0
 STORE_TIMEOUT_S = 5.0  # of GET /stats
 LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
-_STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
 
 
 def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Sequence[str] | None = None) -> FastAPI:
     """The application in front of `gateway`. `cors`: origins of the web pages that may ask; None: loopback ones."""
     # The page's scripts and styles come from here: a browser without the internet would see nothing else.
-    app = FastAPIOffline(title="Chorus", version=_version(), redoc_url=None, static_url=DOCS_FILES)
+    app = FastAPIOffline(
+        title="Chorus",
+        version=_version(),
+        redoc_url=None,
+        static_url=DOCS_FILES,
+        dependencies=[Depends(check_query)],
+    )
     bodies = route_class(limits)
     for routes in (openai_routes, lorax_routes, adapters_routes):
         app.include_router(routes.routes(gateway, bodies))
@@ -58,6 +65,7 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond)
+    app.add_middleware(HeadAsGet)
     if cors is None or cors:
         # Around the gate: a browser's first question carries no key, and a page must be able to read a refusal.
         app.add_middleware(
@@ -146,5 +154,10 @@ async def _on_validation(request: Request, error: Exception) -> Response:
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _STATUS_CODES.get(error.status_code, "invalid_request")
-    message = f"{request.method} {cut(request.url.path)}: {error.detail}"
-    return respond(request.url.path, Fault(code=code, message=message), error.headers)
+    message, headers = f"{request.method} {cut(request.url.path)}: {error.detail}", dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = allowed_methods(request.app.routes, request.scope)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+        message = f"{message}; send {headers['Allow']}"
+    return respond(request.url.path, Fault(code=code, message=message), headers)

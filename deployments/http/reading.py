@@ -1,4 +1,4 @@
-"""A request's bytes become its body, in this order: size, shape, JSON, fields. Large ones beside the event loop.
+"""A request's bytes become its body, in this order: size, encoding, shape, JSON, fields. Large ones beside the loop.
 
 The counts of `json_shape` bound what the parser may make; so no call of it holds the interpreter lock for long.
 """
@@ -22,12 +22,14 @@ from starlette.responses import Response
 
 from deployments.calls import Fault, Refused
 from deployments.http import limits
+from deployments.http.encoding import as_utf8, check_charset, coding_of, unpacked
 from deployments.http.json_shape import Shape, shape_of
 from deployments.http.validation import fault_of_validation
 from deployments.http.wire import inert_names
 from deployments.settings.app import LimitSettings
 
 INLINE_BYTES = 8192  # a thread would cost more than reading it here
+_EMPTY = "the body is empty; send a JSON object"
 NUM_THREADS = 1  # large bodies wait for each other, everybody else for none
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -120,7 +122,10 @@ def route_class(settings: LimitSettings) -> type[APIRoute]:
             adapter: TypeAdapter[Any] = TypeAdapter(kind)
             takes_body_only = _takes_body_only(self)
 
-            def parse(text: bytes) -> tuple[Any, tuple[str, ...]]:
+            def parse(sent: bytes, coding: str) -> tuple[Any, tuple[str, ...]]:
+                text = as_utf8(unpacked(sent, coding, settings.max_body_bytes))
+                if not text:
+                    raise _wrong(_EMPTY)
                 value = read_json(text, max_values)
                 try:
                     body = adapter.validate_python(value)
@@ -129,11 +134,12 @@ def route_class(settings: LimitSettings) -> type[APIRoute]:
                 return body, inert_names(body)
 
             async def read(request: Request) -> Response:
-                text = await _text_of(request)
-                if len(text) <= INLINE_BYTES:
-                    body, inert = parse(text)
+                coding = coding_of(", ".join(request.headers.getlist("content-encoding")))
+                sent = await _bytes_of(request)
+                if len(sent) <= INLINE_BYTES and not coding:
+                    body, inert = parse(sent, coding)
                 else:
-                    body, inert = await asyncio.get_running_loop().run_in_executor(pool, parse, text)
+                    body, inert = await asyncio.get_running_loop().run_in_executor(pool, parse, sent, coding)
                 request.state.inert = inert
                 if takes_body_only:
                     return cast(Response, await self.endpoint(body=body, request=request))
@@ -144,15 +150,15 @@ def route_class(settings: LimitSettings) -> type[APIRoute]:
     return BodyRoute
 
 
-async def _text_of(request: Request) -> bytes:
+async def _bytes_of(request: Request) -> bytes:
     _check_type(request.headers.get("content-type"))
     try:
-        text = await request.body()
+        sent = await request.body()
     except ClientDisconnect as error:
         raise HTTPException(400, "the client went away before its body had come") from error
-    if not text:
-        raise _wrong("the body is empty; send a JSON object")
-    return text
+    if not sent:
+        raise _wrong(_EMPTY)
+    return sent
 
 
 def _check_type(content_type: str | None) -> None:
@@ -164,6 +170,7 @@ def _check_type(content_type: str | None) -> None:
         given = f"content-type {content_type[:100]!r}" if content_type else "no content-type"
         why = f"{given}: the body cannot be read; send JSON with 'content-type: application/json'"
         raise Refused(Fault(code="unsupported_media_type", message=why))
+    check_charset(header.get_content_charset())
 
 
 def _takes_body_only(route: APIRoute) -> bool:

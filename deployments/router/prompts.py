@@ -91,9 +91,9 @@ class Prompts:
         """Whether the chat template names one of `fields` of a message: what it does not name, it does not write."""
         return any(re.search(rf"\b{field}\b", self._tokenizer.chat_template) for field in fields)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of `token_ids`, without special tokens."""
-        return self._tokenizer.decode(token_ids)
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
         """Text of one sequence behind its prompt, token by token."""

@@ -148,13 +148,13 @@ class ServeBackend:
                         await self._handle.ping.remote()
                     return
                 except Exception as error:
-                    reasons.append(type(error).__name__)
+                    reasons.append(_why(error))
                 # The one that was asked may be the one that hangs.
                 members = await self._members("ping")
                 if await _any_answers(members, reasons):
                     return
         except Exception as error:
-            reasons.append(type(error).__name__)
+            reasons.append(_why(error))
         message = f"no replica answered within {PING_TIMEOUT_S:g} s ({', '.join(dict.fromkeys(reasons))})"
         raise Refused(Fault(code="engine_dead", message=message))
 
@@ -165,9 +165,8 @@ class ServeBackend:
             async with asyncio.timeout(STATS_TIMEOUT_S):
                 members = await self._members("stats")
         except Exception as error:
-            return [
-                {"part": "replica", "replica": None, "missing": f"no replica could be asked ({type(error).__name__})"}
-            ]
+            logger.warning("no replica could be asked for its statistics: %s: %s", type(error).__name__, error)
+            return [{"part": "replica", "replica": None, "missing": f"no replica could be asked: {_why(error)}"}]
         answers = await asyncio.gather(*(_within(member, STATS_TIMEOUT_S) for member in members))
         said = [answer for answer in answers if isinstance(answer, dict)]
         unheard = known - {str(answer.get("replica")) for answer in said}
@@ -203,7 +202,7 @@ async def _any_answers(members: list[Any], reasons: list[str]) -> bool:
             try:
                 await task
             except Exception as error:
-                reasons.append(type(error).__name__)
+                reasons.append(_why(error))
             else:
                 return True
         return False
@@ -222,7 +221,12 @@ async def _within(member: Any, timeout_s: float) -> object:
         return f"no answer within {timeout_s:g} s"
     except Exception as error:
         found = meaning(error)
-        return f"it is gone: {found.value}" if found in LOST else f"{type(error).__name__} in the replica"
+        return f"it is gone: {found.value}" if found in LOST else found.value
+
+
+def _why(error: Exception) -> str:
+    """Why nothing was heard, in words that name nothing of Ray's."""
+    return "no answer in time" if isinstance(error, TimeoutError) else meaning(error).value
 
 
 async def _answer_of(response: Any) -> Receipt:

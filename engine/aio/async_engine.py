@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import replace
 from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -205,7 +204,7 @@ class AsyncEngine:
         self, request: Request, image: AdapterImage | None, on_wake: Callable[[], None] | None = None
     ) -> Stream:
         # An id of our own: the caller may ask again under the same id while the engine still aborts the first.
-        own = replace(request, request_id=f"{request.request_id}#{next(self._request_numbers)}")
+        own = request.renamed(f"{request.request_id}#{next(self._request_numbers)}")
         stream = Stream(own, request.request_id, asyncio.get_running_loop(), on_wake)
         with self._condition:
             self._raise_if_gone()

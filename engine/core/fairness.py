@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from operator import attrgetter
 
 from engine.core.sequence import Sequence
@@ -31,6 +31,7 @@ LOAD_BYTES_PER_UNIT = 1024
 _MIN_TENANTS_TO_SWEEP = 64
 
 _arrival = attrgetter("seq_id")
+_Turn = tuple[int, int, str]  # the tenant's counter, its first sequence, its name
 
 
 def token_cost(adapter_bytes: int) -> int:
@@ -49,12 +50,15 @@ class FairQueue:
     Invariants:
       - a tenant's sequences are in order of arrival; a tenant without any is in `_counters` at most
       - a counter never falls; those of tenants in the queue are never below the floor, which never falls either
+      - `_order` has each tenant with a queue once, as `_turn` tells it: what changes a turn moves it there, so that
+        nobody has to look at all tenants to find the next ones
       - a counter is forgotten only when it is at or below the floor, to which a return would lift it anyway
     """
 
     def __init__(self) -> None:
         self._queues: dict[str, list[Sequence]] = {}
         self._counters: dict[str, int] = {}
+        self._order: list[_Turn] = []
         self._floor = 0
         self._last_to_leave: str | None = None
         self._num_waiting = 0
@@ -82,30 +86,47 @@ class FairQueue:
             self._raise_floor()
             queue = self._queues[seq.tenant] = []
             self._counters[seq.tenant] = max(self.counter(seq.tenant), self._floor)
+        else:
+            self._leave_order(seq.tenant)
         insort(queue, seq, key=_arrival)
+        insort(self._order, self._turn(seq.tenant))
         self._num_waiting += 1
 
     def remove(self, seq: Sequence) -> None:
         queue = self._queues[seq.tenant]
         index = bisect_left(queue, seq.seq_id, key=_arrival)
         assert queue[index] is seq, f"{seq} is not in the queue"
+        self._leave_order(seq.tenant)
         del queue[index]
         self._num_waiting -= 1
-        if not queue:
+        if queue:
+            insort(self._order, self._turn(seq.tenant))
+        else:
             del self._queues[seq.tenant]
             self._last_to_leave = seq.tenant
             self._raise_floor()
             self._sweep()
 
     def charge(self, tenant: str, units: int) -> None:
+        waits = tenant in self._queues
+        if waits:
+            self._leave_order(tenant)
         self._counters[tenant] = self.counter(tenant) + units
+        if waits:
+            insort(self._order, self._turn(tenant))
 
     def turns(self) -> Turns:
-        return Turns(self._queues, self._counters)
+        return Turns(self._queues, self._counters, self._order)
+
+    def _turn(self, tenant: str) -> _Turn:
+        return self._counters[tenant], self._queues[tenant][0].seq_id, tenant
+
+    def _leave_order(self, tenant: str) -> None:
+        del self._order[bisect_left(self._order, self._turn(tenant))]
 
     def _raise_floor(self) -> None:
-        if self._queues:
-            self._floor = max(self._floor, min(self._counters[tenant] for tenant in self._queues))
+        if self._order:
+            self._floor = max(self._floor, self._order[0][0])
         elif self._last_to_leave is not None:
             self._floor = max(self._floor, self.counter(self._last_to_leave))
 
@@ -120,6 +141,7 @@ class FairQueue:
 
     def check_invariants(self) -> None:
         assert self._num_waiting == sum(len(queue) for queue in self._queues.values())
+        assert self._order == sorted(map(self._turn, self._queues))
         for tenant, queue in self._queues.items():
             assert queue
             assert all(a.seq_id < b.seq_id for a, b in itertools.pairwise(queue))
@@ -130,17 +152,24 @@ class FairQueue:
 class Turns:
     """One pass over the waiting sequences in the order in which they are entitled to run.
 
-    Equal counters: who arrived first. Valid while nothing but `took_current` removes sequences.
+    Equal counters: who arrived first. Valid while nothing but `took_current` removes sequences, and nobody but the
+    tenant of `current` is charged. It costs what is taken and skipped, not what waits: tenants that had a turn are in
+    a heap of the pass's own, the others are read from `order` one by one.
     """
 
-    def __init__(self, queues: dict[str, list[Sequence]], counters: dict[str, int]) -> None:
+    def __init__(self, queues: dict[str, list[Sequence]], counters: dict[str, int], order: list[_Turn]) -> None:
         self._queues = queues
         self._counters = counters
-        self._heap = [(counters[tenant], queue[0].seq_id, tenant, 0) for tenant, queue in queues.items()]
-        heapq.heapify(self._heap)
+        self._order = order
+        self._seen: set[str] = set()
+        self._heap: list[tuple[int, int, str, int]] = []  # of tenants that were seen; with the index in their queue
+        self._fresh: _Turn | None = order[0] if order else None  # the first tenant that was not
 
     @property
     def current(self) -> Sequence | None:
+        if self._is_fresh():
+            assert self._fresh is not None
+            return self._queues[self._fresh[2]][0]
         if not self._heap:
             return None
         _, _, tenant, index = self._heap[0]
@@ -154,11 +183,25 @@ class Turns:
         """It runs: it has left the queue, and its tenant has been charged."""
         self._move_on(0)
 
+    def _is_fresh(self) -> bool:
+        return self._fresh is not None and (not self._heap or self._fresh < self._heap[0][:3])
+
     def _move_on(self, num_skipped: int) -> None:
-        _, _, tenant, index = self._heap[0]
-        index += num_skipped
+        if self._is_fresh():
+            assert self._fresh is not None
+            tenant, index = self._fresh[2], num_skipped
+            self._seen.add(tenant)
+            self._fresh = self._next_fresh(self._fresh)
+        else:
+            _, _, tenant, index = heapq.heappop(self._heap)
+            index += num_skipped
         queue = self._queues.get(tenant, [])
         if index < len(queue):
-            heapq.heapreplace(self._heap, (self._counters[tenant], queue[index].seq_id, tenant, index))
-        else:
-            heapq.heappop(self._heap)
+            heapq.heappush(self._heap, (self._counters[tenant], queue[index].seq_id, tenant, index))
+
+    def _next_fresh(self, last: _Turn) -> _Turn | None:
+        """Behind `last`, which need not be there any more: a tenant that was charged stands further back."""
+        at = bisect_right(self._order, last)
+        while at < len(self._order) and self._order[at][2] in self._seen:
+            at += 1
+        return self._order[at] if at < len(self._order) else None

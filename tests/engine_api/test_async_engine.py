@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+import engine.request
 from engine.aio.async_engine import AsyncEngine
 from engine.errors import AdapterError, InvalidRequest
 from engine.request import FinishReason, OutputDelta
@@ -101,6 +103,22 @@ def test_two_callers_may_use_the_same_request_id() -> None:
 
     with running() as engine:
         wait_for(main(engine))
+
+
+def test_a_prompt_is_checked_where_it_is_made_into_a_request_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request("a" * 1024, "ab", max_tokens=3)
+    looked_at: list[str] = []
+    check = engine.request._token_ids
+    monkeypatch.setattr(engine.request, "_token_ids", lambda name, *more: looked_at.append(name) or check(name, *more))
+    with running() as served:
+        assert wait_for(text_of(served.generate(request))) != ""
+    assert looked_at == []
+    make_request("b", "ab", max_tokens=3)
+    assert "prompt_token_ids" in looked_at
+    renamed = request.renamed("b")
+    assert (renamed.request_id, request.request_id) == ("b", "a" * 1024)
+    assert renamed == replace(request, request_id="b")
+    assert renamed.prompt_token_ids is request.prompt_token_ids
 
 
 def test_streams_may_belong_to_different_event_loops() -> None:

@@ -60,6 +60,20 @@ class TestChoice:
 
     def test_the_most_likely_token_always_stays(self) -> None:
         assert drawn([0.0, 5.0], top_p=1e-300) == {1}
+
+    def test_each_way_to_ask_for_the_most_likely_token_gives_the_greedy_one(self) -> None:
+        neighbours = ({"top_p": 0}, {"top_p": 0.0, "top_k": 3}, {"top_p": 0.0, "min_p": 1.0}, {"top_p": 5e-324},
+                      {"top_p": 0.0, "temperature": 100.0}, {"top_k": 1}, {"temperature": 5e-324},
+                      {"temperature": 1e-30, "top_p": 0.5}, {"min_p": 1.0}, {"min_p": 1.0, "top_k": -1})  # fmt: skip
+        for logits in ([0.1, 0.3, 0.2, 0.3 - 1e-3], [-5.0, -4.0, 3.0, 2.5], [0.0] * 500 + [1.0, 0.5]):
+            for params in neighbours:
+                assert drawn(logits, **params) == drawn(logits, temperature=0.0), params
+
+    def test_top_p_of_nothing_breaks_ties_as_greedy_does(self) -> None:
+        assert drawn([1.0, 1.0, 0.0], top_p=0.0) == drawn([1.0, 1.0, 0.0], temperature=0.0) == {0}
+
+    def test_a_top_k_of_minus_one_is_all(self) -> None:
+        assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
         assert drawn([0.0, 5.0, 5.0], min_p=1.0) == {1, 2}
 
     def test_extreme_temperatures_are_harmless(self) -> None:

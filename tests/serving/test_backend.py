@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments import frames
 from deployments.calls import Aim, Call, Receipt, Refused, StreamItem, Submission
+from deployments.losses import MEANINGS
 from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
 from engine.request import FinishReason, OutputDelta, SamplingParams
@@ -202,10 +212,36 @@ def test_what_replicas_say_is_told_and_the_others_are_named(fleet: dict[str, obj
     assert all(part["missing"] for part in missing)
 
 
-def test_statistics_of_no_replica_are_none():
-    handle: Any = FleetHandle({}, broadcast=UNAVAILABLE)
-    (part,) = asyncio.run(ServeBackend(handle, wait_s=1).stats())
-    assert "DeploymentUnavailableError" in str(part["missing"])
+def _bare(kind: type[Any]) -> Any:
+    """An exception without what its constructor wants: only its class is looked at."""
+    quiet: dict[str, Any] = {"__init__": lambda self: None, "__str__": lambda self: "words of its own"}
+    return type(kind.__name__, (kind,), quiet)()
+
+
+LOOKED_INTO = (ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError)  # by what they carry
+FAILURES = [
+    UNAVAILABLE,
+    DEAD,
+    AWAY,
+    RayActorError(),
+    ValueError("words of its own"),
+    TimeoutError(),
+    ConnectionError("words of its own"),
+    *(_bare(kind) for kind in MEANINGS if issubclass(kind, RayError | RayServeException) and kind not in LOOKED_INTO),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_why_nothing_was_heard_is_told_in_own_words(failure: Exception):
+    """Whoever reads GET /stats or /health knows nothing of exceptions: they stand in the log."""
+    backend = ServeBackend(FleetHandle({}, broadcast=failure), wait_s=1)  # type: ignore[arg-type]
+    (part,) = asyncio.run(backend.stats())
+    (silent,) = asyncio.run(ServeBackend(FleetHandle({"a": failure}), wait_s=1).stats())  # type: ignore[arg-type]
+    with pytest.raises(Refused) as caught:
+        asyncio.run(ServeBackend(FleetHandle({"a": failure}, failure), wait_s=1).ping())  # type: ignore[arg-type]
+    for text in (part["missing"], silent["missing"], caught.value.fault.message):
+        assert len(str(text)) > 15
+        assert not re.search(r"Error|Exception|\b[A-Z]\w+[A-Z]\w+\b|words of its own", str(text)), text
 
 
 @pytest.mark.usefixtures("_short")

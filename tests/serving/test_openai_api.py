@@ -125,7 +125,7 @@ def test_logprobs_have_the_shape_of_each_endpoint():
         ({"tempratura": 1}, "tempratura"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"stop": 5}, "stop"),

@@ -45,7 +45,9 @@ INERT: list[tuple[str, dict[str, Any], list[str]]] = [
     (CHAT, {"metadata": {"trace": "1", "deep": {"a": [1]}}}, ["metadata"]),
     (COMPLETIONS, {"metadata": {}}, ["metadata"]),
     (CHAT, {"prompt_cache_key": "k"}, ["prompt_cache_key"]),
-    (COMPLETIONS, {"prompt_cache_key": "k", "skip_special_tokens": True}, ["prompt_cache_key", "skip_special_tokens"]),
+    (COMPLETIONS, {"prompt_cache_key": "k", "skip_special_tokens": True}, ["prompt_cache_key"]),
+    (CHAT, {"spaces_between_special_tokens": True, "skip_special_tokens": False}, ["spaces_between_special_tokens"]),
+    (COMPLETIONS, {"spaces_between_special_tokens": False}, ["spaces_between_special_tokens"]),
     (CHAT, {"add_generation_prompt": True, "include_reasoning": True}, ["add_generation_prompt", "include_reasoning"]),
     (CHAT, {"separate_reasoning": False}, ["separate_reasoning"]),
     (CHAT, {"use_beam_search": False, "length_penalty": 1}, ["use_beam_search", "length_penalty"]),
@@ -92,7 +94,14 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"structured_outputs": {"regex": "a"}}, "structured_outputs", "not served yet"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "not supported"),
     (CHAT, {"enable_thinking": False}, "enable_thinking", "chat_template_kwargs"),
-    (CHAT, {"skip_special_tokens": False}, "skip_special_tokens", "return_token_ids"),
+    (CHAT, {"skip_special_tokens": "no"}, "skip_special_tokens", "boolean"),
+    (
+        CHAT,
+        {"skip_special_tokens": False, "spaces_between_special_tokens": False},
+        "spaces_between_special_tokens",
+        "leave it out",
+    ),
+    (COMPLETIONS, {"spaces_between_special_tokens": 1}, "spaces_between_special_tokens", "boolean"),
     (CHAT, {"priority": 1}, "priority", "tenants"),
     (CHAT, {"priority": False}, "priority", "tenants"),
     (CHAT, {"best_of": 2}, "best_of", "send n"),
@@ -155,6 +164,25 @@ def test_what_would_change_the_answer_is_refused_with_what_to_do(
     assert told in message
     if path != GENERATE:
         assert error["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_names_of_special_tokens_are_part_of_the_text_where_asked_for(path: str, stream: bool):
+    served = serve()
+    for sent, expected in ((None, True), (True, True), (False, False)):
+        _named(_post(path, served, skip_special_tokens=sent, stream=stream))
+        assert served.backend.calls[-1].params.skip_special_tokens is expected
+
+
+def test_an_echo_of_token_ids_has_their_names_as_its_answer_has():
+    ids = [104, EOS, 105]
+    tokenizer = make_prompts()._tokenizer
+    for skip in (True, False):
+        answer = _post(COMPLETIONS, prompt=ids, echo=True, skip_special_tokens=skip, max_tokens=1).json()
+        expected = tokenizer._hf.backend_tokenizer.decode(ids, skip_special_tokens=skip)
+        assert answer["choices"][0]["text"].startswith(expected)
+        assert ("</s>" in expected) is not skip
 
 
 def test_whole_floats_are_the_integers_they_are():

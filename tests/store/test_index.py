@@ -9,7 +9,8 @@ import pytest
 
 from adapter_store.names.catalog import ImageKey, NameKey
 from adapter_store.names.database import BATCH_ROWS, IndexUnavailable
-from adapter_store.names.index import ImageRow, Index, Known
+from adapter_store.names.images import ImageRow
+from adapter_store.names.index import Index, Known
 from adapter_store.records import Registration
 from adapter_store.sources.base import SourceFile, SourceListing
 from tests.support.store_world import DIGEST, SPEC, World

@@ -171,3 +171,24 @@ def test_the_digests_that_are_remembered_are_bounded(root, monkeypatch):
     seen = run(source, *(lambda n=n: source.stat(f"n{n}") for n in [*range(20), *range(20)]))
     assert len(source._digests) <= 10
     assert seen[:20] == seen[20:]
+
+
+def test_of_the_digests_those_that_are_used_stay(root, monkeypatch):
+    """Whoever is asked for all the time is not hashed anew because many others came by once."""
+    monkeypatch.setattr("adapter_store.sources.local.MAX_DIGESTS", 10)
+    for number in range(40):
+        upload(root / f"n{number}", {"adapter_config.json": b"%d" % number})
+    source = LocalSource(root)
+    used = root / "n0" / "adapter_config.json"
+
+    async def look():
+        for number in range(1, 40):
+            await source.stat("n0")
+            assert used in source._digests
+            first = source._digests[used][1]
+            await source.stat(f"n{number}")
+            assert source._digests.get(used, (None, None))[1] is first, (
+                f"it was forgotten, or hashed again, at {number}"
+            )
+
+    run(source, look)

@@ -1,6 +1,8 @@
 """Host, disk, source: an image is looked for in this order, over restarts, and while one of them is out of order."""
 
 import errno
+import json
+import zlib
 
 import pytest
 
@@ -31,6 +33,46 @@ async def test_after_a_restart_an_adapter_comes_from_disk(world):
     assert (await right(world)).version == before.version
     assert world.source.fetches == ["a"]
     assert (await world.store.status()).disk_hits == 1
+
+
+@in_world
+async def test_notices_of_an_adapter_that_lies_on_disk_are_told_over_restarts(world):
+    """As many kinds as an adapter can have, and as many letters."""
+    odd = {
+        "target": {"target_modules": ["q_proj", "v_proj", "zzz"]},
+        "task": {"task_type": "SEQ_CLS"},
+        "both": {"target_modules": ["q_proj", "v_proj", "é🙂"], "task_type": "TOKEN_CLS"},
+        "long": {"target_modules": ["q_proj", "v_proj", *(f"x{i}" * 30 for i in range(40))]},
+        "none": {},
+    }
+    told = {}
+    for name, fields in odd.items():
+        world.source.adapters[name] = small_adapter(seed=len(told), **fields)
+        lease = await world.acquire(name)
+        told[name] = tuple(lease.manifest.get("notices", ()))
+        await world.store.release(lease.version, "me")
+    assert [bool(told[name]) for name in odd] == [True] * 4 + [False]
+    for _ in range(2):
+        await restarted_long_after(world)
+        for name, notices in told.items():
+            record = await world.store.resolve(name)
+            assert (record.state, record.notices) == (AdapterState.DISK, notices), name
+    assert (await world.acquire("target")).manifest["notices"] == list(told["target"])
+
+
+@in_world
+async def test_an_image_that_an_earlier_program_wrote_is_found_without_its_notices(world):
+    world.source.adapters["a"] = small_adapter(seed=1, task_type="SEQ_CLS")
+    lease = await right(world)
+    await world.settle()
+    plain = zlib.compress(json.dumps(dict(lease.manifest)).encode())
+    await world.store._tiers.index.database.write("UPDATE images SET manifest = ?", [(plain,)])
+    await restarted_long_after(world)
+    record = await world.store.resolve("a")
+    assert (record.state, record.notices) == (AdapterState.DISK, ())
+    await right(world)
+    assert world.source.fetches == ["a"]
+    assert (await world.store.resolve("a")).notices == tuple(lease.manifest["notices"])
 
 
 @in_world

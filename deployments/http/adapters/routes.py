@@ -66,8 +66,12 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         must have the digests of `sha256`, if given. What is registered hides what sources have under the same name.
         """
         rows = body.rows
+        first: dict[str, int] = {}
         for index, row in enumerate(rows):
             at = f"[{index}]." if isinstance(body.root, list) else ""
+            if first.setdefault(row.name, index) != index:
+                twice = f"{at}name: {cut(row.name)!r} is [{first[row.name]}].name too; send each name once"
+                raise Refused(Fault(code="invalid_request", message=twice, param=f"{at}name"))
             gateway.check_adapter(row.name, f"{at}name")
             gateway.check_source(row.source, f"{at}source")
         await gateway.adapters.register(tuple(row.registration() for row in rows))

@@ -15,7 +15,6 @@ from deployments.http.wire import Body, inert, refused
 
 _CONSTRAINED = "constrained output is not served yet"
 _GUIDED = "guided_* fields gave way to structured_outputs, and constrained output is not served yet"
-_PARTS_OF_TEXT = "special tokens are no part of the text"
 _BEAMS = "beams; set n and temperature"
 _PROMPT_LOGPROBS = "log-probabilities of the prompt"
 
@@ -33,8 +32,7 @@ class Foreign(Body):
     service_tier: Annotated[Any, refused("there is one tier", "auto", "default")] = None
     response_format: Annotated[Any, refused("only {'type': 'text'}", {"type": "text"})] = None
     # vLLM's.
-    skip_special_tokens: Annotated[Any, refused(_PARTS_OF_TEXT + "; return_token_ids gives them", True)] = None
-    spaces_between_special_tokens: Annotated[Any, refused(_PARTS_OF_TEXT, True)] = None
+    spaces_between_special_tokens: Annotated[bool | None, inert("the tokenizer says what is between them")] = None
     use_beam_search: Annotated[Any, refused(_BEAMS, False)] = None
     length_penalty: Annotated[Any, refused(_BEAMS, 1.0)] = None
     early_stopping: Annotated[Any, refused(_BEAMS, False)] = None

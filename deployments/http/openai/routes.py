@@ -97,7 +97,9 @@ async def _serve(
 
 def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:
     prompt = ask.prompts[index]
-    return prompt if isinstance(prompt, str) else gateway.prompts.decode(opened.prompts[index])
+    if isinstance(prompt, str):
+        return prompt
+    return gateway.prompts.decode(opened.prompts[index], ask.params.skip_special_tokens)
 
 
 async def _models(gateway: Gateway, started: int, after: str | None, limit: int) -> dict[str, Any]:

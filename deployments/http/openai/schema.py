@@ -169,6 +169,7 @@ class Sampling(Foreign):
     stop_token_ids: Annotated[tuple[int, ...] | None, PlainValidator(_token_ids), WithJsonSchema(_IDS)] = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None  # false: their names are part of the text
     prompt_lookup_num_tokens: Annotated[Whole, Field(ge=0)] | None = None
     cache_salt: Label = None
     adapter_source: Annotated[str, Field(max_length=limits.MAX_SOURCE_CHARS)] | None = None

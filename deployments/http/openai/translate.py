@@ -78,7 +78,7 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None, defaul
     optional: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "top_k": 0 if body.top_k == -1 else body.top_k,  # -1: all, as elsewhere
+        "top_k": body.top_k,
         "min_p": body.min_p,
         "n": body.n,
         "repetition_penalty": body.repetition_penalty,
@@ -88,8 +88,12 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None, defaul
         "ignore_eos": body.ignore_eos,
         "prompt_lookup_num_tokens": body.prompt_lookup_num_tokens,
         "include_stop_str_in_output": body.include_stop_str_in_output,
+        "skip_special_tokens": body.skip_special_tokens,
     }
     given = {name: value for name, value in optional.items() if value is not None}
+    if body.skip_special_tokens is False and body.spaces_between_special_tokens is False:
+        says = "with skip_special_tokens=false the text is what the tokenizer writes; leave it out"
+        raise InvalidRequest("spaces_between_special_tokens", says)
     penalty = defaults.get("repetition_penalty", 1.0)
     if body.prompt_lookup_num_tokens and penalty != 1.0 and body.repetition_penalty is None:
         says = f"the model's generation_config.json says repetition_penalty={penalty:g}, which changes with every token"
