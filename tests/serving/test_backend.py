@@ -177,8 +177,8 @@ class FleetHandle:
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("STATS_TIMEOUT_S", "FIRST_PING_S"):
-        monkeypatch.setattr(f"deployments.router.replicas.{name}", 0.1)  # longer than a collection of garbage takes
-    monkeypatch.setattr("deployments.router.replicas.PING_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(f"deployments.router.replicas.{name}", 0.02)
+    monkeypatch.setattr("deployments.router.replicas.PING_TIMEOUT_S", 0.2)
 
 
 DEAD = ActorDiedError()
