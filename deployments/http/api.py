@@ -157,7 +157,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
     message, headers = f"{request.method} {cut(request.url.path)}: {error.detail}", dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = allowed_methods(request.app.routes, request.scope)
-        if request.method == "OPTIONS":
+        # A page's browser asks with a header more, and is to be told no in all ways where no page may ask.
+        if request.method == "OPTIONS" and "access-control-request-method" not in request.headers:
             return Response(status_code=204, headers=headers)
         message = f"{message}; send {headers['Allow']}"
     return respond(request.url.path, Fault(code=code, message=message), headers)
