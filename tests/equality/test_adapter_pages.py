@@ -57,7 +57,7 @@ def test_text_is_that_of_peft(
 
 
 @pytest.mark.parametrize(("kernels", "block_size"), [("auto", 1), ("auto", 16), ("torch", 4)])
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_what_was_left_in_a_page_is_never_read(
     arch: str, kernels: str, block_size: int, zoo: Zoo, prompts: list[list[int]]
 ) -> None:

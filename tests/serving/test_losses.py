@@ -212,7 +212,12 @@ ERRORS = [
 
 @pytest.mark.parametrize("before", [(), ITEMS], ids=["first", "later"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__}-{str(error)[:30]}")
-def test_a_lost_replica_is_lost_however_ray_says_it(error: Exception, before: tuple[object, ...]):
+def test_a_lost_replica_is_lost_however_ray_says_it(
+    error: Exception, before: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        "deployments.losses.fate.__defaults__", (0.0,)
+    )  # no wait for a Ray of another test to know more
     with pytest.raises(ReplicaLost) as caught:
         asyncio.run(items_of(FakeHandle(*before, error)))  # type: ignore[arg-type]
     assert caught.value.meaning is meaning(error)
