@@ -141,7 +141,7 @@ def route_class(settings: LimitSettings) -> type[APIRoute]:
                 else:
                     body, inert = await asyncio.get_running_loop().run_in_executor(pool, parse, sent, coding)
                 request.state.inert = inert
-                if takes_body_only:
+                if takes_body_only and not request.scope["query_string"]:  # a query is judged on the long way
                     return cast(Response, await self.endpoint(body=body, request=request))
                 return await handle(_Read(request, body))
 

@@ -18,6 +18,7 @@ from deployments.router.fleet import Fleet
 from deployments.router.request_router import AdapterRequestRouter
 from deployments.router.subscriptions import Subscriptions
 from tests.serving.test_placement import call
+from tests.support.waiting import until_async, within
 
 DEPLOYMENT = DeploymentID("Replica", "placement wiring")
 DEADLINE_S = 30.0
@@ -120,8 +121,7 @@ def test_who_runs_is_told_on_the_loop_that_listens_from_any_thread_in_order() ->
         stop = members.listen("across threads", asyncio.get_running_loop(), hear)
         news = threading.Thread(target=lambda: [members.publish("across threads", [str(i)]) for i in range(100)])
         news.start()
-        async with asyncio.timeout(DEADLINE_S):
-            await done.wait()
+        await within(done.wait(), "the last news", DEADLINE_S)
         news.join(DEADLINE_S)
         stop()
         members.publish("across threads", ["after"])
@@ -168,15 +168,6 @@ class Frames:
         return done
 
 
-async def _until(condition: Any, what: str) -> None:
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():
-                await asyncio.sleep(0.001)
-    except TimeoutError:
-        pytest.fail(f"waited {DEADLINE_S} s for {what}")
-
-
 def test_what_runs_is_read_from_before_it_is_asked_and_again_after_it_broke(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RETRY_S", "SWEEP_S"):
         monkeypatch.setattr(f"deployments.router.subscriptions.{name}", 0.01)
@@ -189,7 +180,7 @@ def test_what_runs_is_read_from_before_it_is_asked_and_again_after_it_broke(monk
         subscriptions = Subscriptions(handle, explain=explain, known_replicas=lambda: {"a", "b"}, fleet=fleet)
         fleet.on_members(["a", "b"])
         subscriptions.read_from(["a", "b"])
-        await _until(lambda: set(handle.queues) == {"a", "b"}, "subscriptions to both")
+        await until_async(lambda: set(handle.queues) == {"a", "b"}, "subscriptions to both")
 
         def report(number: int, *, is_full: bool = False) -> bytes:
             told = Report(epoch=1, number=number, load=3, capacity=8, is_full=is_full)
@@ -197,13 +188,13 @@ def test_what_runs_is_read_from_before_it_is_asked_and_again_after_it_broke(monk
 
         handle.queues["a"].put_nowait(report(0, is_full=True))
         handle.queues["a"].put_nowait(report(1))
-        await _until(lambda: fleet.place(call())[0] == "b", "the load of a")
+        await until_async(lambda: fleet.place(call())[0] == "b", "the load of a")
         assert handle.beats == []
         handle.queues["a"].put_nowait(report(3))
-        await _until(lambda: handle.beats, "a word that a report was missed")
+        await until_async(lambda: handle.beats, "a word that a report was missed")
         assert handle.beats == [("a", {"is_report_missed": True})]
         handle.queues["b"].put_nowait(None)
-        await _until(lambda: handle.num_opened == {"a": 1, "b": 2}, "a new subscription to b")
+        await until_async(lambda: handle.num_opened == {"a": 1, "b": 2}, "a new subscription to b")
         assert fleet.place(call())[-1] == "b", "nothing was heard of it since it broke"
         await subscriptions.close()
 
