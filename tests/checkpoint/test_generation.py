@@ -64,7 +64,7 @@ def test_a_folder_without_the_file_gives_nothing(tmp_path: Path):
         ({"temperature": 101}, "temperature=101"),
         ({"temperature": True}, "temperature=True"),
         ('{"temperature": NaN}', "temperature=nan"),
-        ({"top_p": 0}, "top_p=0"),
+        ({"top_p": -0.5}, "top_p=-0.5"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": [0.9]}, r"top_p=\[0.9\]"),
         ({"top_k": 2.5}, "top_k=2.5"),
