@@ -86,11 +86,15 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a replica says to a submission: `fault` set, it takes no part in it. `load`: calls it has in hand now."""
+    """What a replica says to a submission: `fault` set, it takes no part in it. `load`: calls it has in hand now.
+
+    `reading`: the number of the subscription that the answer goes to; 0: it waits for its router to read.
+    """
 
     replica: str
     load: int
     fault: Fault | None = None
+    reading: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,12 +88,13 @@ class Replica:
         )
         self._tasks = [asyncio.ensure_future(work) for work in (self._beat(), self._warmer.run(), self._sweep())]
 
-    async def subscribe(self, aim: Aim, router: str) -> AsyncGenerator[bytes]:
+    async def subscribe(self, aim: Aim, router: str, reading: int) -> AsyncGenerator[bytes]:
         """Frames of all answers to `router`, for as long as it reads. The first is empty: it says that they come.
 
-        Closing the generator aborts what `router` asked for within a step.
+        `reading`: the router's own number, from 1, for this subscription. Closing the generator aborts what `router`
+        asked for within a step.
         """
-        subscriber = self._subscribers.opened(router)
+        subscriber = self._subscribers.opened(router, reading)
         self._reporter.renew(router)
         try:
             yield frames.write(self._in_hand, (), self._report(router))
@@ -113,7 +114,8 @@ class Replica:
             self._in_hand += 1
             self._reporter.remember(call.prefix_hints)
             run.task = asyncio.ensure_future(self._serve(run))
-        return Receipt(self._id, self._in_hand)
+            run.task.add_done_callback(lambda _: self._ended(call))  # also of one that is cancelled before it begins
+        return Receipt(self._id, self._in_hand, reading=subscriber.reading)
 
     async def cancel(self, aim: Aim, router: str, numbers: tuple[int, ...], *, is_report_missed: bool = False) -> None:
         """`router` is there, and wants no more of the calls with these numbers."""
@@ -142,8 +144,7 @@ class Replica:
         except Exception as error:
             yield StreamItem(replica=self._id, adapter_version=version, fault=self._told(call, error))
         finally:
-            self._in_hand -= 1
-            self._door.left(call)
+            self._ended(call)
 
     def _told(self, call: Call, error: Exception) -> Fault:
         """`error` as the caller hears it; what nobody expected is logged."""
@@ -167,8 +168,10 @@ class Replica:
             run.fail(self._told(call, error))
         finally:
             run.end()
-            self._in_hand -= 1
-            self._door.left(call)
+
+    def _ended(self, call: Call) -> None:
+        self._in_hand -= 1
+        self._door.left(call)
 
     def _observe(self, run: Run, deltas: list[OutputDelta]) -> None:
         """Called with what `run` has gained, before its router is told."""

@@ -51,7 +51,9 @@ class Run:
 
     def end(self) -> None:
         """Nothing comes any more."""
-        self.subscriber.runs.pop(self.submission.number, None)
+        runs, number = self.subscriber.runs, self.submission.number
+        if runs.get(number) is self:  # a second submission may have the number by now
+            del runs[number]
         if not self.ended.done():
             self.ended.set_result(None)
 
@@ -63,7 +65,7 @@ class Subscriber:
         self._replica = replica
         self.router = router
         self.heard_s = now_s
-        self.is_reading = False
+        self.reading = 0  # the number that its router gave to the subscription; 0: it does not read yet
         self.runs: dict[int, Run] = {}
         self._observe = observe
         self._touched: dict[int, Run] = {}
@@ -135,13 +137,13 @@ class Subscribers:
             found = self._here[router] = Subscriber(self._replica, router, self._clock(), self._observe)
         return found
 
-    def opened(self, router: str) -> Subscriber:
-        """`router` begins to read. What it read before, it does not read any more."""
+    def opened(self, router: str, reading: int = 1) -> Subscriber:
+        """`router` begins to read. What it read before, it does not read any more. `reading`: its own number for it."""
         before = self._here.get(router)
-        if before is not None and before.is_reading:
+        if before is not None and before.reading:
             self.closed(before)
         subscriber = self.of(router)
-        subscriber.is_reading = True
+        subscriber.reading = reading
         subscriber.heard_s = self._clock()
         fault = Fault(code=UNREAD_CODE, message="the router that asked was not reading")
         _, untold = self._untold.pop(router, (0.0, []))
@@ -179,7 +181,7 @@ class Subscribers:
         """Gives up the calls of routers that do not read, or have not been heard of for long. To be called often."""
         now_s = self._clock()
         for subscriber in list(self._here.values()):
-            if now_s - subscriber.heard_s > (SILENT_S if subscriber.is_reading else SUBSCRIBE_S):
+            if now_s - subscriber.heard_s > (SILENT_S if subscriber.reading else SUBSCRIBE_S):
                 self.closed(subscriber)
         for router, (at_s, _) in list(self._untold.items()):
             if now_s - at_s > FORGOTTEN_S:

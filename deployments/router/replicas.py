@@ -119,7 +119,7 @@ class ServeBackend:
                 raise
             raise told from error
         if receipt.fault is None:
-            self._subscriptions.bind(box, receipt.replica)
+            self._subscriptions.bind(box, receipt.replica, receipt.reading)
         return receipt
 
     def _take_back(self, asking: asyncio.Future[Receipt], response: Any, box: Mailbox) -> None:

@@ -13,9 +13,14 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from deployments.calls import Aim, Submission
 from deployments.router import members
 
+MAX_LEAVING = 64  # replicas without new calls that are remembered: their streams may run on for long
+
 
 class AdapterRequestRouter(RequestRouter):
     """Tries the replicas that a submission is aimed at in their order; what is for one replica goes there or nowhere.
+
+    One that Serve has taken off still serves its streams: what is for it alone reaches it, so that it is told who is
+    there and who has left. New calls do not.
 
     Replicas that Serve does not know any more are skipped; where none is left, or nothing is aimed, any is asked, by
     least load as Serve knows it.
@@ -24,6 +29,7 @@ class AdapterRequestRouter(RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         """Called by Serve."""
         self._by_name: dict[str, RunningReplica] = {}
+        self._leaving: dict[str, RunningReplica] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -34,20 +40,34 @@ class AdapterRequestRouter(RequestRouter):
         pending_request.routing_context.should_backoff = True
         asked = pending_request.args[0] if pending_request.args else None
         if isinstance(asked, Aim):
-            return [[replica] for replica in self._running((asked.replica,))]
+            leaving = self._leaving.get(asked.replica)
+            return [[leaving]] if leaving is not None else [[each] for each in self._running((asked.replica,))]
         aimed = self._running(asked.aim) if isinstance(asked, Submission) else []
         return [[replica] for replica in aimed] or [candidate_replicas]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when replicas come and go."""
-        self._by_name = {replica.replica_id.unique_id: replica for replica in replicas}
+        running = {replica.replica_id.unique_id: replica for replica in replicas}
+        known = self._leaving | self._by_name
+        leaving = [name for name in known if name not in running][-MAX_LEAVING:]
+        self._by_name, self._leaving = running, {name: known[name] for name in leaving}
         super().update_replicas(replicas)
         self._publish()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Called by Serve when a call finds that a replica is dead, before its controller says so."""
         super().on_replica_actor_died(replica_id)
+        self._by_name.pop(replica_id.unique_id, None)
+        self._leaving.pop(replica_id.unique_id, None)
         self._publish()
+
+    async def _select_from_candidate_replicas(
+        self, candidates: list[RunningReplica], backoff_index: int
+    ) -> RunningReplica | None:
+        """Called by Serve, which knows none that it has taken off."""
+        if self._leaving and candidates[0].replica_id.unique_id in self._leaving:
+            return candidates[0]
+        return await super()._select_from_candidate_replicas(candidates, backoff_index)
 
     def _running(self, names: tuple[str, ...]) -> list[RunningReplica]:
         """Those of `names` that run, with a queue that Serve takes for empty.

@@ -34,19 +34,32 @@ CANCEL_S = 5.0
 class Mailbox:
     """What came for one call and was not taken yet. A slow reader finds items waiting: no more than its own answer."""
 
-    __slots__ = ("_error", "_items", "_ready", "number", "replica")
+    __slots__ = ("_error", "_items", "_ready", "broken", "number", "replica")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.replica = ""  # "": not known yet
+        self.broken: set[str] = set()  # replicas whose frames broke off while it was not known
         self._items: deque[StreamItem] = deque()
         self._error: Exception | None = None
         self._ready = asyncio.Event()
 
-    def put(self, item: StreamItem) -> None:
-        self.replica = item.replica
+    def put(self, item: StreamItem) -> bool:
+        """False: it is of a replica that this call was not left to."""
+        if self.replica and item.replica != self.replica:
+            return False
         self._items.append(item)
         self._ready.set()
+        return True
+
+    def heard_from(self) -> set[str]:
+        """Replicas whose items were not taken yet."""
+        return {item.replica for item in self._items}
+
+    def leave_to(self, replica: str) -> None:
+        """What came of others is thrown away: none of it was taken."""
+        self.replica = replica
+        self._items = deque(item for item in self._items if item.replica == replica)
 
     def fail(self, error: Exception) -> None:
         self._error = self._error or error
@@ -85,6 +98,7 @@ class Subscriptions:
         self._numbers = itertools.count(1)
         self._boxes: dict[int, Mailbox] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
+        self._reading: dict[str, int] = {}  # by replica: the number of the subscription that its reader reads
         self._cancelled: dict[str, list[int]] = {}  # by replica: not told yet
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keeper: asyncio.Task[None] | None = None
@@ -95,10 +109,21 @@ class Subscriptions:
         self._boxes[box.number] = box
         return box
 
-    def bind(self, box: Mailbox, replica: str) -> None:
-        """`replica` has the call: whatever ends its frames from now on ends the call."""
-        box.replica = replica
-        self._open(replica)
+    def bind(self, box: Mailbox, replica: str, reading: int = 0) -> None:
+        """`replica` has the call, and answers into subscription `reading` (0: into the next).
+
+        Whatever ends its frames from now on, or did since the call was submitted, ends the call. Serve submits a call
+        again where it is not told that a replica took it: then two may have it, and the other is told to give it up.
+        """
+        for other in box.heard_from() - {replica}:
+            self.cancel(other, box.number)
+        box.leave_to(replica)
+        is_stale = reading not in (0, self._reading.get(replica))  # the replica has not heard of its end
+        if is_stale or replica in box.broken:  # with frames in which its answer may have been
+            self.cancel(replica, box.number)
+            box.fail(ReplicaLost(f"the frames of replica {replica} broke off", meaning=Meaning.AWAY))
+        else:
+            self._open(replica)
 
     def read_from(self, replicas: Iterable[str]) -> None:
         """Also while nothing is asked of them: what they say of themselves decides where calls go."""
@@ -116,8 +141,9 @@ class Subscriptions:
     def leave(self, box: Mailbox, *, is_over: bool) -> None:
         """Nobody takes from `box` any more. Unless it `is_over`, the replica is told."""
         self._boxes.pop(box.number, None)
-        if not is_over and box.replica:
-            self.cancel(box.replica, box.number)
+        if not is_over:
+            for replica in {box.replica} - {""} or box.heard_from():
+                self.cancel(replica, box.number)
 
     def cancel(self, replica: str, number: int) -> None:
         """Told with all others of this moment in one call."""
@@ -139,7 +165,8 @@ class Subscriptions:
     async def _read(self, replica: str) -> None:
         error: Exception = ReplicaLost(f"replica {replica} ended its frames", meaning=Meaning.AWAY)
         # A context of its own: Serve tells calls apart by an id that it keeps there.
-        response: Any = contextvars.Context().run(self._streaming.subscribe.remote, Aim(replica), self.router)
+        self._reading[replica] = reading = next(self._numbers)
+        response: Any = contextvars.Context().run(self._streaming.subscribe.remote, Aim(replica), self.router, reading)
         frame_s = FIRST_FRAME_S
         try:
             while True:
@@ -162,11 +189,17 @@ class Subscriptions:
             response.cancel()
             if self._readers.get(replica) is asyncio.current_task():
                 del self._readers[replica]
+                self._reading.pop(replica, None)
             self._fleet.on_lost(replica)
             if replica in self._wanted:
                 self._ended_s[replica] = asyncio.get_running_loop().time()
+            self._broke_off(replica)
         for box in [box for box in self._boxes.values() if box.replica == replica]:
             box.fail(error)
+
+    def _broke_off(self, replica: str) -> None:
+        for box in self._boxes.values():
+            box.broken.add(replica)
 
     def _take(self, replica: str, frame: bytes) -> None:
         load, items = frames.read(frame)
@@ -176,10 +209,12 @@ class Subscriptions:
             self._start(self._beat(replica, (), is_report_missed=True))
         for number, item in items:
             box = self._boxes.get(number)
-            if box is not None:
-                box.put(item)
-            elif item.fault is None and any(delta.finish_reason is None for delta in item.deltas):
-                self.cancel(replica, number)  # its caller left before the receipt came
+            if (
+                (box is None or not box.put(item))
+                and item.fault is None
+                and any(delta.finish_reason is None for delta in item.deltas)
+            ):
+                self.cancel(replica, number)  # its caller left before the receipt came, or another replica has it
 
     async def _tell(self, replica: str) -> None:
         await asyncio.sleep(0)  # what ends in the same moment goes along
@@ -208,6 +243,8 @@ class Subscriptions:
             known = self._known_replicas()
             for replica in [replica for replica in self._readers if replica not in known and replica not in busy]:
                 self._readers.pop(replica).cancel()
+                self._reading.pop(replica, None)
+                self._broke_off(replica)
             for replica in [name for name, at_s in self._ended_s.items() if loop.time() - at_s >= RETRY_S]:
                 del self._ended_s[replica]
                 if replica in self._wanted and replica in known:

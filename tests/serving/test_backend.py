@@ -83,7 +83,7 @@ class FakeHandle:
         self.number = submission.number
         return self.response
 
-    def _subscribed(self, aim: Aim, router: str) -> FakeResponse:
+    def _subscribed(self, aim: Aim, router: str, reading: int) -> FakeResponse:
         later = [frames.write(1, [(self.number, i)]) if isinstance(i, StreamItem) else i for i in self._later]
         return FakeResponse([frames.write(0, ()), *later])
 

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest
 
 from deployments import frames
 from deployments.calls import Aim, Submission
 from deployments.reports import Report, pack
 from deployments.router import members
 from deployments.router.fleet import Fleet
-from deployments.router.request_router import AdapterRequestRouter
+from deployments.router.request_router import MAX_LEAVING, AdapterRequestRouter
 from deployments.router.subscriptions import Subscriptions
 from tests.serving.test_placement import call
 from tests.support.waiting import until_async, within
@@ -106,6 +107,42 @@ def test_a_replica_that_serve_found_dead_is_told_and_not_chosen() -> None:
     asyncio.run(lose())
 
 
+def test_a_replica_that_serve_has_taken_off_is_told_who_is_there_and_gets_no_calls() -> None:
+    """Its streams go on for as long as a drain may take, which is longer than it believes a silent router."""
+
+    async def drain() -> None:
+        first, second = Running("a"), Running("b")
+        router = router_of(first, second)
+        router.update_replicas([second])  # type: ignore[list-item]
+
+        async def chosen(*args: object) -> object:
+            metadata = RequestMetadata(request_id="q", internal_request_id=str(args))
+            asked = PendingRequest(args=list(args), kwargs={}, metadata=metadata)
+            return await within(router._choose_replica_for_request(asked), "a choice", DEADLINE_S)
+
+        assert await chosen(Aim("a")) is first
+        assert await chosen(Submission(call(), "router", 1, ("a",))) is second
+        assert await chosen(Submission(call(), "router", 2)) is second
+        router.on_replica_actor_died(first.replica_id)
+        router.update_replicas([second])  # type: ignore[list-item]
+        assert await router.choose_replicas([second], pending(Aim("a"))) == []  # type: ignore[list-item]
+
+    asyncio.run(drain())
+
+
+def test_of_those_that_serve_has_taken_off_the_last_are_remembered() -> None:
+    async def drain() -> None:
+        every = [Running(str(number)) for number in range(MAX_LEAVING + 9)]
+        router = router_of(*every)
+        for number in range(len(every)):
+            router.update_replicas(every[number + 1 :])  # type: ignore[arg-type]
+        assert list(router._leaving) == [str(number) for number in range(9, len(every))]
+        router.update_replicas(every)  # type: ignore[arg-type]
+        assert not router._leaving
+
+    asyncio.run(drain())
+
+
 def test_who_runs_is_told_on_the_loop_that_listens_from_any_thread_in_order() -> None:
     async def listen() -> None:
         heard: list[tuple[str, ...]] = []
@@ -145,7 +182,7 @@ class Frames:
     def options(self, **_: object) -> Frames:
         return self
 
-    def _subscribe(self, aim: Aim, router: str) -> Any:
+    def _subscribe(self, aim: Aim, router: str, reading: int) -> Any:
         self.num_opened[aim.replica] = self.num_opened.get(aim.replica, 0) + 1
         queue = self.queues[aim.replica] = asyncio.Queue()
 
