@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from deployments.http import limits
 from deployments.http.openai import examples
 from deployments.http.openai.foreign import Foreign, ForeignChat, ForeignCompletion
-from deployments.http.wire import Body, Whole, inert, refused, shown, whole_numbers, wrong
+from deployments.http.openai.messages import Label, Message
+from deployments.http.wire import Body, Whole, refused, shown, whole_numbers, wrong
 from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 Real = float | None
 Count = Annotated[Whole, Field(ge=1)] | None
-Label = Annotated[str, Field(max_length=limits.MAX_LABEL_CHARS)] | None
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -91,57 +90,6 @@ class StreamOptions(Body):
     include_usage: bool = False
     continuous_usage_stats: bool = False  # usage so far on every chunk
     include_obfuscation: Annotated[Any, refused("streams are not padded", False)] = None
-
-
-class TextPart(Body):
-    """A part of a message's content. Parts that are no text are refused by their type."""
-
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-    cache_control: Annotated[Any, inert("equal prefixes are found by their tokens")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind == "refusal":  # what an assistant said instead
-            return {"text" if name == "refusal" else name: item for name, item in value.items()} | {"type": "text"}
-        if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
-            raise PydanticCustomError(
-                "unsupported_parameter", "{reason}", {"reason": f"not supported: {shown(kind)} parts; send text"}
-            )
-        return value
-
-
-def _shape(value: Any) -> str:
-    return "list" if isinstance(value, list | tuple) else "str"
-
-
-_Parts = Annotated[list[TextPart], Field(min_length=1, max_length=limits.MAX_PARTS, fail_fast=True)]
-
-
-class Message(Body):
-    """One message of a conversation. What it means to the model is the chat template's affair."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Annotated[str, Tag("str")] | Annotated[_Parts, Tag("list")], Discriminator(_shape)]
-    name: Label = None
-    reasoning_content: str | None = None  # of an earlier answer, for templates that write it
-    reasoning: str | None = None  # its other name
-    refusal: Annotated[Any, refused("send the text as content")] = None
-    audio: Annotated[Any, refused("text only")] = None
-    tool_calls: Annotated[Any, refused("tools", [])] = None
-    function_call: Annotated[Any, refused("functions")] = None
-    annotations: Annotated[Any, refused("text only", [])] = None
-    cache_control: Annotated[Any, inert("equal prefixes are found by their tokens")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_words(cls, value: Any) -> Any:
-        """An assistant that had nothing to say comes back with null."""
-        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
-            return {**value, "content": ""}
-        return value
 
 
 class Sampling(Foreign):

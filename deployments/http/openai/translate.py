@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from deployments.asks import Ask, Chat, Prompt
-from deployments.http.openai.schema import ChatRequest, CompletionRequest, Message, Sampling
+from deployments.http.openai.messages import as_template_takes_it
+from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 
@@ -27,7 +28,7 @@ def chat_ask(body: ChatRequest, model_id: str, defaults: Defaults = NO_DEFAULTS)
         raise InvalidRequest("top_logprobs", "it needs logprobs=true")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    messages = tuple(map(_message, body.messages))
+    messages = tuple(map(as_template_takes_it, body.messages))
     return _ask(body, model_id, (Chat(messages),), _params(body, max_tokens, logprobs, defaults), "messages")
 
 
@@ -39,19 +40,6 @@ def completion_ask(body: CompletionRequest, model_id: str, defaults: Defaults = 
         raise InvalidRequest("echo", "with logprobs it would need those of the prompt; send one of the two")
     max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     return _ask(body, model_id, body.prompt, _params(body, max_tokens, body.logprobs, defaults), "prompt")
-
-
-def _message(message: Message) -> dict[str, Any]:
-    """As a chat template takes it: what was said, by whom, and an earlier answer's reasoning."""
-    content = message.content
-    told: dict[str, Any] = {"role": message.role}
-    told["content"] = content if isinstance(content, str) else [{"type": "text", "text": p.text} for p in content]
-    if message.name is not None:
-        told["name"] = message.name
-    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
-    if reasoning is not None:
-        told |= {"reasoning_content": reasoning, "reasoning": reasoning}
-    return told
 
 
 def _ask(body: Sampling, model_id: str, prompts: tuple[Prompt, ...], params: SamplingParams, prompt_param: str) -> Ask:
