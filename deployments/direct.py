@@ -7,13 +7,12 @@ not placed by adapter or prefix, and a stream ends with its replica.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from fastapi import FastAPI
 from ray import serve
 
 from deployments.calls import Call, StreamItem
-from deployments.ingress import Front
+from deployments.ingress import front
 from deployments.replica.replica import Replica
 from deployments.settings.app import AppArgs
 
@@ -24,10 +23,8 @@ class OwnReplica:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
 
-    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        async with aclosing(self._replica.stream(call)) as items:
-            async for item in items:
-                yield item
+    def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
+        return self._replica.stream(call)
 
     async def ping(self) -> None:
         await self._replica.ping()
@@ -41,11 +38,10 @@ class DirectReplica(Replica):
     """Created by Serve; see `deployments.app`."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Raises: as a Replica and as `Front.open`."""
+        """Raises: as a Replica and as `front`."""
         await super().__init__(args)
-        self._front = Front()
-        await self._front.open(args, OwnReplica(self))
+        self._api = await front(args, OwnReplica(self))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return self._front.api()
+        return self._api

@@ -25,34 +25,29 @@ from engine.checkpoint.generation import sampling_defaults
 logger = logging.getLogger("ray.serve")
 
 
-class Front:
-    """What answers HTTP for `backend`: keys, prompts, the adapter store, and the API made of them."""
+async def front(args: AppArgs, backend: Backend) -> FastAPI:
+    """What answers HTTP for `backend`: keys, prompts, the adapter store, and the API made of them.
 
-    async def open(self, args: AppArgs, backend: Backend) -> None:
-        """Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where it listens."""
-        host = await asyncio.to_thread(listening_host)
-        self._keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
-        self._limits = args.limits
-        self._cors = args.cors
-        tokenizer = args.engine_config().tokenizer
-        prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
-        connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
-        store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
-        await store.start()
-        self._gateway = Gateway(
-            backend=backend,
-            adapters=store,
-            prompts=prompts,
-            model_id=args.model_id,
-            sources=args.adapters.source_names,
-            allowed=args.adapters.allowed,
-            max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
-            defaults=sampling_defaults(args.model, args.generation_config, logger),
-        )
-
-    def api(self) -> FastAPI:
-        """The routes, once it is open."""
-        return create_api(self._gateway, self._keys, self._limits, self._cors)
+    Raises: ConfigError; ValueError when keys or other secrets are missing, or needed where it listens.
+    """
+    host = await asyncio.to_thread(listening_host)
+    keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
+    tokenizer = args.engine_config().tokenizer
+    prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
+    connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
+    store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
+    await store.start()
+    gateway = Gateway(
+        backend=backend,
+        adapters=store,
+        prompts=prompts,
+        model_id=args.model_id,
+        sources=args.adapters.source_names,
+        allowed=args.adapters.allowed,
+        max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
+        defaults=sampling_defaults(args.model, args.generation_config, logger),
+    )
+    return create_api(gateway, keys, args.limits, args.cors)
 
 
 @serve.ingress()
@@ -60,12 +55,11 @@ class Router:
     """Authenticates, checks, tokenises, places and frames. Created by Serve; see `deployments.app`."""
 
     async def __init__(self, args: AppArgs, replicas: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Raises: as `Front.open`."""
+        """Raises: as `front`."""
         take_calls_at_this_node_only()
         self._backend = ServeBackend(replicas, wait_s=args.replica_wait_s)
         self._backend.start()
-        self._front = Front()
-        await self._front.open(args, self._backend)
+        self._api = await front(args, self._backend)
 
     async def __del__(self) -> None:
         """Called by Serve after it has drained this router."""
@@ -74,4 +68,4 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return self._front.api()
+        return self._api

@@ -95,14 +95,14 @@ class Replica:
         asked for within a step.
         """
         subscriber = self._subscribers.opened(router, reading)
-        self._reporter.renew(router)
+        self._reporter.forget(router)
         try:
             yield frames.write(self._in_hand, (), self._report(router))
             while self._subscribers.is_here(subscriber):
                 yield await subscriber.frame(lambda: self._in_hand, lambda: self._report(router))
         finally:
             self._subscribers.closed(subscriber)
-            self._reporter.closed(router)
+            self._reporter.forget(router)
 
     async def submit(self, submission: Submission) -> Receipt:
         """Begins to answer into the frames of the router that asks, or says why not. The same one again is no news."""
@@ -120,7 +120,7 @@ class Replica:
     async def cancel(self, aim: Aim, router: str, numbers: tuple[int, ...], *, is_report_missed: bool = False) -> None:
         """`router` is there, and wants no more of the calls with these numbers."""
         if is_report_missed:
-            self._reporter.renew(router)
+            self._reporter.forget(router)
         self._subscribers.heard(router, numbers)
 
     async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:

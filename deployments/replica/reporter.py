@@ -92,12 +92,8 @@ class Reporter:
             )
         )
 
-    def renew(self, subscriber: str) -> None:
-        """The next report to `subscriber` is full, and due at once: it missed one."""
-        self._told.pop(subscriber, None)
-
-    def closed(self, subscriber: str) -> None:
-        """Forgets what `subscriber` was told."""
+    def forget(self, subscriber: str) -> None:
+        """What it was told: it is gone, or missed a report, and the next to it is full and due at once."""
         self._told.pop(subscriber, None)
 
     def _names_news(

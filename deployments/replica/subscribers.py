@@ -111,7 +111,7 @@ class Subscriber:
         run.num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
         if deltas:
             self._observe(run, deltas)
-        if error is not None and run.num_unfinished and not run.ended.done():
+        if error is not None and run.num_unfinished:
             run.ended.set_exception(error)  # its task says it as a fault
         elif not run.num_unfinished:
             run.end()

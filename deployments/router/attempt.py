@@ -86,12 +86,14 @@ class Attempt:
         raise Refused(fault)
 
 
-async def deltas_of(backend: Backend, attempt: Attempt, suspects: Suspects) -> AsyncGenerator[OutputDelta]:
+async def deltas_of(
+    backend: Backend, attempt: Attempt, suspects: Suspects, fingerprint: str
+) -> AsyncGenerator[OutputDelta]:
     """The deltas that one replica sends.
 
     Raises: ReplicaLost, also for a stream that ends early; ReplicaFull, ReplicaReserved, Refused.
     """
-    async with suspects.run(attempt.call) as (run, call):
+    async with suspects.run(attempt.call, fingerprint) as (run, call):
         attempt.is_alone = run.is_alone
         num_waits = 0
         while True:

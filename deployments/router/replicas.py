@@ -65,9 +65,8 @@ class ServeBackend:
         aim = self._fleet.place(call)
         where = aim[0] if aim else ""
         self._fleet.sent(where)
-        num_unfinished, is_over = call.params.n, True
+        num_unfinished, is_over = call.params.n, False
         try:
-            is_over = False
             receipt = await self._receipt(call, box, aim)
             if receipt.replica != where:
                 self._fleet.ended(where)
@@ -99,7 +98,7 @@ class ServeBackend:
         # In a context of its own: calls made within one HTTP request would share its internal id, by which Serve tells
         # waiting calls apart, and all but the first would wait for ever.
         response: Any = contextvars.Context().run(self._handle.submit.remote, submission)
-        asking = asyncio.ensure_future(_answer_of(response))
+        asking: asyncio.Future[Receipt] = asyncio.ensure_future(response)
         try:
             receipt = await asyncio.wait_for(asyncio.shield(asking), self._wait_s)
         except TimeoutError as error:
@@ -227,11 +226,6 @@ async def _within(member: Any, timeout_s: float) -> object:
 def _why(error: Exception) -> str:
     """Why nothing was heard, in words that name nothing of Ray's."""
     return "no answer in time" if isinstance(error, TimeoutError) else meaning(error).value
-
-
-async def _answer_of(response: Any) -> Receipt:
-    receipt: Receipt = await response
-    return receipt
 
 
 async def _explained(error: Exception, what: str) -> Exception:

@@ -50,7 +50,7 @@ async def answer(
             attempt = Attempt(call)
             is_reserved = False
             try:
-                async with aclosing(deltas_of(backend, attempt, suspects)) as deltas:
+                async with aclosing(deltas_of(backend, attempt, suspects, asked.fingerprint)) as deltas:
                     async for delta in deltas:
                         yield delta
                 asked.is_well = True

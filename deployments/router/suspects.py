@@ -49,8 +49,9 @@ class Run:
 
 @dataclass(slots=True)
 class Asked:
-    """How an answer ended."""
+    """What was asked for, and how its answer ended."""
 
+    fingerprint: str
     is_well: bool = False
 
 
@@ -86,7 +87,7 @@ class Suspects:
         That is the whole of a request: of its samples, one may end replicas and the others not.
         """
         key = fingerprint(call)
-        asked = Asked()
+        asked = Asked(key)
         self._num_asked[key] += 1
         try:
             yield asked
@@ -99,12 +100,14 @@ class Suspects:
                     del self._records[key]
 
     @asynccontextmanager
-    async def run(self, call: Call) -> AsyncIterator[tuple[Run, Call]]:
+    async def run(self, call: Call, key: str | None = None) -> AsyncIterator[tuple[Run, Call]]:
         """The run of `call`, and the call as it is to be sent. A suspect waits here for its turn.
+
+        `key`: its fingerprint, if that is known already.
 
         Raises: Refused (`request_ends_replicas`).
         """
-        key = fingerprint(call)
+        key = key or fingerprint(call)
         run = Run(key, heard_s=self._clock())
         self._check(key)
         if self._is_suspect(key):

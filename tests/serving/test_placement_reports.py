@@ -156,7 +156,7 @@ def test_a_renewed_report_is_full_at_once_and_does_not_follow_an_old_one() -> No
     teller = Teller()
     teller.host = {"a"}
     first = teller.hear()
-    teller.reporter.renew("router")
+    teller.reporter.forget("router")
     again = teller.hear(after_s=0.0)
     assert first is not None
     assert again is not None
