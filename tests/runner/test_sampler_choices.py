@@ -1,4 +1,4 @@
-"""Which tokens may be chosen at all: allowed tokens, bad words; and typical_p. transformers' processors are the oracle."""
+"""Which tokens may be chosen at all: those allowed, no bad words; and typical_p. transformers is the oracle."""
 
 from __future__ import annotations
 
