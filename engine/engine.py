@@ -111,6 +111,8 @@ class Engine:
             ("resumed_output_token_ids", request.resumed_output_token_ids),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", tuple(params.logit_bias)),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words_token_ids", tuple(i for word in params.bad_words_token_ids for i in word)),
         ):
             if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
                 wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)

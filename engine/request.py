@@ -19,6 +19,9 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024  # of one stop string
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024  # tokens
+MAX_ALLOWED_TOKEN_IDS = 65_536
+MAX_BAD_WORDS = 256  # token sequences that may not occur in the output
+MAX_BAD_WORD_TOKENS = 64  # of one
 MAX_NAME_CHARS = 1024  # of request ids, tenants, salts and adapter keys
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary
 MAX_SEED = 2**64 - 1
@@ -42,8 +45,9 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are chosen. Immutable; a value out of range raises `InvalidRequest` naming the field.
 
-    Order of application: logit_bias, repetition / presence / frequency penalties, min_tokens, temperature,
-    top_k, top_p, min_p, then one uniform number keyed by (seed, sample index, output position).
+    Order of application: logit_bias, repetition / presence / frequency penalties, allowed_token_ids,
+    bad_words_token_ids, min_tokens, temperature, top_k, top_p, min_p, typical_p, then one uniform number keyed by
+    (seed, sample index, output position).
     """
 
     max_tokens: int | None = 16  # None: until the model's context is full
@@ -52,6 +56,7 @@ class SamplingParams:
     top_k: int = 0  # 0: all; -1 says the same, as elsewhere, and becomes 0
     top_p: float = 1.0  # 0: the most likely token
     min_p: float = 0.0  # relative to the most likely token
+    typical_p: float = 1.0  # mass of the tokens whose information is nearest to the expected (arXiv 2202.00666); 1: all
     repetition_penalty: float = 1.0  # > 1 discourages tokens of the prompt and the output (CTRL, arXiv 1909.05858)
     presence_penalty: float = 0.0  # once per distinct output token
     frequency_penalty: float = 0.0  # per occurrence in the output
@@ -63,10 +68,15 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    allowed_token_ids: tuple[int, ...] | None = None  # no other token is chosen; None: all are allowed
+    bad_words_token_ids: tuple[
+        tuple[int, ...], ...
+    ] = ()  # no token is chosen that completes one of these in the output
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most likely
     prompt_lookup_num_tokens: int = 0  # guessed ahead from earlier text, at most: speed, never text. Not with penalties
     # What logit_bias says as int64 ids and float32 biases, written once, where a request is made: not on a step.
     packed_bias: tuple[array[int], array[float]] = field(init=False, repr=False, compare=False)
+    packed_allowed: array[int] = field(init=False, repr=False, compare=False)  # empty: all are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -76,6 +86,7 @@ class SamplingParams:
             raise InvalidRequest("logit_bias", f"{_brief(self.logit_bias)} does not map token ids to numbers")
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "tokens")
         _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
+        self._check_tokens()
         self._check_reals()
         if type(self.top_k) is int and self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
@@ -84,6 +95,22 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", biases)
         object.__setattr__(self, "packed_bias", (array("q", biases), array("f", biases.values())))
 
+    def _check_tokens(self) -> None:
+        """Which tokens may be chosen at all."""
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+            if not allowed:
+                raise InvalidRequest("allowed_token_ids", "the list is empty; name at least one token, or leave it out")
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(allowed)))
+        object.__setattr__(self, "packed_allowed", array("q", self.allowed_token_ids or ()))
+        words = _items("bad_words_token_ids", self.bad_words_token_ids, MAX_BAD_WORDS, "bad words")
+        words = tuple(_token_ids("bad_words_token_ids", word, MAX_BAD_WORD_TOKENS) for word in words)
+        if not all(words):
+            raise InvalidRequest("bad_words_token_ids", "a bad word has no tokens; leave it out")
+        if self.allowed_token_ids is not None and {(i,) for i in self.allowed_token_ids} <= set(words):
+            raise InvalidRequest("bad_words_token_ids", "they are all that allowed_token_ids allows; allow others too")
+        object.__setattr__(self, "bad_words_token_ids", tuple(dict.fromkeys(words)))
+
     def _check_counts(self) -> None:
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 1, None)
@@ -91,11 +118,14 @@ class SamplingParams:
         _whole("top_k", self.top_k, 0, MAX_TOP_K)
         _whole("n", self.n, 1, MAX_N)
         _whole("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, 0, MAX_LOOKUP_TOKENS)
-        if self.prompt_lookup_num_tokens and self.has_penalties:
+        if self.prompt_lookup_num_tokens and (self.has_penalties or self.has_bad_phrases):
+            other = (
+                "repetition, presence or frequency penalties" if self.has_penalties else "bad words of several tokens"
+            )
             raise InvalidRequest(
                 "prompt_lookup_num_tokens",
-                f"{self.prompt_lookup_num_tokens} cannot be combined with repetition, presence or frequency penalties, "
-                "which change with every token; set it to 0 or leave the penalties out",
+                f"{self.prompt_lookup_num_tokens} cannot be combined with {other}, which change with every token; "
+                "set it to 0 or leave them out",
             )
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
@@ -113,6 +143,7 @@ class SamplingParams:
         _real("temperature", self.temperature, 0.0, 100.0)
         _real("top_p", self.top_p, 0.0, 1.0)
         _real("min_p", self.min_p, 0.0, 1.0)
+        _real("typical_p", self.typical_p, 0.0, 1.0, exclusive_low=True)
         _real("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY, exclusive_low=True)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -122,6 +153,11 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def has_bad_phrases(self) -> bool:
+        """Whether what may be chosen depends on the last tokens of the output."""
+        return any(len(word) > 1 for word in self.bad_words_token_ids)
 
     @property
     def greedy(self) -> bool:

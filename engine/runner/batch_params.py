@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runner.choice import Filters, top_logprobs
+from engine.runner.phrases import Phrases
 from engine.to_device import to_device, upload
 
 
@@ -23,6 +24,7 @@ class SequenceSampling:
     banned_token_ids: tuple[int, ...]  # until params.min_tokens
     history: int | None  # row in the TokenHistory
     error: str | None  # its parameters do not fit the model: each sample fails
+    tail: int | None = None  # row in the OutputTails
 
 
 class Rows:
@@ -89,7 +91,24 @@ class BatchParams:
             if s.params.min_tokens and s.banned_token_ids
         ]
         self._banned: tuple[list[int], tuple[Tensor, Tensor]] | None = None  # the rows it is for, and the pairs
-        self.changes_logits = bool(packed or punished or self._bans)
+        self._gather_choices(sequences)
+        self.changes_logits = bool(
+            packed or punished or self._bans or self.limited or len(self.never[0]) or self.phrased
+        )
+
+    def _gather_choices(self, sequences: list[SequenceSampling]) -> None:
+        """Which tokens may be chosen at all: those allowed, less the bad words."""
+        fitting = [i for i in range(len(sequences)) if i not in self.errors]
+        self.limited = self._rows([i for i in fitting if self._params[i].packed_allowed])
+        self.allowed = self._pairs(
+            [(i, torch.frombuffer(self._params[i].packed_allowed, dtype=torch.int64)) for i in self.limited.rows]
+        )
+        words = [(i, [word[0] for word in self._params[i].bad_words_token_ids if len(word) == 1]) for i in fitting]
+        self.never = self._pairs([(i, torch.tensor(ids, dtype=torch.int64)) for i, ids in words if ids])
+        tails = [(i, tail) for i in fitting if (tail := sequences[i].tail) is not None]
+        self.phrased = self._rows([i for i, _ in tails])
+        self.tails = self._ints([tail for _, tail in tails])
+        self.phrases = Phrases([(i, tail, self._params[i].bad_words_token_ids) for i, tail in tails], self._device)
 
     def banned(self, positions: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """Rows [N] and token ids [N] that min_tokens still bans, given each row's output position; None: nothing."""
@@ -135,12 +154,15 @@ class BatchParams:
     def _filters(self, rows: Rows) -> Filters:
         params = [self._params[i] for i in rows.rows]
         nucleus = [i for i, p in enumerate(params) if p.top_k == 0 and p.top_p < 1.0]
+        typical = [i for i, p in enumerate(params) if p.typical_p < 1.0]
         tiny = torch.finfo(torch.float32).tiny  # a temperature that float32 would make 0 stays above it
         return Filters(
             temperature=self._reals([max(p.temperature, tiny) for p in params]),
             top_k=self._ints([p.top_k for p in params]),
             top_p=self._reals([p.top_p for p in params], torch.float64),
             min_p=self._reals([p.min_p for p in params], torch.float64),
+            typical_p=self._reals([p.typical_p for p in params], torch.float64),
+            typical=self._ints(typical) if typical else None,
             nucleus=None if len(nucleus) == len(params) else self._ints(nucleus),
         )
 
@@ -152,4 +174,4 @@ class BatchParams:
 
 
 def _filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 or params.typical_p < 1.0

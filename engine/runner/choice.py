@@ -4,11 +4,15 @@ A row's filters keep a set of tokens:
   top_k   the k most likely; of equal logits the lower token id comes first
   top_p   the smallest set of most likely tokens that holds top_p of what top_k left; ties as above
   min_p   tokens at least min_p times as likely as the most likely one
-The most likely token always stays. The kept tokens, in order of token id, then share (0, 1) in proportion to their
-probabilities, and the row's uniform number falls on one of them (inverse CDF). Token order, not rank, because two
-tokens that are almost equally likely would swap ranks with the last bit of a logit, and shares must not jump.
+  typical_p  of what these left, the tokens whose information (minus the log of their probability) is nearest to its
+          expectation, nearest first until they hold typical_p; those as near as the last one stay too
+          (Meister et al., "Locally typical sampling", arXiv 2202.00666, as transformers reads it)
+Without typical_p the most likely token always stays. The kept tokens, in order of token id, then share (0, 1) in
+proportion to their probabilities, and the row's uniform number falls on one of them (inverse CDF). Token order, not
+rank, because two tokens that are almost equally likely would swap ranks with the last bit of a logit, and shares must
+not jump.
 
-Logits are float32. Without top_k, top_p and min_p, probabilities are float32, summed over blocks of 64 tokens (on a CPU
+Logits are float32. Without filters, probabilities are float32, summed over blocks of 64 tokens (on a CPU
 by a compiled kernel, if there is one), and the blocks' sums are added up in float64. Filters work on a shortlist of the
 most likely tokens, in float64 throughout. The path a row takes depends on that row alone, so the other rows of a batch
 change no bit.
@@ -29,6 +33,7 @@ from engine.runner.shortlist import Shortlist
 
 BLOCK = 64  # tokens summed up by one maximum or one sum
 _NUCLEUS = 256  # shortlist that is tried first when only top_p says how long it must be
+TYPICAL_ROWS = 2
 _MARGIN = 1e-3  # slack of bounds that may let in too many tokens but never too few
 
 
@@ -40,10 +45,16 @@ class Filters:
     top_k: Tensor  # int64; 0: all
     top_p: Tensor  # float64
     min_p: Tensor  # float64
+    typical_p: Tensor  # float64; 1: all
+    typical: Tensor | None  # indices of the rows with typical_p; None: none has it
     nucleus: Tensor | None  # indices of the rows with top_p alone; None: all rows are
 
     def take(self, rows: Tensor) -> Filters:
-        return Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], None)
+        mass = self.typical_p[rows]
+        typical = None if self.typical is None else (mass < 1.0).nonzero()[:, 0]
+        return Filters(
+            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], mass, typical, None
+        )
 
 
 def block_max(logits: Tensor) -> Tensor:
@@ -153,6 +164,21 @@ def _choose_from(best: Shortlist, u: Tensor, filters: Filters, total: Tensor) ->
 
     Shapes: M tokens, u and total [K] -> token ids [K], fits [K] bool.
     """
+    kept, fits = _kept(best, filters, total)
+    top = best.values.amax(-1, keepdim=True).double()
+    shares = shortlist.exp((best.values.double() - top) / filters.temperature[:, None].double())
+    shares.masked_fill_(~kept | (shares < filters.min_p[:, None]), 0.0)
+    # A few rows at a time: it takes more memory than all else, and is rare.
+    for rows in () if filters.typical is None else filters.typical.split(TYPICAL_ROWS):
+        few = shares[rows]
+        shares[rows] = few.masked_fill(~_typical(few, filters.typical_p[rows]), 0.0)
+    upto_id = shortlist.running_sum(shares)
+    place = _first_beyond(shares, upto_id, _below(u * upto_id[:, -1], upto_id[:, -1]))
+    return best.token_ids.gather(1, place[:, None])[:, 0], fits
+
+
+def _kept(best: Shortlist, filters: Filters, total: Tensor) -> tuple[Tensor, Tensor]:
+    """What top_k and top_p keep of a shortlist, [K, M] bool, and of which rows it holds all of that, [K] bool."""
     ranked = shortlist.sort_falling(best.values)
     temperature = filters.temperature[:, None].double()
     top = ranked[:, :1].double()
@@ -169,12 +195,19 @@ def _choose_from(best: Shortlist, u: Tensor, filters: Filters, total: Tensor) ->
     tied = best.values == edge
     num_tied = num_kept - (ranked > edge).sum(-1)
     kept = (best.values > edge) | (tied & (shortlist.running_sum(tied) <= num_tied[:, None]))
-    shares = shortlist.exp((best.values.double() - top) / temperature)
-    shares.masked_fill_(~kept | (shares < filters.min_p[:, None]), 0.0)
-    upto_id = shortlist.running_sum(shares)
-    place = _first_beyond(shares, upto_id, _below(u * upto_id[:, -1], upto_id[:, -1]))
-    fits = torch.where(filters.top_k > 0, best.lengths >= filters.top_k, upto[:, -1] >= limit)
-    return best.token_ids.gather(1, place[:, None])[:, 0], fits
+    return kept, torch.where(filters.top_k > 0, best.lengths >= filters.top_k, upto[:, -1] >= limit)
+
+
+def _typical(shares: Tensor, mass: Tensor) -> Tensor:
+    """Which tokens typical_p keeps of what the other filters left. Shapes: [K, M], [K] -> [K, M] bool."""
+    probabilities = shares / shortlist.running_sum(shares)[:, -1:]
+    information = -probabilities.log()
+    of_each = torch.where(probabilities > 0, probabilities * information, 0.0)
+    distance = (information - shortlist.running_sum(of_each)[:, -1:]).abs()  # infinite for tokens that are out
+    nearest, order = shortlist.sort_rising(distance)
+    upto = shortlist.running_sum(probabilities.gather(1, order))
+    last = (upto < mass[:, None]).sum(-1).clamp(max=shares.shape[1] - 1)
+    return distance <= nearest.gather(1, last[:, None])
 
 
 def _first_beyond(shares: Tensor, upto: Tensor, target: Tensor) -> Tensor:

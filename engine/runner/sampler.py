@@ -1,16 +1,18 @@
 """From logits to tokens: one batched pass over rows with different parameters.
 
-Order: logit_bias; repetition, presence and frequency penalties; the ban of min_tokens; temperature; top_k, top_p,
-min_p and the choice itself (`choice.py`), with one uniform number per row (`philox.py`) keyed by (seed, sample index,
-output position). A greedy row takes the most likely token after the ban, of equals the lowest id. So the token of a
-row is a function of its logits, its parameters and its history, never of the other rows or of their order.
+Order: logit_bias; repetition, presence and frequency penalties; allowed tokens, bad words and the ban of min_tokens;
+temperature; top_k, top_p, min_p, typical_p and the choice itself (`choice.py`), with one uniform number per row
+(`philox.py`) keyed by (seed, sample index, output position). A greedy row takes the most likely token after the bans,
+of equals the lowest id. So the token of a row is a function of its logits, its parameters and its history, never of
+the other rows or of their order.
 
 min_tokens bans stop_token_ids, and the end-of-sequence tokens unless ignore_eos says that they mean nothing. Should
-that be the whole vocabulary, nothing is banned: a token must come. A logit_bias of -100 only makes a token unlikely.
+that be all that may be chosen, nothing is banned: a token must come. A logit_bias of -100 only makes a token unlikely.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import cached_property
 
 import torch
@@ -24,6 +26,7 @@ from engine.runner.batch_params import BatchParams, SequenceSampling
 from engine.runner.inputs import SampledRow
 from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
+from engine.runner.phrases import OutputTails
 from engine.runner.scan import scan
 from engine.to_device import upload
 
@@ -78,6 +81,7 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, SequenceSampling] = {}
         self._history = TokenHistory(vocab_size, self._device)
+        self._tails = OutputTails(self._device)
         self._batch: BatchParams | None = None
         self._stand_in = -torch.arange(vocab_size, dtype=torch.float32, device=self._device)
 
@@ -95,6 +99,7 @@ class Sampler:
             banned_token_ids=self._banned(params),
             history=history,
             error=self._misfit(params),
+            tail=self._tails.open(start.output_token_ids) if params.has_bad_phrases else None,
         )
 
     def end(self, seq_id: int) -> None:
@@ -104,11 +109,13 @@ class Sampler:
             return
         if sequence.history is not None:
             self._history.close(sequence.history)
+        if sequence.tail is not None:
+            self._tails.close(sequence.tail)
         if self._batch is not None and seq_id in self._batch.seq_ids:
             self._batch = None
 
     def sample(self, logits: Tensor, rows: tuple[SampledRow, ...]) -> SampledStep:
-        """One token for each row. A sequence may have several rows, unless its history counts (penalties).
+        """One token for each row. A sequence may have several rows, unless what it said counts (penalties, phrases).
 
         logits: [S, V], row i for rows[i]; they may be overwritten. Raises: KeyError for a sequence that was not
         started, ValueError if the shape does not fit.
@@ -133,6 +140,8 @@ class Sampler:
         chosen = _choose(logits, blocks, batch, positions, self._library)
         if batch.penalised:
             self._history.add(batch.history, batch.penalised.take(chosen))
+        if batch.phrased:
+            self._tails.add(batch.tails, batch.phrased.take(chosen))
         logprobs = None if raw is None else batch.pack_logprobs(raw, chosen)
         return SampledStep(batch, chosen if finite is None else chosen.masked_fill(~finite, _FAILED), logprobs)
 
@@ -149,21 +158,42 @@ class Sampler:
             self._history.penalise(
                 logits, batch.penalised.index, batch.history, batch.repetition, batch.presence, batch.frequency
             )
+        if batch.limited:
+            allowed = logits[batch.allowed]
+            logits.index_fill_(0, batch.limited.index, -torch.inf)
+            logits[batch.allowed] = allowed
+        if len(batch.never[0]):
+            logits[batch.never] = -torch.inf
         banned = batch.banned(positions)
         if banned is not None:
             logits[banned] = -torch.inf
+        if batch.phrased:
+            batch.phrases.ban(logits, self._tails)
 
     def _banned(self, params: SamplingParams) -> tuple[int, ...]:
         ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos_token_ids))
         banned = sorted(i for i in ids if 0 <= i < self._vocab_size)
-        return tuple(banned) if len(banned) < self._vocab_size else ()
+        return tuple(banned) if self._num_left(params, ids) else ()
+
+    def _num_left(self, params: SamplingParams, banned: Set[int] = frozenset()) -> int:
+        """How many tokens may be chosen when `banned` may not."""
+        banned = banned | {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+        if params.allowed_token_ids is not None:
+            return len(set(params.allowed_token_ids) - banned)
+        return self._vocab_size - sum(0 <= i < self._vocab_size for i in banned)
 
     def _misfit(self, params: SamplingParams) -> str | None:
-        token_ids, _ = params.packed_bias
-        if not token_ids or 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
-            return None
-        unknown = next(i for i in token_ids if not 0 <= i < self._vocab_size)
-        return f"logit_bias names token {unknown}, the model's tokens are 0 to {self._vocab_size - 1}"
+        for name, token_ids in (
+            ("logit_bias", params.packed_bias[0]),
+            ("allowed_token_ids", params.packed_allowed),
+            ("bad_words_token_ids", [i for word in params.bad_words_token_ids for i in word]),
+        ):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+                unknown = next(i for i in token_ids if not 0 <= i < self._vocab_size)
+                return f"{name} names token {unknown}, the model's tokens are 0 to {self._vocab_size - 1}"
+        if not self._num_left(params):
+            return "the bad words are all the tokens that the model may say"
+        return None
 
 
 def _choose(

@@ -16,7 +16,9 @@ _ROW_BYTES = 16 << 10  # of tensors that are no longer for a larger vocabulary
 
 EVERY_USE: frozenset[Use] = frozenset(_BYTES)
 HISTORY_BYTES = 5  # for each token of the vocabulary and sequence with penalties, as long as it runs
-ONCE_BYTES = 20  # for each token of the vocabulary, however many rows: token ids, ranks, what a broken row becomes
+# For each token of the vocabulary, however many rows: token ids, ranks, what a broken row becomes; and what two rows
+# with typical_p (`choice.TYPICAL_ROWS`) take beyond their share.
+ONCE_BYTES = 20 + 100
 
 
 def sampled_row_bytes(

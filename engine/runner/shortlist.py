@@ -41,8 +41,9 @@ def everything(logits: Tensor) -> Shortlist:
 
 
 def above(logits: Tensor, threshold: Tensor) -> Shortlist:
-    """Tokens with a logit of at least the row's threshold. CPU only. Shapes: [K, V], [K]."""
+    """Tokens with a logit of at least the row's threshold, none that is banned. CPU only. Shapes: [K, V], [K]."""
     dense = logits.numpy()
+    threshold = threshold.clamp(min=torch.finfo(logits.dtype).min)  # a banned token's logit is minus infinity
     rows, token_ids = np.divmod(np.flatnonzero(dense >= threshold.numpy()[:, None]), logits.shape[1])
     lengths = np.bincount(rows, minlength=logits.shape[0])
     columns = np.arange(len(rows)) - np.repeat(lengths.cumsum() - lengths, lengths)
@@ -59,6 +60,15 @@ def sort_falling(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return torch.from_numpy(np.sort(x.numpy(), axis=-1)[:, ::-1].copy())  # torch knows no negative strides
     return x.sort(dim=-1, descending=True).values
+
+
+def sort_rising(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of [K, M], smallest first, of equals the first one first; and where each was."""
+    if x.device.type == "cpu":
+        order = torch.from_numpy(np.argsort(x.numpy(), axis=-1, kind="stable"))
+        return x.gather(1, order), order
+    found = x.sort(dim=-1, stable=True)
+    return found.values, found.indices
 
 
 def running_sum(x: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ HUGE = 10**400  # no float is that large
         *(("temperature", value) for value in (None, -0.1, float("nan"), float("inf"), "0", HUGE)),
         *(("top_p", value) for value in (None, -0.1, 1.1, "1")),
         *(("min_p", value) for value in (None, -0.1, 1.1)),
+        *(("typical_p", value) for value in (None, 0, -0.1, 1.1, "1", float("nan"))),
+        *(("allowed_token_ids", value) for value in ((), 5, "65", ["a"], [1.5], [True], [2**63], range(65_537))),
+        *(
+            ("bad_words_token_ids", value)
+            for value in (None, 5, "ab", [5], ["a"], [[]], [[1.5]], [[1]] * 257, [[1] * 65])
+        ),
         *(("repetition_penalty", value) for value in (None, 0, 1e300, HUGE)),
         *(("presence_penalty", value) for value in (None, 2.1, float("nan"))),
         *(("frequency_penalty", value) for value in (None, -2.1)),
@@ -83,6 +89,8 @@ def test_token_ids_may_come_as_a_list() -> None:
         {"adapter": "unknown"},
         {"stop_token_ids": (10**30,)},
         {"logit_bias": {-1: 1.0}},
+        {"allowed_token_ids": (97, 10**6)},
+        {"bad_words_token_ids": ((97, 10**6),)},
         {"n": 2, "resumed_output_token_ids": (98,)},
     ],
 )

@@ -37,6 +37,8 @@ SAMPLED = SamplingParams(
     logit_bias={65: 2.0},
     min_tokens=4,
     logprobs=2,
+    typical_p=0.95,
+    bad_words_token_ids=((70,), *((a, b) for a in range(60, 72) for b in range(0, 250, 13)), (65, 65, 65)),
 )
 
 

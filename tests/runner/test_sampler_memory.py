@@ -25,6 +25,9 @@ NAMES: dict[str, tuple[dict[str, Any], set[Use]]] = {
     "top_p": ({"temperature": 1.0, "top_p": 0.9}, {"filters"}),
     "top_k": ({"temperature": 1.0, "top_k": 50}, {"filters"}),
     "min_p": ({"temperature": 1.0, "min_p": 0.1}, {"filters"}),
+    "typical_p": ({"temperature": 1.0, "typical_p": 0.5}, {"filters"}),
+    "bad words": ({"temperature": 0.0, "bad_words_token_ids": ((3,), (4, 5))}, {"greedy"}),
+    "allowed": ({"temperature": 0.0, "allowed_token_ids": tuple(range(900))}, {"greedy"}),
     "presence": ({"temperature": 0.0, "presence_penalty": 0.5}, {"penalties"}),
     "repetition": ({"temperature": 0.0, "repetition_penalty": 1.5}, {"penalties"}),
     "logprobs": ({"temperature": 0.0, "logprobs": 5}, {"logprobs"}),
@@ -32,7 +35,7 @@ NAMES: dict[str, tuple[dict[str, Any], set[Use]]] = {
     "everything": (
         {
             "temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.2, "logprobs": 20,
-            "min_tokens": 5, "logit_bias": {3: 1.0},
+            "min_tokens": 5, "logit_bias": {3: 1.0}, "typical_p": 0.5, "bad_words_token_ids": ((3,), (4, 5)),
         },
         {"filters", "penalties", "logprobs"},
     ),

@@ -11,24 +11,15 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from engine.core.plan import Sample
 from engine.request import SamplingParams
 from engine.runner.penalties import TokenHistory
 from engine.runner.sampler import Sampler
-from tests.support.sampling import one, row_of, sample, start_of
+from tests.support.sampling import drawn, greedy, one, row_of, sample, start_of
 from tests.support.sampling_oracle import Row
-
-
-def drawn(logits: list[float], draws: int = 400, **params: object) -> set[int]:
-    """Tokens that ever come out."""
-    made = SamplingParams(max_tokens=None, **params)  # type: ignore[arg-type]
-    return {s.token_ids[0] for s in sample([Row(logits, made, seed=seed) for seed in range(draws)])}
-
-
-def greedy(logits: list[float], **params: object) -> int:
-    return one(logits, temperature=0.0, **params).token_ids[0]  # type: ignore[arg-type]
 
 
 class TestChoice:
@@ -167,6 +158,9 @@ class TestFiltersAgainstTransformers:
             ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
             ({"top_p": 0.2}, TopPLogitsWarper(0.2)),
             ({"min_p": 0.2}, MinPLogitsWarper(0.2)),
+            ({"typical_p": 0.2}, TypicalLogitsWarper(0.2)),
+            ({"typical_p": 0.6}, TypicalLogitsWarper(0.6)),
+            ({"typical_p": 0.95}, TypicalLogitsWarper(0.95)),
         ],
     )
     def test_the_same_tokens_survive(self, params: dict[str, float], warper: object) -> None:

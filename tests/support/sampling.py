@@ -55,3 +55,13 @@ def one(
     """The sample of a single row."""
     row = Row(logits, SamplingParams(max_tokens=None, **params), output=output, eos=eos)  # type: ignore[arg-type]
     return sample([row])[0]
+
+
+def drawn(logits: list[float], draws: int = 400, output: tuple[int, ...] = (), **params: object) -> set[int]:
+    """Tokens that ever come out."""
+    made = SamplingParams(max_tokens=None, **params)  # type: ignore[arg-type]
+    return {s.token_ids[0] for s in sample([Row(logits, made, seed=seed, output=output) for seed in range(draws)])}
+
+
+def greedy(logits: list[float], **params: object) -> int:
+    return one(logits, temperature=0.0, **params).token_ids[0]  # type: ignore[arg-type]

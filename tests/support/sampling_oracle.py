@@ -69,10 +69,21 @@ def changed(row: Row) -> list[float]:
         logits[i] = logits[i] * p.repetition_penalty if logits[i] < 0 else logits[i] / p.repetition_penalty
     for i, count in Counter(row.output).items():
         logits[i] -= p.presence_penalty + p.frequency_penalty * count
+    if p.allowed_token_ids is not None:
+        logits = [x if i in p.allowed_token_ids else -math.inf for i, x in enumerate(logits)]
+    for word in p.bad_words_token_ids:
+        if len(word) == 1:
+            logits[word[0]] = -math.inf
     if len(row.output) < p.min_tokens:
-        for i in (*p.stop_token_ids, *(() if p.ignore_eos else row.eos)):
-            logits[i] = -math.inf
-    return logits
+        logits = _banned(logits, {*p.stop_token_ids, *(() if p.ignore_eos else row.eos)})
+    ends = {word[-1] for word in p.bad_words_token_ids if len(word) > 1 and row.output[1 - len(word) :] == word[:-1]}
+    return _banned(logits, ends)
+
+
+def _banned(logits: list[float], token_ids: set[int]) -> list[float]:
+    """Without these; but a token must come."""
+    left = [-math.inf if i in token_ids else x for i, x in enumerate(logits)]
+    return logits if max(left) == -math.inf else left
 
 
 def keep(logits: list[float], p: SamplingParams) -> tuple[dict[int, float], float]:
@@ -92,4 +103,20 @@ def keep(logits: list[float], p: SamplingParams) -> tuple[dict[int, float], floa
         slack = min(slack, abs(weights[i] - p.min_p) if p.min_p else math.inf)
         if weights[i] >= p.min_p:
             kept[i] = weights[i]
-    return kept, slack
+    return (kept, slack) if p.typical_p == 1.0 else _typical(kept, p.typical_p, slack)
+
+
+def _typical(kept: dict[int, float], mass: float, slack: float) -> tuple[dict[int, float], float]:
+    total = math.fsum(kept.values())
+    shares = {i: weight / total for i, weight in kept.items() if weight > 0.0}
+    entropy = math.fsum(-share * math.log(share) for share in shares.values())
+    distances = {i: abs(-math.log(share) - entropy) for i, share in shares.items()}
+    upto, edge = 0.0, math.inf
+    for i in sorted(distances, key=lambda i: distances[i]):
+        upto += shares[i]
+        slack = min(slack, abs(upto - mass))
+        if upto >= mass:
+            edge = distances[i]
+            break
+    gaps = [abs(distance - edge) for distance in distances.values() if distance != edge]
+    return {i: kept[i] for i in shares if distances[i] <= edge}, min(slack, *gaps, math.inf)
