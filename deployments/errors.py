@@ -58,6 +58,7 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "body_too_large": _wrong(413, lorax_status=413),
         "prompt_too_large": _wrong(413, lorax_status=413),
         "not_found": _wrong(404, lorax_status=404),
+        "response_not_found": _wrong(404, lorax_status=404),
         "method_not_allowed": _wrong(405, lorax_status=405),
         "unsupported_media_type": _wrong(415, lorax_status=415),
         # It ended the process that worked on it, several times. Not a 5xx: clients would send it again by themselves.
@@ -78,6 +79,7 @@ ANSWERS: Mapping[str, Answer] = MappingProxyType(
         "store_full": _later(503, 2, "server_error", "generation"),
         "store_unavailable": _later(503, 5, "server_error", "generation"),
         "source_unavailable": _later(503, 5, "server_error", "generation"),
+        "kept_unavailable": _later(503, 5, "server_error", "generation"),
         "spec_unknown": _later(503, 1, "server_error", "generation"),
         "engine_dead": _later(503, 2, "server_error", "incomplete_generation"),
         "no_replica": _later(503, 5, "server_error", "incomplete_generation"),

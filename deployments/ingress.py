@@ -12,6 +12,9 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
+from deployments.kept.actor import SharedAnswers
+from deployments.kept.actor import connector as kept_connector
+from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.listener import listening_host, take_calls_at_this_node_only
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
@@ -46,8 +49,18 @@ async def front(args: AppArgs, backend: Backend) -> FastAPI:
         allowed=args.adapters.allowed,
         max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
         defaults=sampling_defaults(args.model, args.generation_config, logger),
+        kept=_kept(args),
     )
     return create_api(gateway, keys, args.limits, args.cors)
+
+
+def _kept(args: AppArgs) -> Kept:
+    """A replica that answers HTTP itself shares with no other."""
+    bounds = (args.responses.max_bytes, args.responses.max_bytes_per_key, args.responses.max_age_s)
+    if args.direct:
+        return OwnAnswers(Answers(*bounds))
+    name = f"kept-responses.{current_app() or ''}.{'.'.join(map(str, bounds))}"
+    return SharedAnswers(kept_connector(name, args.adapters.namespace, *bounds))
 
 
 @serve.ingress()

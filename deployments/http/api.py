@@ -19,10 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import deployments.http.adapters.routes as adapters_routes
+import deployments.http.anthropic.replies as anthropic_replies
+import deployments.http.anthropic.routes as anthropic_routes
 import deployments.http.lorax.replies as lorax_replies
 import deployments.http.lorax.routes as lorax_routes
 import deployments.http.openai.replies as openai_replies
 import deployments.http.openai.routes as openai_routes
+import deployments.http.responses_api.routes as responses_routes
 from adapter_store.errors import StoreError
 from deployments.calls import Fault, Refused
 from deployments.errors import answer_for, fault_of
@@ -42,6 +45,7 @@ logger = logging.getLogger("ray.serve")
 HEALTH_CACHE_S = 1.0
 STORE_TIMEOUT_S = 5.0  # of GET /stats
 LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+ANTHROPIC_PATHS = "/v1/messages"
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
 
 
@@ -56,7 +60,7 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
         dependencies=[Depends(check_query)],
     )
     bodies = route_class(limits)
-    for routes in (openai_routes, lorax_routes, adapters_routes):
+    for routes in (openai_routes, responses_routes, anthropic_routes, lorax_routes, adapters_routes):
         app.include_router(routes.routes(gateway, bodies))
     _add_operation(app, gateway)
     for kind in (Refused, EngineError, StoreError):
@@ -129,6 +133,8 @@ def respond(path: str, fault: Fault, extra_headers: Mapping[str, str] | None = N
         headers["Retry-After"] = str(answer.retry_after_s)
     if answer.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if path.startswith(ANTHROPIC_PATHS):
+        return JSONResponse(anthropic_replies.error_body(fault), answer.status, headers)
     if path in LORAX_PATHS:
         return JSONResponse(lorax_replies.error_body(fault), answer.lorax_status, headers)
     return JSONResponse(openai_replies.error_body(fault), answer.status, headers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
@@ -34,7 +34,7 @@ class Gate:
         headers = dict(scope["headers"])
         try:
             is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(DOCS_FILES + "/")
-            caller = Caller("", False) if is_open else self._keys.caller(_text(headers.get(b"authorization")))
+            caller = Caller("", False) if is_open else self._keys.caller(_credentials(headers))
             self._check_length(headers.get(b"content-length"))
         except Refused as error:
             await self._refuse(scope["path"], error.fault)(scope, receive, send)
@@ -66,5 +66,9 @@ class Gate:
         return receive_bounded
 
 
-def _text(header: bytes | None) -> str | None:
+def _credentials(headers: Mapping[bytes, bytes]) -> str | None:
+    """What `Authorization` would say; Anthropic's clients send the key alone, under another name."""
+    header = headers.get(b"authorization")
+    if header is None and (key := headers.get(b"x-api-key")) is not None:
+        header = b"Bearer " + key
     return None if header is None else header.decode("latin-1")

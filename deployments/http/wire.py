@@ -59,7 +59,7 @@ class _Refused:
     def _check(self, value: object) -> object:
         if value is None or any(_is_same(value, other) for other in self.neutral):
             return value
-        raise PydanticCustomError("unsupported_parameter", "{reason}", {"reason": f"not supported: {self.reason}"})
+        raise unsupported(self.reason)
 
 
 def refused(reason: str, *neutral: object) -> _Refused:
@@ -122,6 +122,16 @@ def _marked(kind: type[Body]) -> frozenset[str]:
 def wrong(message: str) -> PydanticCustomError:
     """For validators: a value that is refused with `message`, which tells the value and what is wanted."""
     return PydanticCustomError("wrong_value", "{message}", {"message": message})
+
+
+def unsupported(what: str) -> PydanticCustomError:
+    """For validators: a value of a kind that is not served."""
+    return PydanticCustomError("unsupported_parameter", "{reason}", {"reason": f"not supported: {what}"})
+
+
+def kind_of(value: Any) -> Any:
+    """The `type` of an object, read or not yet; None where it has none."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
 def whole(value: Any) -> Any:

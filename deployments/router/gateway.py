@@ -13,6 +13,7 @@ from adapter_store.errors import AdapterNameInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
 from deployments.asks import Ask
 from deployments.calls import Call, Fault, Refused, prefix_hints
+from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.router.prompts import Prompts
 from deployments.router.streams import Backend, Primed, all_primed, answer
 from deployments.router.suspects import Suspects
@@ -74,6 +75,9 @@ class Gateway:
     allowed: tuple[str, ...] | None = None  # shell patterns of adapter names
     max_resumes: int = 8
     suspects: Suspects = field(default_factory=Suspects)
+    kept: Kept = field(
+        default_factory=lambda: OwnAnswers(Answers(1 << 20, 1 << 20, 60.0))
+    )  # answers that clients refer to
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
 
     def check_adapter(self, name: str, param: str) -> None:

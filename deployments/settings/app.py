@@ -104,6 +104,14 @@ class LimitSettings(Settings):
     max_samples: PositiveInt = 128  # prompts times n
 
 
+class ResponseSettings(Settings):
+    """What POST /v1/responses keeps for `previous_response_id`, in memory: all routers together."""
+
+    max_bytes: PositiveInt = 64 * MIB
+    max_bytes_per_key: PositiveInt = 16 * MIB  # of one API key; what was used longest ago goes first
+    max_age_s: PositiveFloat = 3600.0
+
+
 def _origin(text: str) -> str:
     if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+", text):
         raise ValueError(f"{text!r} is no origin; write scheme, host and port as browsers do, or '*' for all")
@@ -143,6 +151,7 @@ class AppArgs(Settings):
     router_num_cpus: float = Field(default=0.25, ge=0.0)
     adapters: AdapterSettings = AdapterSettings()
     limits: LimitSettings = LimitSettings()
+    responses: ResponseSettings = ResponseSettings()
     # Of sampling, where a request gives none: what the model's generation_config.json says, or OpenAI's.
     generation_config: Literal["auto", "none"] = "auto"
     # Web pages that may ask from a browser: their origins, or "*" for all. None: those of the browser's own machine.

@@ -17,6 +17,7 @@ from adapter_store.records import AdapterPage, AdapterRecord, Registration, Stor
 from deployments.calls import Call, Fault, Refused, StreamItem
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
+from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.losses import Meaning
 from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
@@ -225,6 +226,7 @@ def serve(
     max_resumes: int = 8,
     cors: tuple[str, ...] | None = None,
     defaults: dict[str, float] | None = None,
+    kept: Kept | None = None,
 ) -> Served:
     backend = backend or FakeBackend()
     adapters = FakeAdapters()
@@ -238,6 +240,7 @@ def serve(
         allowed=allowed,
         max_resumes=max_resumes,
         defaults=defaults or {},
+        kept=kept or OwnAnswers(Answers(1 << 20, 1 << 19, 60.0)),
     )
     app = create_api(gateway, keys or ApiKeys(is_local=True), limits, cors)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
 from deployments.http import limits
-from deployments.http.wire import Body, inert, refused, shown
+from deployments.http.wire import Body, inert, refused, shown, unsupported
 
 Label = Annotated[str, Field(max_length=limits.MAX_LABEL_CHARS)] | None
 
@@ -27,9 +26,7 @@ class TextPart(Body):
         if kind == "refusal":  # what an assistant said instead
             return {"text" if name == "refusal" else name: item for name, item in value.items()} | {"type": "text"}
         if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
-            raise PydanticCustomError(
-                "unsupported_parameter", "{reason}", {"reason": f"not supported: {shown(kind)} parts; send text"}
-            )
+            raise unsupported(f"{shown(kind)} parts; send text")
         return value
 
 
