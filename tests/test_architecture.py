@@ -85,11 +85,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "deployments.losses": (),
     "deployments.reports": (),
     "deployments.listener": (),
+    "deployments.kept": (*SEAMS, "deployments.calls", "deployments.kept"),
     "deployments.settings": (*SEAMS, "adapter_store", "deployments.settings"),
     "deployments.store": ("adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store"),
     "deployments.router": (
         *SEAMS, "engine.text", "engine.output", *STORE_SEAMS,
-        *SERVE_SEAMS, "deployments.settings", "deployments.router",
+        *SERVE_SEAMS, "deployments.settings", "deployments.kept", "deployments.router",
     ),
     "deployments.http": (
         *SEAMS, *STORE_SEAMS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -205,6 +206,19 @@ class FakeAdapters:
     async def status(self) -> StoreStatus:
         values: dict[str, Any] = dict.fromkeys(StoreStatus.__dataclass_fields__, 0)
         return StoreStatus(**values | {"sources": ("local",)})
+
+
+class EverybodysAnswers:
+    """Kept answers of which everyone has one of each name."""
+
+    async def put(self, tenant: str, name: str, data: bytes) -> bool:
+        return True
+
+    async def get(self, tenant: str, name: str) -> bytes | None:
+        return json.dumps({"response": {"id": name, "output": []}, "input": []}).encode()
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        return True
 
 
 @dataclass

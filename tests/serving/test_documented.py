@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from deployments.http.adapters import examples as adapters
+from deployments.http.anthropic import examples as anthropic
 from deployments.http.lorax import examples as lorax
 from deployments.http.openai import examples as openai
+from deployments.http.responses_api import examples as responses
 from tests.serving.fakes import serve
 
 SCHEMA = asyncio.run(serve().client.get("/openapi.json")).json()
@@ -36,6 +38,9 @@ def _events(text: str) -> list[dict[str, Any]]:
     [
         ("/v1/chat/completions", openai.CHAT_REQUEST, openai.CHAT_ANSWER),
         ("/v1/completions", openai.COMPLETION_REQUEST, openai.COMPLETION_ANSWER),
+        ("/v1/responses", responses.REQUEST, responses.ANSWER),
+        ("/v1/messages", anthropic.REQUEST, anthropic.ANSWER),
+        ("/v1/messages/count_tokens", anthropic.COUNT_REQUEST, anthropic.COUNT_ANSWER),
         ("/generate", lorax.REQUEST, lorax.ANSWER),
         ("/", lorax.REQUEST, [lorax.ANSWER]),
         ("/adapters", adapters.REGISTER, adapters.REGISTERED),

@@ -150,6 +150,9 @@ def test_functions_that_depend_on_more_than_a_body_go_the_long_way():
     assert {path for path, is_short in short.items() if is_short} == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
         "/generate",
         "/generate_stream",
         "/",

@@ -16,7 +16,7 @@ from deployments.app import build
 from deployments.http.auth import ApiKeys
 from deployments.http.origin import PROXY_HEADERS, is_loopback
 from deployments.settings.app import AppArgs
-from tests.serving.fakes import ADMIN_KEY, KEY, URL, Served, serve
+from tests.serving.fakes import ADMIN_KEY, KEY, URL, EverybodysAnswers, Served, serve
 from tests.serving.test_settings import ROOT
 
 SHOUT = Registration(name="shout", source="local")
@@ -35,6 +35,12 @@ ROUTES: dict[tuple[str, str], tuple[str, str, Any]] = {
     ("GET", "/v1/models/{model:path}"): (ASK, "/v1/models/demo", None),
     ("POST", "/v1/chat/completions"): (ASK, "/v1/chat/completions", CHAT),
     ("POST", "/v1/completions"): (ASK, "/v1/completions", {"model": "demo", "prompt": "x\n"}),
+    ("POST", "/v1/responses"): (ASK, "/v1/responses", {"model": "demo", "input": "x"}),
+    ("GET", "/v1/responses/{response_id}"): (ASK, "/v1/responses/resp_1", None),
+    ("DELETE", "/v1/responses/{response_id}"): (ASK, "/v1/responses/resp_1", None),
+    ("GET", "/v1/responses/{response_id}/input_items"): (ASK, "/v1/responses/resp_1/input_items", None),
+    ("POST", "/v1/messages"): (ASK, "/v1/messages", CHAT | {"max_tokens": 9}),
+    ("POST", "/v1/messages/count_tokens"): (ASK, "/v1/messages/count_tokens", CHAT),
     ("POST", "/"): (ASK, "/", {"inputs": "x\n"}),
     ("POST", "/generate"): (ASK, "/generate", {"inputs": "x\n"}),
     ("POST", "/generate_stream"): (ASK, "/generate_stream", {"inputs": "x\n"}),
@@ -108,7 +114,7 @@ async def ask(served: Served, method: str, path: str, body: Any, headers: dict[s
 
 @cache
 def served_with(keys: ApiKeys | None) -> Served:
-    return serve(keys=keys)
+    return serve(keys=keys, kept=EverybodysAnswers())
 
 
 def changed(served: Served) -> bool:
@@ -123,7 +129,7 @@ def test_every_route_has_its_place_in_the_table():
 def test_everyone_may_do_what_the_table_says_and_no_more(server: str):
     async def run() -> list[str]:
         wrong = []
-        served = serve(keys=SERVERS[server])
+        served = serve(keys=SERVERS[server], kept=EverybodysAnswers())
         for (method, path), (kind, example, body) in ROUTES.items():
             for key, given in GIVEN.items():
                 for page, origin in (PAGES if kind is CHANGE else FEW_PAGES).items():
