@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deployments.calls import Part
 from engine.request import SamplingParams
 
 
@@ -27,6 +28,7 @@ class Ask:
     params: SamplingParams
     adapter: str | None = None
     adapter_source: str | None = None
+    parts: tuple[Part, ...] = ()  # several adapters as one; then `adapter` is None
     cache_salt: str = ""
     user: str = ""
     request_id: str = ""  # the caller's own; "": one is drawn

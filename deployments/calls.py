@@ -7,8 +7,11 @@ so that their stable codes survive the trip; what an exception from Ray means, `
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.errors import InvalidRequest
 from engine.request import OutputDelta, SamplingParams
 
 PREFIX_TOKENS = (64, 256, 1024)
@@ -22,6 +25,9 @@ STOPPED_CODE = "replica_stopped"
 
 UNREAD_CODE = "answer_unread"
 """Of an answer that was given up as the router that asked for it was not reading."""
+
+MAX_MERGED = 16  # adapters that are merged for one request
+MAX_WEIGHT = 1e6  # of one, either way: times any scaling it is a float32 number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +51,33 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One of several adapters that a request is for: what it adds to each layer counts `weight` times."""
+
+    name: str
+    source: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises: InvalidRequest (`weights`)."""
+        if not (math.isfinite(self.weight) and abs(self.weight) <= MAX_WEIGHT):
+            limit = f"is not a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            raise InvalidRequest("weights", f"{self.weight!r}, of {self.name!r}, {limit}")
+
+
+def merge_name(parts: Sequence[Part]) -> str:
+    """What adapters go by that are served as one: in placement, prefix hints and reports. No adapter is called so."""
+    told = repr([(part.name, part.source, float(part.weight)) for part in parts]).encode()
+    return f"merge:{hashlib.blake2b(told, digest_size=16).hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One prompt for one replica. `adapter` is a name as the caller wrote it; the replica finds its version."""
+    """One prompt for one replica. `adapter` is a name as the caller wrote it; the replica finds its version.
+
+    With `parts` the adapter is what these come to, `adapter` is their `merge_name`, and a version is the versions of
+    all, joined by commas.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -55,6 +86,7 @@ class Call:
     adapter: str | None = None
     adapter_source: str | None = None  # name of a source; None: any
     adapter_version: str | None = None  # pinned when a cut-off answer goes on
+    parts: tuple[Part, ...] = ()
     tenant: str = ""
     cache_salt: str = ""
     sample_index: int = 0

@@ -4,6 +4,7 @@
     item    number:u64  what:u8  replica, [adapter version], [fault: code, message, param]  num_deltas:u32  delta*
     delta   sample:u32  what:u8  cached:u32  num_tokens:u32  token:u32*  text  [finish:u8]  [stop: text or i64]
             [error: code, message]  [logprobs: for each token its id:u32, value:f64, num_top:u32, (id:u32, value:f64)*]
+            [queue: f64]
     text    num_bytes:u32  UTF-8, in which lone surrogates may occur
 
 All numbers are little-endian. `what` says which of the parts in brackets follow. A router and a replica may be of two
@@ -18,13 +19,14 @@ from collections.abc import Iterable, Sequence
 from deployments.calls import Fault, StreamItem
 from engine.request import FinishReason, OutputDelta, OutputError, TokenLogprobs
 
-VERSION = 2
+VERSION = 3
 
 _HEAD = struct.Struct("<BIII")
 _ITEM = struct.Struct("<QB")
 _DELTA = struct.Struct("<IBII")
 _U32 = struct.Struct("<I")
 _I64 = struct.Struct("<q")
+_F64 = struct.Struct("<d")
 _LOGPROB = struct.Struct("<IdI")
 _TOP = struct.Struct("<Id")
 _REASONS = tuple(FinishReason)
@@ -32,6 +34,7 @@ _NUMBERS = {reason: bytes((number,)) for number, reason in enumerate(_REASONS)}
 
 _HAS_VERSION, _HAS_FAULT, _HAS_PARAM = 1, 2, 4
 _FINISHED, _STOP_TEXT, _STOP_TOKEN, _ERROR, _LOGPROBS = 1, 2, 4, 8, 16
+_QUEUED = 128
 
 
 class BadFrame(Exception):
@@ -100,6 +103,8 @@ def _write_delta(delta: OutputDelta, parts: list[bytes]) -> None:
         what |= _ERROR
     if logprobs is not None:
         what |= _LOGPROBS
+    if delta.queue_s:
+        what |= _QUEUED
     parts.append(_DELTA.pack(delta.sample_index, what, delta.num_cached_tokens, len(ids)))
     parts.append(_U32.pack(ids[0]) if len(ids) == 1 else struct.pack(f"<{len(ids)}I", *ids))
     parts.append(_text(delta.text))
@@ -116,6 +121,8 @@ def _write_delta(delta: OutputDelta, parts: list[bytes]) -> None:
         for chosen in logprobs:
             parts.append(_LOGPROB.pack(chosen.token_id, chosen.logprob, len(chosen.top)))
             parts += (_TOP.pack(*pair) for pair in chosen.top)
+    if delta.queue_s:
+        parts.append(_F64.pack(delta.queue_s))
 
 
 class _Reader:
@@ -157,7 +164,8 @@ class _Reader:
         if what & _ERROR:
             error = OutputError(self._text(), self._text())
         logprobs = self._logprobs() if what & _LOGPROBS else None
-        return OutputDelta(self._request_id, sample, ids, text, logprobs, reason, stop, error, cached)
+        queue_s = self._take(_F64)[0] if what & _QUEUED else 0.0
+        return OutputDelta(self._request_id, sample, ids, text, logprobs, reason, stop, error, cached, queue_s)
 
     def _logprobs(self) -> tuple[TokenLogprobs, ...]:
         (count,) = self._take(_U32)

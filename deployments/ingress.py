@@ -45,7 +45,8 @@ async def front(args: AppArgs, backend: Backend) -> FastAPI:
         adapters=store,
         prompts=prompts,
         model_id=args.model_id,
-        sources=args.adapters.source_names,
+        sources=args.adapters.source_kinds,
+        device=args.engine_config().device,
         allowed=args.adapters.allowed,
         max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
         defaults=sampling_defaults(args.model, args.generation_config, logger),

@@ -41,6 +41,7 @@ class EngineParts:
     block_bytes: int = 0  # of the KV cache: the pages of adapters that lie in it; 0: none do
     sized: SizedConfig | None = None  # None: what the settings leave open is as large as it ever is
     sizes: Sizes | None = None  # None: nobody planned any
+    dtype: str = ""  # what the base computes in; "": not known
 
     def sized_config(self, config: EngineConfig) -> SizedConfig:
         if self.sized is not None:
@@ -86,6 +87,7 @@ def _load_parts(config: EngineConfig, neighbours: Neighbours) -> EngineParts:
         block_bytes=shape.block_bytes,
         sized=sized,
         sizes=sizes,
+        dtype=str(loaded.dtype).removeprefix("torch."),
     )
 
 

@@ -51,6 +51,7 @@ class Engine:
         self._sizes = parts.sizes
         self.tokenizer = parts.tokenizer
         self.image_spec = parts.image_spec
+        self.dtype = parts.dtype
         self.limits = limits_of(config, parts)
         self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
         self._vocab_size = parts.vocab_size
@@ -318,12 +319,9 @@ class Engine:
         """Count what an update brings; the update, with the engine's own error if it is the cause."""
         self._totals.generated_tokens += len(update.token_ids)
         clock = self._clocks[update.request_id]
-        clock.gained(
-            len(update.token_ids),
-            update.num_cached_tokens,
-            ended=update.finish_reason is not None,
-            now_s=now_s,
-        )
+        is_over = update.finish_reason is not None
+        if clock.gained(len(update.token_ids), update.num_cached_tokens, ended=is_over, now_s=now_s):
+            update = update._replace(queue_s=clock.queue_s)
         if clock.num_samples_left == 0:
             del self._clocks[update.request_id]
             metrics = clock.metrics()

@@ -81,6 +81,7 @@ class OutputProcessor:
             sample.matcher.matched if stopped else update.stop_reason,
             None if stopped else update.error,
             update.num_cached_tokens,
+            update.queue_s,
         )
 
     def take_finishes(self) -> tuple[SampleKey, ...]:
@@ -155,4 +156,5 @@ def merge(deltas: Sequence[OutputDelta]) -> OutputDelta:
         stop_reason=last.stop_reason,
         error=last.error,
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
+        queue_s=max(delta.queue_s for delta in deltas),
     )

@@ -311,3 +311,4 @@ class OutputDelta(NamedTuple):
     stop_reason: str | int | None = None  # the stop string or stop token id that ended it
     error: OutputError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    queue_s: float = 0.0  # before the first step of its request; told once, in the request's first delta

@@ -73,8 +73,9 @@ class RequestClock:
         if self._start_s is None:
             self._start_s = now_s
 
-    def gained(self, num_tokens: int, num_cached_tokens: int, *, ended: bool, now_s: float) -> None:
-        """One sample gained tokens, or ended, or both."""
+    def gained(self, num_tokens: int, num_cached_tokens: int, *, ended: bool, now_s: float) -> bool:
+        """One sample gained tokens, or ended, or both. Whether these are the first tokens of all."""
+        is_first = bool(num_tokens) and self._first_token_s is None
         if num_tokens:
             self._first_token_s = self._first_token_s or now_s
             self._last_token_s = now_s
@@ -82,10 +83,15 @@ class RequestClock:
         if num_cached_tokens > self._num_cached_tokens:
             self._num_cached_tokens = num_cached_tokens
         self.num_samples_left -= ended
+        return is_first
+
+    @property
+    def queue_s(self) -> float:
+        return (self._start_s or self._arrival_s) - self._arrival_s
 
     def metrics(self) -> RequestMetrics:
         return RequestMetrics(
-            queue_s=(self._start_s or self._arrival_s) - self._arrival_s,
+            queue_s=self.queue_s,
             ttft_s=(self._first_token_s or self._arrival_s) - self._arrival_s,
             decode_s=(self._last_token_s or 0.0) - (self._first_token_s or 0.0),
             num_prompt_tokens=self._num_prompt_tokens,

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -35,6 +34,7 @@ from deployments.http.methods import HeadAsGet, allowed_methods, check_query
 from deployments.http.origin import LOOPBACK_PAGES
 from deployments.http.reading import route_class
 from deployments.http.validation import cut, fault_of_validation
+from deployments.http.versions import own_version
 from deployments.http.wire import INERT_HEADER
 from deployments.router.gateway import Gateway
 from deployments.settings.app import LimitSettings
@@ -44,7 +44,7 @@ logger = logging.getLogger("ray.serve")
 
 HEALTH_CACHE_S = 1.0
 STORE_TIMEOUT_S = 5.0  # of GET /stats
-LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+LORAX_PATHS = frozenset({"/", "/generate", "/generate_stream", "/info", "/startup", "/classify", "/classify_batch"})
 ANTHROPIC_PATHS = "/v1/messages"
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
 
@@ -54,7 +54,7 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
     # The page's scripts and styles come from here: a browser without the internet would see nothing else.
     app = FastAPIOffline(
         title="Chorus",
-        version=_version(),
+        version=own_version(),
         redoc_url=None,
         static_url=DOCS_FILES,
         dependencies=[Depends(check_query)],
@@ -81,13 +81,6 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
             expose_headers=[INERT_HEADER, "Retry-After"],
         )
     return app
-
-
-def _version() -> str:
-    try:
-        return version("chorus-serve")
-    except PackageNotFoundError:  # run from a folder that was copied, not installed
-        return "unknown"
 
 
 def _add_operation(app: FastAPI, gateway: Gateway) -> None:

@@ -41,8 +41,10 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached: dict[int, int] = field(default_factory=dict)  # prompt index -> tokens
+    queue_s: float = 0.0  # the longest that a prompt waited for its first step
 
     def add(self, prompt: int, delta: OutputDelta) -> None:
+        self.queue_s = max(self.queue_s, delta.queue_s)
         self.completion_tokens += len(delta.token_ids)
         self.cached[prompt] = max(self.cached.get(prompt, 0), delta.num_cached_tokens)
 

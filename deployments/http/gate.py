@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.calls import Fault, Refused
 from deployments.http.auth import ApiKeys, Caller
 
-OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/docs/oauth2-redirect"})
+OPEN_PATHS = frozenset({"/health", "/startup", "/docs", "/openapi.json", "/docs/oauth2-redirect"})
 DOCS_FILES = "/docs/files"  # what the page at /docs loads: open too
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapter_store.records import MAX_NAME_CHARS
+from deployments.calls import MAX_MERGED
 from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 # Of any body, counted before it is parsed.
@@ -79,6 +80,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(LORAX, "inputs", "bytes of text", 2**20, "max_prompt_bytes"),
     Limit(LORAX, "adapter_id", "characters", MAX_MODEL_CHARS),
     Limit(LORAX, "adapter_source", "characters", MAX_SOURCE_CHARS),
+    Limit(LORAX, "merged_adapters.ids", "adapters merged for one request", MAX_MERGED),
     Limit(LORAX, "stop", "strings", MAX_STOP_STRINGS),
     Limit(LORAX, "stop", "characters of one", MAX_STOP_CHARS),
     Limit(LORAX, "best_of", "samples", MAX_N),

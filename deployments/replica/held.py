@@ -14,18 +14,21 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from adapter_store.errors import SourceUnavailable, StoreError
-from adapter_store.records import AdapterRecord, Lease
-from deployments.calls import Refused
+from adapter_store.records import Lease
+from deployments.calls import Part, Refused
+from deployments.replica.leases import Store
+from deployments.replica.merges import Merges
 from engine.aio.owners import AdapterNews
 from engine.image_spec import ImageSpec
 from engine.lora.image import AdapterImage, AdapterManifest
+from engine.lora.merging import merge_key
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,26 +38,6 @@ MAX_LOOKED_AT = 16  # meanings, for one that may be forgotten without loss
 MAX_MANIFESTS = 256  # of versions that were held before: checking one again takes a millisecond for 200 sites
 
 
-class Store(Protocol):
-    """The adapter store, as a replica uses it. Every method waits for a restarting store, then raises Refused."""
-
-    async def resolve(self, name: str, source: str | None = None, *, wait_s: float | None = None) -> AdapterRecord: ...
-
-    async def lease(self, name: str, source: str | None, version: str | None) -> tuple[Lease, object]:
-        """The lease and the bytes of the image (a view of shared memory)."""
-        ...
-
-    async def lease_again(self, lease: Lease) -> Lease:
-        """The image of a lease that was lost, leased anew; its bytes are not asked for."""
-        ...
-
-    def release(self, lease: Lease) -> Coroutine[Any, Any, None]: ...
-
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
-        """Keeps the leases on `versions`; returns those that there are none on any more."""
-        ...
-
-
 @dataclass(slots=True)
 class Held:
     """One held version."""
@@ -62,11 +45,16 @@ class Held:
     name: str
     version: str
     image: AdapterImage
-    lease: Lease  # keeps the object's reference as long as its bytes are in use
+    lease: Lease | None  # keeps the object's reference as long as its bytes are in use; None: it was made here, of
+    parts: tuple[Held, ...] = ()  # these, which are held as long as it is
     users: int = 0  # requests between borrowing and their end
     offers: int = 0  # it was handed to the engine so often without an answer yet
     in_engine: bool = False  # what the engine said last
+    pin: str = ""  # what a call says that must have this and nothing newer
     is_gone: bool = False  # its lease was lost, and the store cannot give it again: what is here is the last of it
+
+
+_Key = tuple[str, str | None, str | None]  # a name, its source, a version
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +67,16 @@ class HeldAdapters:
     """Lives on one event loop, an `ImageOwner` of the engine; only `told` may be called from other threads."""
 
     def __init__(
-        self, store: Store, spec: ImageSpec, *, refresh_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        spec: ImageSpec,
+        *,
+        refresh_s: float,
+        merges: Merges | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._merges = merges or Merges(spec)
         self._spec = spec
         self._refresh_s = refresh_s
         self._clock = clock
@@ -89,20 +84,40 @@ class HeldAdapters:
         self._meanings: OrderedDict[tuple[str, str | None], _Meaning] = OrderedDict()  # the one used last is last
         self._held: dict[str, Held] = {}
         self._manifests: OrderedDict[str, AdapterManifest] = OrderedDict()  # the latest last
-        self._loading: dict[tuple[str, str | None, str | None], asyncio.Task[Held]] = {}
+        self._loading: dict[_Key, asyncio.Task[Held]] = {}
         self._renewing: set[tuple[str, str | None]] = set()
         self._background_tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def borrowed(self, name: str, source: str | None, version: str | None) -> AsyncIterator[Held]:
+    async def borrowed(
+        self, name: str, source: str | None, version: str | None, parts: Sequence[Part] = ()
+    ) -> AsyncIterator[Held]:
         """The version that `name` means now, or exactly `version`; it is held until the block ends.
 
-        Raises: a StoreError, Refused (`store_unavailable`), AdapterImageInvalid.
+        With `parts` it is what these come to, and `version` theirs (see `Call`). Raises: a StoreError, Refused
+        (`store_unavailable`, `queue_full`), AdapterImageInvalid, AdapterTooLarge.
         """
+        if parts:
+            async with AsyncExitStack() as stack:
+                versions: list[str | None] = [*version.split(",")] if version else [None] * len(parts)
+                borrowed = [
+                    await stack.enter_async_context(self.borrowed(part.name, part.source, of_part))
+                    for part, of_part in zip(parts, versions, strict=True)
+                ]
+                held = await self._merged(name, tuple(zip(borrowed, (part.weight for part in parts), strict=True)))
+                async with self._in_use(held):
+                    await stack.aclose()  # it holds its parts itself
+                    yield held
+            return
         held = await self._find(name, source, version)
+        async with self._in_use(held):
+            yield held
+
+    @asynccontextmanager
+    async def _in_use(self, held: Held) -> AsyncIterator[None]:
         held.users += 1
         try:
-            yield held
+            yield
         finally:
             held.users -= 1
             self._drop_unused(held)
@@ -125,7 +140,7 @@ class HeldAdapters:
 
         Raises: what `Store.heartbeat` does.
         """
-        beating = {version: held for version, held in self._held.items() if not held.is_gone}
+        beating = {version: held for version, held in self._held.items() if held.lease and not held.is_gone}
         for version in await self._store.heartbeat(tuple(beating)):
             held = beating.get(version)
             if held is not None and self._held.get(version) is held:  # not given back, nor leased anew, meanwhile
@@ -203,15 +218,17 @@ class HeldAdapters:
 
     async def _load(self, name: str, source: str | None, version: str | None) -> Held:
         """Single flight: a caller that goes away does not stop the others."""
-        key = (name, source, version)
+        return await self._once((name, source, version), lambda: self._lease(name, source, version))
+
+    async def _once(self, key: _Key, load: Callable[[], Coroutine[Any, Any, Held]]) -> Held:
         task = self._loading.get(key)
         if task is None:
-            task = asyncio.ensure_future(self._lease(name, source, version))
+            task = asyncio.ensure_future(load())
             self._loading[key] = task
             task.add_done_callback(lambda done: self._loaded(key, done))
         return await asyncio.shield(task)
 
-    def _loaded(self, key: tuple[str, str | None, str | None], task: asyncio.Task[Held]) -> None:
+    def _loaded(self, key: _Key, task: asyncio.Task[Held]) -> None:
         del self._loading[key]
         if task.cancelled() or task.exception() is not None:
             return  # told to whoever waits
@@ -229,13 +246,42 @@ class HeldAdapters:
             except BaseException:
                 self._give_back(lease)
                 raise
-            held = Held(name, lease.version, image, lease)
+            held = Held(name, lease.version, image, lease, pin=lease.version)
             self._held[lease.version] = held
         else:
             held.lease, held.is_gone = lease, False  # the lease that was before has ended with it
         return held
 
+    async def _merged(self, name: str, parts: tuple[tuple[Held, float], ...]) -> Held:
+        """What borrowed `parts` come to, each with its weight: held already, or made now, once for all who ask."""
+        key = merge_key((part.version, weight) for part, weight in parts)
+        if (held := self._held.get(key)) is not None:
+            return held
+        return await self._once((name, None, key), lambda: self._merge(name, key, parts))
+
+    async def _merge(self, name: str, key: str, parts: tuple[tuple[Held, float], ...]) -> Held:
+        async with AsyncExitStack() as stack:
+            for part, _ in parts:  # whoever asked first may go away meanwhile
+                await stack.enter_async_context(self._in_use(part))
+            image = await self._merges.made(
+                key, [(part.image, weight) for part, weight in parts], self._unloaded_bytes()
+            )
+            held = self._held.get(key)
+            if held is None:
+                pin = ",".join(part.version for part, _ in parts)
+                held = Held(name, key, image, None, tuple(part for part, _ in parts), pin=pin)
+                self._held[key] = held
+                for part in held.parts:
+                    part.users += 1
+        return held
+
+    def _unloaded_bytes(self) -> int:
+        """Of images that were made here and the engine does not have: what waits for room there, or for its request."""
+        made = (held for held in self._held.values() if held.lease is None and not held.in_engine)
+        return sum(held.image.num_bytes for held in made)
+
     async def _lease_again(self, held: Held) -> None:
+        assert held.lease is not None, "what was made here has none that could be lost"
         try:
             lease = await self._store.lease_again(held.lease)
         except (StoreError, Refused) as error:
@@ -275,7 +321,11 @@ class HeldAdapters:
         if held.users or held.offers or held.in_engine or self._held.get(held.version) is not held:
             return
         del self._held[held.version]
-        self._give_back(held.lease)
+        if held.lease is not None:
+            self._give_back(held.lease)
+        for part in held.parts:
+            part.users -= 1
+            self._drop_unused(part)
 
     def _give_back(self, lease: Lease) -> None:
         self._background(self._store.release(lease), "a lease was not given back and will expire")

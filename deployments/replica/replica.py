@@ -30,6 +30,7 @@ from deployments.errors import fault_of
 from deployments.listener import take_calls_at_this_node_only
 from deployments.replica.alone import Door
 from deployments.replica.held import Held, HeldAdapters
+from deployments.replica.merges import Merges
 from deployments.replica.neighbours import neighbours_here
 from deployments.replica.reporter import Reporter
 from deployments.replica.subscribers import Run, Subscribers
@@ -70,10 +71,21 @@ class Replica:
         )
         await self._store.start()
         # The store looks at its sources half as often as it may, this replica asks the store as often again.
-        self._adapters = HeldAdapters(self._store, spec, refresh_s=args.adapters.refresh_s / 2)
+        merges = Merges(
+            spec,
+            max_rank=args.adapters.max_rank,
+            max_bytes=args.adapters.max_adapter_bytes,
+            waiting_bytes=max(args.adapters.max_adapter_bytes, engine.config.adapter_bytes),
+        )
+        self._adapters = HeldAdapters(self._store, spec, refresh_s=args.adapters.refresh_s / 2, merges=merges)
         self._engine = AsyncEngine(engine, image_owner=self._adapters, on_death=_exit_soon)
         self._engine.start()
         self._in_hand = 0
+        self._model = {
+            "dtype": engine.dtype,
+            "block_size": engine.config.block_size,
+            "max_queued_requests": engine.config.max_queued_requests,
+        }
         self._door = Door()
         self._subscribers = Subscribers(self._id, self._observe)
         self._is_stopping = False
@@ -135,8 +147,9 @@ class Replica:
         try:
             yield StreamItem(replica=self._id)
             async with self._image_of(call) as held:
-                version = held.version if held else None
-                stream = self._engine.generate(_request(call, version), held.image if held else None)
+                version = held.pin if held else None
+                request = _request(call, held.version if held else None)
+                stream = self._engine.generate(request, held.image if held else None)
                 async with aclosing(cast("AsyncGenerator[OutputDelta]", stream)) as deltas:
                     async for delta in deltas:
                         self._door.produced(call, len(delta.token_ids))
@@ -157,8 +170,8 @@ class Replica:
         call = run.submission.call
         try:
             async with self._image_of(call) as held:
-                run.item_version = held.version if held else None
-                request = _request(call, run.item_version)
+                run.item_version = held.pin if held else None
+                request = _request(call, held.version if held else None)
                 run.stream = await self._engine.open(request, held.image if held else None, run.wake)
                 try:
                     await run.ended
@@ -200,7 +213,8 @@ class Replica:
         if call.adapter is None:
             yield None
             return
-        async with self._adapters.borrowed(call.adapter, call.adapter_source, call.adapter_version) as held:
+        named = (call.adapter, call.adapter_source, call.adapter_version, call.parts)
+        async with self._adapters.borrowed(*named) as held:
             yield held
 
     def _report(self, router: str) -> bytes:
@@ -228,6 +242,7 @@ class Replica:
             "resident": self._adapters.names_of(stats.resident_adapters),
             "host": self._adapters.names,
             "pinned": self._warmer.pinned,
+            "model": self._model,
             "engine": dataclasses.asdict(stats),
         }
 

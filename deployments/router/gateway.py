@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Protocol
 from adapter_store.errors import AdapterNameInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
 from deployments.asks import Ask
-from deployments.calls import Call, Fault, Refused, prefix_hints
+from deployments.calls import Call, Fault, Refused, merge_name, prefix_hints
 from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.router.prompts import Prompts
 from deployments.router.streams import Backend, Primed, all_primed, answer
@@ -61,6 +62,8 @@ class Opened:
     seeds: tuple[int, ...]  # of each prompt
     prompts: tuple[tuple[int, ...], ...]
     streams: Sequence[Primed[OutputDelta]]
+    sent_s: float  # when it was checked and tokenised, on the monotonic clock
+    first_s: float  # when each prompt had its first tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,8 @@ class Gateway:
     adapters: Adapters
     prompts: Prompts
     model_id: str
-    sources: tuple[str, ...] = ()  # names that adapter_source may say
+    sources: Mapping[str, str] = field(default_factory=dict)  # names that adapter_source may say, and their kinds
+    device: str = "cpu"  # of the replicas
     allowed: tuple[str, ...] | None = None  # shell patterns of adapter names
     max_resumes: int = 8
     suspects: Suspects = field(default_factory=Suspects)
@@ -106,6 +110,17 @@ class Gateway:
             known = ", ".join(self.sources) or "none"
             raise InvalidRequest(param, f"{source!r} is not configured; known: {known}")
 
+    def _expect(self, ask: Ask) -> None:
+        """Checks the adapters of `ask`, and tells the store of each. Raises: as `check_adapter`, `check_source`."""
+        named = [(part.name, part.source) for part in ask.parts]
+        if ask.adapter is not None:
+            named.append((ask.adapter, ask.adapter_source))
+        for name, source in named:
+            self.check_adapter(name, ask.model_param)
+            self.check_source(source, "adapter_source")
+        for name, source in dict.fromkeys(named):
+            self.adapters.expect(name, source)
+
     async def list_adapters(self, after: str | None, limit: int) -> AdapterPage:
         """Those of at most `limit` names behind `after` that requests can ask for: a page may be short, even empty.
 
@@ -130,11 +145,10 @@ class Gateway:
 
         Raises: Refused, or an error of the engine's or the store's tree. Then nothing of the request runs on.
         """
-        if ask.adapter is not None:
-            self.check_adapter(ask.adapter, ask.model_param)
-            self.check_source(ask.adapter_source, "adapter_source")
-            self.adapters.expect(ask.adapter, ask.adapter_source)
+        adapter = merge_name(ask.parts) if ask.parts else ask.adapter
+        self._expect(ask)
         prompts = await self.prompts.encode(ask)
+        sent_s = time.monotonic()
         # Of our own making whatever the caller's is: two running requests never have one id.
         request_id = uuid.uuid4().hex
         # A seed that was given makes each prompt's answer what it would be if it were sent alone. One that is drawn is
@@ -149,18 +163,27 @@ class Gateway:
                 prompt_token_ids=ids,
                 params=ask.params,
                 seed=seeds[index],
-                adapter=ask.adapter,
+                adapter=adapter,
                 adapter_source=ask.adapter_source,
+                parts=ask.parts,
                 tenant=tenant or ask.user,
                 cache_salt=salt,
-                prefix_hints=prefix_hints(ask.adapter, salt, ids),
+                prefix_hints=prefix_hints(adapter, salt, ids),
             )
             for index, ids in enumerate(prompts)
         ]
         told_id = ask.request_id or request_id
-        asked = (request_id, told_id, tenant, ask.user, ask.adapter)
+        names = ", ".join(f"{part.weight:g} {part.name}" for part in ask.parts) or ask.adapter
+        asked = (request_id, told_id, tenant, ask.user, names)
         logger.info("request %s id=%r tenant=%r user=%r adapter=%r", *asked)
         streams = await all_primed(
             [answer(self.backend, call, max_resumes=self.max_resumes, suspects=self.suspects) for call in calls]
         )
-        return Opened(request_id=told_id, seeds=seeds, prompts=tuple(prompts), streams=streams)
+        return Opened(
+            request_id=told_id,
+            seeds=seeds,
+            prompts=tuple(prompts),
+            streams=streams,
+            sent_s=sent_s,
+            first_s=time.monotonic(),
+        )

@@ -59,6 +59,18 @@ class Prompts:
         run = asyncio.get_running_loop().run_in_executor
         return await asyncio.gather(*(run(self._pool, self._encode_one, prompt, ask) for prompt in ask.prompts))
 
+    async def pieces(self, text: str, add_special_tokens: bool, param: str) -> list[tuple[int, str, int, int]]:
+        """Of each token of `text` its id, its word, its beginning and its end in characters.
+
+        Raises: InvalidRequest naming `param`; Refused when it is too long.
+        """
+        self._check_size(len(text.encode(errors="replace")), param)
+        text = _valid(text, param)
+        if _is_small(text):
+            return self._tokenizer.pieces(text, add_special_tokens)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._pool, self._tokenizer.pieces, text, add_special_tokens)
+
     def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
         """In a thread of the pool if it is long, as is all that grows with the prompt."""
         param = ask.prompt_param

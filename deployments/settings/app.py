@@ -89,9 +89,9 @@ class AdapterSettings(Settings):
         return max(self.max_adapter_bytes, min(GIB, memory_bytes // 16))
 
     @property
-    def source_names(self) -> tuple[str, ...]:
-        """What a request's adapter_source may say."""
-        return (CATALOG, *(source.name for source in self.sources))
+    def source_kinds(self) -> dict[str, str]:
+        """What a request's adapter_source may say, and of what kind each source is."""
+        return {CATALOG: CATALOG} | {source.name: source.kind for source in self.sources}
 
 
 class LimitSettings(Settings):

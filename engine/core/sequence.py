@@ -45,6 +45,7 @@ class SequenceUpdate(NamedTuple):
     stop_reason: int | None = None  # the stop token id that ended it
     error: OutputError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    queue_s: float = 0.0  # set by the engine, which has a clock
 
 
 @dataclass(frozen=True, slots=True)

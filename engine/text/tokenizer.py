@@ -88,6 +88,19 @@ class Tokenizer:
             raise InvalidRequest("prompt", f"it is not text that can be encoded: {error}") from error
         return ids
 
+    def pieces(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
+        """Of each token its id, the vocabulary's word for it, and where in `text` it begins and ends, in characters.
+
+        Raises: InvalidRequest as `encode`.
+        """
+        try:
+            (encoding,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise InvalidRequest("prompt", f"it is not text that can be encoded: {error}") from error
+        return [
+            (i, token, *span) for i, token, span in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+        ]
+
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True, clean_up: bool = True) -> str:
         """The text of the tokens, as transformers reads them: with the clean-up of spaces that some tokenizers ask for,
         unless `clean_up` is False.

@@ -82,6 +82,7 @@ class FakeBackend:
     fault_after: int = 0
     pause_s: float = 0.0
     version: str = "v1"
+    queue_s: float = 0.0
     number_samples: bool = False  # write its index behind each sample
     calls: list[Call] = field(default_factory=list)
     open_streams: int = 0
@@ -122,6 +123,7 @@ class FakeBackend:
                     if at < len(ids)
                 )
             )
+        steps[0] = (steps[0][0]._replace(queue_s=self.queue_s), *steps[0][1:])
         return steps
 
     def _output(self, call: Call, index: int) -> tuple[list[int], FinishReason]:
@@ -250,7 +252,7 @@ def serve(
         adapters=adapters,
         prompts=make_prompts(limits),
         model_id="demo",
-        sources=("local", "s3"),
+        sources={"local": "file", "s3": "s3"},
         allowed=allowed,
         max_resumes=max_resumes,
         defaults=defaults or {},

@@ -57,7 +57,11 @@ def test_one_that_died_comes_back_empty_and_one_that_is_idle_leaves():
         kept = SharedAnswers(connect)
         await kept.put("a", "1", b"x")
         ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=False)
-        assert await kept.get("a", "1") is None
+
+        async def is_empty() -> bool:
+            return await kept.get("a", "1") is None
+
+        await until_async(is_empty, "the killed actor comes back empty")
         await until_async(is_gone, "the idle actor leaves", 60.0)
         assert await kept.put("a", "2", b"y"), "the next call begins one"
         assert await kept.get("a", "2") == b"y"

@@ -82,6 +82,9 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (LORAX, "inputs", "bytes of text"): lambda n: _generate("x" * n),
     (LORAX, "adapter_id", "characters"): lambda n: _generate(adapter_id="m" * n),
     (LORAX, "adapter_source", "characters"): lambda n: _generate(adapter_id="alpha", adapter_source="s" * n),
+    (LORAX, "merged_adapters.ids", "adapters merged for one request"): lambda n: _generate(
+        merged_adapters={"ids": ["alpha"] * n, "weights": [1] * n}
+    ),
     (LORAX, "stop", "strings"): lambda n: _generate(stop=["~"] * n),
     (LORAX, "stop", "characters of one"): lambda n: _generate(stop=["~" * n]),
     (LORAX, "best_of", "samples"): lambda n: _generate(best_of=n, do_sample=True),

@@ -67,7 +67,7 @@ INERT: list[tuple[str, dict[str, Any], list[str]]] = [
     (CHAT, _said(annotations=[]), ["annotations"]),
     (CHAT, {"safety_identifier": "a", "user": "b"}, ["user"]),
     (CHAT, {"stream_options": {"include_obfuscation": False}, "stream": True}, ["include_obfuscation"]),
-    (GENERATE, {"typical_p": 1, "watermark": False}, ["typical_p", "watermark"]),
+    (GENERATE, {"decoder_input_details": False, "watermark": False}, ["watermark", "decoder_input_details"]),
 ]  # fmt: skip
 PLAIN: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"top_logprobs": 0, "logprobs": False}),

@@ -13,3 +13,7 @@ EVENTS = (
     'data:{"token":{"id":79,"text":"O","logprob":-0.01,"special":false,"skipped":false},'
     '"generated_text":null,"details":null}\n\n'
 )
+TOKENIZE_REQUEST: dict[str, Any] = {"inputs": "One base"}
+TOKENIZE_ANSWER = [{"id": 79, "text": "O", "start": 0, "stop": 1}]
+CLASSIFY_REQUEST: dict[str, Any] = {"inputs": "One base"}
+CLASSIFY_BATCH_REQUEST: dict[str, Any] = {"inputs": ["One base", "many voices"]}

@@ -1,7 +1,8 @@
-"""Routes of the LoRAX API."""
+"""Routes of the LoRAX API that generate."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,22 +12,23 @@ from fastapi.routing import APIRoute
 from deployments.asks import Ask
 from deployments.http.collect import Sample, collect
 from deployments.http.documented import answers, failures
-from deployments.http.lorax import examples, replies, sse
+from deployments.http.lorax import examples, headers, replies, service, sse
 from deployments.http.lorax.schema import CompatRequest, GenerateRequest, Parameters
-from deployments.http.lorax.translate import generate_ask, samples
+from deployments.http.lorax.translate import generate_ask, samples, wants_details
 from deployments.http.responses import EventResponse, closing, inert_header
 from deployments.router.gateway import Gateway, Opened
 
 
 def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
-    """/generate, /generate_stream and /. `route_class`: see `deployments.http.reading`."""
+    """All paths of LoRAX but its OpenAI endpoints. `route_class`: see `deployments.http.reading`."""
     told = failures(lambda answer: answer.lorax_status, replies.error_body)
     router = APIRouter(tags=["LoRAX"], responses=told, route_class=route_class)
 
     @router.post("/generate", responses=answers(examples.ANSWER))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue `inputs`; `parameters.adapter_id` names the adapter, none is the base."""
-        return JSONResponse(await _whole(gateway, body, request), headers=inert_header(request.state.inert))
+        whole, headers = await _whole(gateway, body, request)
+        return JSONResponse(whole, headers=headers)
 
     @router.post("/generate_stream", responses=answers(None, examples.EVENTS))
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
@@ -38,35 +40,48 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         """As `/generate_stream` with `stream`, else as `/generate`, in a list of one."""
         if body.stream:
             return await _stream(gateway, body, request)
-        return JSONResponse([await _whole(gateway, body, request)], headers=inert_header(request.state.inert))
+        whole, headers = await _whole(gateway, body, request)
+        return JSONResponse([whole], headers=headers)
 
+    service.add(router, gateway)
     return router
 
 
 def _ask(gateway: Gateway, body: GenerateRequest, *, stream: bool) -> Ask:
-    return generate_ask(body, gateway.model_id, gateway.defaults, stream=stream)
+    return generate_ask(body, gateway.model_id, gateway.defaults, gateway.sources, stream=stream)
+
+
+def _inert(asked: Parameters, ask: Ask, request: Request) -> dict[str, str]:
+    """Beside the fields that never have an effect, a source without an adapter in it has none."""
+    is_idle = asked.adapter_source is not None and not ask.adapter and not ask.parts
+    return inert_header((*request.state.inert, *(("adapter_source",) if is_idle else ())))
 
 
 async def _stream(gateway: Gateway, body: GenerateRequest, request: Request) -> Response:
     asked = body.parameters or Parameters()
-    opened = await gateway.open(_ask(gateway, body, stream=True), request.state.caller.tenant)
+    ask = _ask(gateway, body, stream=True)
+    opened = await gateway.open(ask, request.state.caller.tenant)
     alternatives = asked.return_k_alternatives is not None
     writer = replies.TokenWriter(gateway.prompts, opened.prompts[0], alternatives=alternatives)
     seed = opened.seeds[0] if samples(asked) else None
     prefix = body.inputs if asked.return_full_text else ""
     events = sse.events(opened, writer, prefix, seed, with_details=bool(asked.details))
-    return EventResponse(events, opened, inert_header(request.state.inert))
+    told = headers.of_any(gateway, ask, body.inputs, opened) | _inert(asked, ask, request)
+    return EventResponse(events, opened, told)
 
 
-async def _whole(gateway: Gateway, body: GenerateRequest, request: Request) -> dict[str, Any]:
+async def _whole(gateway: Gateway, body: GenerateRequest, request: Request) -> tuple[dict[str, Any], dict[str, str]]:
+    began_s = time.monotonic()
     asked = body.parameters or Parameters()
-    opened = await gateway.open(_ask(gateway, body, stream=False), request.state.caller.tenant)
+    ask = _ask(gateway, body, stream=False)
+    opened = await gateway.open(ask, request.state.caller.tenant)
     async with closing(opened):
-        by_prompt, _ = await collect(opened)
+        by_prompt, usage = await collect(opened)
     ranked = sorted(by_prompt[0].values(), key=lambda sample: -sample.mean_logprob)
     prefix = body.inputs if asked.return_full_text else ""
-    details = _details(gateway, asked, opened, ranked, prefix) if asked.details else None
-    return replies.reply(prefix + ranked[0].text, details)
+    details = _details(gateway, asked, opened, ranked, prefix) if wants_details(asked) else None
+    told = headers.of_any(gateway, ask, body.inputs, opened) | headers.of_whole(opened, began_s, usage)
+    return replies.reply(prefix + ranked[0].text, details), told | _inert(asked, ask, request)
 
 
 def _details(gateway: Gateway, asked: Parameters, opened: Opened, ranked: list[Sample], prefix: str) -> dict[str, Any]:

@@ -1,28 +1,58 @@
-"""Bodies of the LoRAX API. Each field of LoRAX is honoured, or refused with 422 naming it."""
+"""Bodies of the LoRAX API. Each field of LoRAX is honoured, or refused with 422 naming it: docs/lorax.md lists them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
+from deployments.calls import MAX_MERGED
 from deployments.http.limits import MAX_MODEL_CHARS, MAX_SOURCE_CHARS
 from deployments.http.lorax import examples
 from deployments.http.openai.schema import Stop
-from deployments.http.wire import Body, Whole, refused
+from deployments.http.wire import Body, Whole, inert, refused, shown, wrong
+
+AdapterId = Annotated[str, Field(max_length=MAX_MODEL_CHARS)]
+AdapterSource = Annotated[str, Field(max_length=MAX_SOURCE_CHARS)]
+_TOKENS = "tokens of a request's own; adapter sources are configured on the server, with their credentials"
+_WATERMARK = "watermarks; only a detector that draws LoRAX's random numbers, on its device, could tell them"
 
 
-class Parameters(Body):
+def _strategy(name: str) -> str:
+    if name == "linear":
+        return name
+    if name in ("ties", "dare_linear", "dare_ties"):
+        raise wrong(f"{name!r} is not served; send 'linear', or merge offline and upload the result")
+    raise wrong(f"{shown(name)} is none of LoRAX's strategies; send 'linear'")
+
+
+class MergedAdapters(Body):
+    """Several adapters as one: what they add to each layer is weighted and summed, whatever their ranks."""
+
+    ids: Annotated[list[Annotated[AdapterId, Field(min_length=1)]], Field(min_length=1, max_length=MAX_MERGED)]
+    weights: Annotated[list[float], Field(min_length=1, max_length=MAX_MERGED)]  # one for each of `ids`
+    merge_strategy: Annotated[str, AfterValidator(_strategy)] | None = None  # None: linear
+    density: Annotated[Annotated[float, Field(ge=0, le=1)] | None, inert("linear merges leave nothing out")] = None
+    majority_sign_method: Annotated[Literal["total", "frequency"] | None, inert("linear merges elect no signs")] = None
+
+
+class AdapterChoice(Body):
+    """Which adapter a request is for."""
+
+    adapter_id: AdapterId | None = None  # None or "": the base
+    adapter_source: AdapterSource | None = None  # a configured source by its name, or the only one of a kind by that
+    merged_adapters: MergedAdapters | None = None
+    api_token: Annotated[Any, refused(_TOKENS, "")] = None
+
+
+class Parameters(AdapterChoice):
     """`parameters` of a request."""
 
-    adapter_id: Annotated[str, Field(max_length=MAX_MODEL_CHARS)] | None = None  # None or "": the base
-    adapter_source: Annotated[str, Field(max_length=MAX_SOURCE_CHARS)] | None = (
-        None  # local, s3, or the name of a configured source
-    )
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None  # 0: greedy
     top_k: Annotated[Whole, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[Whole, Field(ge=0, lt=2**64)] | None = None
     max_new_tokens: Annotated[Whole, Field(gt=0)] | None = None  # None: until the context is full
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
@@ -33,16 +63,13 @@ class Parameters(Body):
     best_of: Annotated[Whole, Field(gt=0)] | None = None
     return_full_text: bool | None = None
     truncate: Annotated[Whole, Field(gt=0)] | None = None  # keep the last so many prompt tokens
+    apply_chat_template: bool | None = None  # `inputs` is what a user says, or a conversation as JSON
     details: bool | None = None
     return_k_alternatives: Annotated[Whole, Field(gt=0)] | None = None
     # Refused.
-    merged_adapters: Annotated[Any, refused("merged adapters; merge them offline and upload the result")] = None
-    api_token: Annotated[Any, refused("private hub adapters")] = None
-    typical_p: Annotated[Any, refused("typical sampling; use top_p or min_p", 1.0)] = None
-    watermark: Annotated[Any, refused("watermarks", False)] = None
+    watermark: Annotated[Any, refused(_WATERMARK, False)] = None
     decoder_input_details: Annotated[Any, refused("log-probabilities of the prompt", False)] = None
     response_format: Annotated[Any, refused("constrained output")] = None
-    apply_chat_template: Annotated[Any, refused("use /v1/chat/completions", False)] = None
 
 
 class GenerateRequest(Body):
@@ -58,3 +85,28 @@ class CompatRequest(GenerateRequest):
     """Body of POST /."""
 
     stream: bool | None = None
+
+
+class TokenizeRequest(Body):
+    """Body of POST /tokenize, as LoRAX has it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.TOKENIZE_REQUEST})
+
+    inputs: Annotated[str, Field(min_length=1)]
+    add_special_tokens: bool | None = None  # None: true
+
+
+class ClassifyRequest(Body):
+    """Body of POST /classify."""
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.CLASSIFY_REQUEST})
+
+    inputs: str
+
+
+class ClassifyBatchRequest(Body):
+    """Body of POST /classify_batch."""
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.CLASSIFY_BATCH_REQUEST})
+
+    inputs: list[str]

@@ -1,9 +1,9 @@
 """LoRAX bodies to `Ask`s: pure.
 
-As in LoRAX, a request samples when it says `do_sample` or sets a temperature other than 1, `top_k` or `top_p`; else it
-is greedy. The model's own defaults fill in what a request that samples leaves out, and a repetition penalty always;
-they make no request sample that would not. A stop sequence stays in the text. `best_of` runs as many samples and keeps
-the likeliest.
+As in LoRAX, a request samples when it says `do_sample` or sets a temperature other than 1, `top_k`, `top_p` or
+`typical_p`; else it is greedy. The model's own defaults fill in what a request that samples leaves out, and a
+repetition penalty always; they make no request sample that would not. A stop sequence stays in the text. `best_of` runs
+as many samples and keeps the likeliest.
 """
 
 from __future__ import annotations
@@ -11,31 +11,112 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deployments.asks import Ask
-from deployments.http.lorax.schema import GenerateRequest, Parameters
+from pydantic import TypeAdapter, ValidationError
+
+from deployments.asks import Ask, Chat, Prompt
+from deployments.calls import Part, Refused
+from deployments.http.limits import MAX_MESSAGES, MAX_OTHER_VALUES
+from deployments.http.lorax.schema import AdapterChoice, GenerateRequest, Parameters
+from deployments.http.openai.messages import Message, as_template_takes_it
+from deployments.http.reading import read_json
 from engine.errors import InvalidRequest
 from engine.request import MAX_LOGPROBS, SamplingParams
 
 _OUR_NAMES = {"max_tokens": "max_new_tokens", "n": "best_of", "logprobs": "return_k_alternatives"}
 
 
-def generate_ask(body: GenerateRequest, model_id: str, defaults: Mapping[str, Any], *, stream: bool) -> Ask:
-    """`defaults`: of the model, where the request gives none. Raises: InvalidRequest naming the field as LoRAX does."""
+# What LoRAX calls a kind of source, and what settings call it.
+_KINDS = {"local": "file", "s3": "s3", "hub": "hub"}
+_PREDIBASE = "'pbase' is Predibase's own registry, which is not read here; copy the adapter into a configured source"
+_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
+
+
+def generate_ask(
+    body: GenerateRequest, model_id: str, defaults: Mapping[str, Any], sources: Mapping[str, str], *, stream: bool
+) -> Ask:
+    """`defaults`: of the model, where the request gives none. `sources`: names of sources and their kinds.
+
+    Raises: InvalidRequest naming the field as LoRAX does.
+    """
     asked = body.parameters or Parameters()
     try:
         params = _params(asked, stream, defaults)
     except InvalidRequest as error:
         raise InvalidRequest(_OUR_NAMES.get(error.param, error.param), error.message) from error
-    adapter = asked.adapter_id or None
+    parts = parts_of(asked, model_id, sources)
+    merged = asked.merged_adapters is not None
     return Ask(
-        prompts=(body.inputs,),
+        prompts=(_conversation(body.inputs) if asked.apply_chat_template else body.inputs,),
         params=params,
-        adapter=None if adapter == model_id else adapter,
-        adapter_source=asked.adapter_source if adapter else None,
+        adapter=None if merged or not parts else parts[0].name,
+        adapter_source=None if merged or not parts else parts[0].source,
+        parts=parts if merged else (),
         truncate=asked.truncate,
         prompt_param="inputs",
-        model_param="adapter_id",
+        model_param="merged_adapters" if merged else "adapter_id",
     )
+
+
+def parts_of(asked: AdapterChoice, model_id: str, sources: Mapping[str, str]) -> tuple[Part, ...]:
+    """The adapters that are asked for, none for the base. Raises: InvalidRequest."""
+    merged = asked.merged_adapters
+    name = asked.adapter_id or None
+    source = source_of(asked.adapter_source, sources)
+    if merged is None:
+        return () if name in (None, model_id) else (Part(name=str(name), source=source),)
+    if name is not None:
+        raise InvalidRequest("merged_adapters", f"adapter_id={name!r} is given too; send one of the two")
+    if len(merged.ids) != len(merged.weights):
+        counts = f"{len(merged.weights)} weights for {len(merged.ids)} ids"
+        raise InvalidRequest("merged_adapters", f"{counts}; send one for each")
+    try:
+        return tuple(
+            Part(name=each, source=source, weight=weight)
+            for each, weight in zip(merged.ids, merged.weights, strict=True)
+        )
+    except InvalidRequest as error:
+        raise InvalidRequest("merged_adapters", f"weights: {error.message}") from error
+
+
+def source_of(asked: str | None, sources: Mapping[str, str]) -> str | None:
+    """The configured source that `asked` means: by its name, or by LoRAX's word for its kind if there is one of it.
+
+    Raises: InvalidRequest.
+    """
+    if asked is None or asked in sources:
+        return asked
+    if asked == "pbase":
+        raise InvalidRequest("adapter_source", _PREDIBASE)
+    of_kind = [name for name, kind in sources.items() if kind == _KINDS.get(asked)]
+    if len(of_kind) > 1:
+        raise InvalidRequest("adapter_source", f"{asked!r} may be {' or '.join(map(repr, of_kind))}; send its name")
+    return of_kind[0] if of_kind else asked  # what is not configured is refused where sources are known
+
+
+def _conversation(inputs: str) -> Prompt:
+    """A JSON list of messages is a conversation, as LoRAX takes it; any other text is what a user says.
+
+    Raises: InvalidRequest for messages that are none.
+    """
+    try:
+        value = read_json(inputs.encode(errors="replace"), MAX_OTHER_VALUES) if inputs.lstrip()[:1] == "[" else None
+    except Refused:
+        value = None
+    if not (isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value)):
+        return Chat(({"role": "user", "content": inputs},))
+    if len(value) > MAX_MESSAGES:
+        raise InvalidRequest(
+            "inputs", f"a conversation of {len(value)} messages, the limit is {MAX_MESSAGES}; send fewer"
+        )
+    try:
+        messages = _MESSAGES.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidRequest(
+            "inputs", f"a conversation whose messages[{where}] cannot be read: {first['msg']}"
+        ) from None
+    return Chat(tuple(map(as_template_takes_it, messages)))
 
 
 def samples(asked: Parameters) -> bool:
@@ -43,7 +124,13 @@ def samples(asked: Parameters) -> bool:
     if asked.temperature == 0:
         return False
     warped = asked.temperature not in (None, 1.0) or asked.top_k is not None or asked.top_p not in (None, 1.0)
+    warped = warped or asked.typical_p not in (None, 1.0)
     return bool(asked.do_sample) or warped
+
+
+def wants_details(asked: Parameters) -> bool:
+    """`decoder_input_details` are part of the details."""
+    return bool(asked.details) or bool(asked.decoder_input_details)
 
 
 def _params(asked: Parameters, stream: bool, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -58,11 +145,12 @@ def _params(asked: Parameters, stream: bool, defaults: Mapping[str, Any]) -> Sam
     alternatives = asked.return_k_alternatives or 0
     if alternatives > MAX_LOGPROBS:
         raise InvalidRequest("logprobs", f"{alternatives} is more than {MAX_LOGPROBS}")
-    wants_logprobs = stream or bool(asked.details) or best_of > 1
+    wants_logprobs = stream or wants_details(asked) or best_of > 1
     optional: dict[str, Any] = {
         "temperature": asked.temperature,
         "top_k": asked.top_k,
         "top_p": asked.top_p,
+        "typical_p": asked.typical_p,
         "repetition_penalty": asked.repetition_penalty,
         "frequency_penalty": asked.frequency_penalty,
         "presence_penalty": asked.presence_penalty,
