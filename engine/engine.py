@@ -15,6 +15,7 @@ from engine.core.refusals import check_lengths, check_request
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
+from engine.pooling import NextToken, Pooling
 from engine.request import FinishReason, OutputError, Request
 from engine.runner.protocol import PendingStep, StepNotLaunched
 from engine.sizing.room import ALONE, Neighbours
@@ -54,7 +55,7 @@ class Engine:
         self.dtype = parts.dtype
         self.limits = limits_of(config, parts)
         self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
-        self._vocab_size = parts.vocab_size
+        self._vocab_size, self._hidden_size = parts.vocab_size, parts.hidden_size
         self._quantized_bytes = (parts.quantized_bytes, parts.quantized_16bit_bytes)
         self._runner = parts.runner
         self._scheduler = Scheduler(self.limits)
@@ -106,7 +107,11 @@ class Engine:
 
     def _check_token_ids(self, request: Request) -> None:
         check_lengths(request, self.limits)
-        params = request.params
+        params, numbers = request.params, request.numbers
+        if isinstance(numbers, Pooling) and (numbers.dimensions or 0) > self._hidden_size > 0:
+            raise InvalidRequest(
+                "dimensions", f"{numbers.dimensions}, but the model's vectors have {self._hidden_size}"
+            )
         for param, token_ids in (
             ("prompt_token_ids", request.prompt_token_ids),
             ("resumed_output_token_ids", request.resumed_output_token_ids),
@@ -114,6 +119,7 @@ class Engine:
             ("logit_bias", tuple(params.logit_bias)),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("bad_words_token_ids", tuple(i for word in params.bad_words_token_ids for i in word)),
+            ("token_ids", numbers.token_ids if isinstance(numbers, NextToken) else ()),
         ):
             if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
                 wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
@@ -320,7 +326,10 @@ class Engine:
         self._totals.generated_tokens += len(update.token_ids)
         clock = self._clocks[update.request_id]
         is_over = update.finish_reason is not None
-        if clock.gained(len(update.token_ids), update.num_cached_tokens, ended=is_over, now_s=now_s):
+        is_answered = bool(update.token_ids) or update.vector is not None
+        if clock.gained(
+            len(update.token_ids), update.num_cached_tokens, answered=is_answered, ended=is_over, now_s=now_s
+        ):
             update = update._replace(queue_s=clock.queue_s)
         if clock.num_samples_left == 0:
             del self._clocks[update.request_id]

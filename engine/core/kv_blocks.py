@@ -84,7 +84,8 @@ class KVBlocks:
 
     def _match(self, seq: Sequence) -> tuple[PrefixMatch, int]:
         """The longest cached prefix, and how many of its blocks are free and would be taken."""
-        if not self._caching:
+        numbers = seq.request.numbers
+        if not self._caching or (numbers is not None and numbers.needs_all_rows):
             return PrefixMatch((), seq.namespace), 0
         watch = self._watches.get(seq.seq_id)
         if watch is not None:

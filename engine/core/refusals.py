@@ -23,6 +23,8 @@ def check_lengths(request: Request, config: SchedulerConfig) -> None:
 
 def max_tokens_total(request: Request, config: SchedulerConfig) -> int:
     """Tokens of prompt and output with which a sequence of this request ends by LENGTH."""
+    if request.numbers is not None:  # it ends by its answer; the token behind its prompt is never there
+        return len(request.prompt_token_ids) + 1
     limit = config.max_sequence_tokens
     if request.params.max_tokens is not None:
         limit = min(limit, len(request.prompt_token_ids) + request.params.max_tokens)
@@ -33,10 +35,12 @@ def _check_prompt(request: Request, config: SchedulerConfig) -> None:
     num_tokens = len(request.prompt_token_ids)
     if num_tokens == 0:
         raise InvalidRequest("prompt_token_ids", "the prompt has no tokens; it needs at least 1")
-    if num_tokens + 1 > config.max_model_len:
+    num_more = 1 if request.numbers is None else 0
+    if num_tokens + num_more > config.max_model_len:
+        needs = " and needs room for at least 1 more" if num_more else ""
         raise PromptTooLong(
-            f"the prompt has {num_tokens} tokens and needs room for at least 1 more, but max_model_len is "
-            f"{config.max_model_len}; shorten the prompt to {config.max_model_len - 1} tokens"
+            f"the prompt has {num_tokens} tokens{needs}, but max_model_len is "
+            f"{config.max_model_len}; shorten the prompt to {config.max_model_len - num_more} tokens"
         )
     max_blocks = config.max_kv_tokens // config.block_size
     if num_tokens > config.max_kv_tokens:
