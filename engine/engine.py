@@ -15,6 +15,7 @@ from engine.core.refusals import check_lengths, check_request
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
+from engine.grammar.compiler import CompiledGrammar
 from engine.request import FinishReason, OutputError, Request
 from engine.runner.protocol import PendingStep, StepNotLaunched
 from engine.sizing.room import ALONE, Neighbours
@@ -52,6 +53,8 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.image_spec = parts.image_spec
         self.dtype = parts.dtype
+        self.grammars = parts.grammars
+        self._grammars_used: dict[str, CompiledGrammar] = {}  # of live requests: the runner finds them compiled
         self.limits = limits_of(config, parts)
         self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
         self._vocab_size = parts.vocab_size
@@ -78,6 +81,8 @@ class Engine:
         Raises: InvalidRequest naming the field, PromptTooLong, AdapterTooLarge.
         """
         self._check_token_ids(request)
+        if request.params.grammar is not None:
+            self.grammars.compiled(request.params.grammar)
         limits = self.limits
         room = ByteRoom(limits.adapter_bytes)
         if limits.max_adapter_pages is not None:
@@ -97,9 +102,16 @@ class Engine:
         if request.request_id in self._clocks:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
         self._check_token_ids(request)
+        spec = request.params.grammar
+        grammar = None if spec is None else self.grammars.compiled(spec)
         if request.adapter is not None and request.adapter not in self._images:
             self._add_image(request.adapter, image)
         self._scheduler.add(request)
+        if grammar is not None:
+            self._grammars_used[request.request_id] = grammar
+            resumed = request.resumed_output_token_ids
+            if resumed and grammar.matcher(resumed).is_over:  # cut off after its last token
+                self._scheduler.finish(request.request_id, request.sample_index, FinishReason.STOP)
         self._clocks[request.request_id] = RequestClock(
             request.params.n, len(request.prompt_token_ids), time.monotonic()
         )
@@ -324,6 +336,7 @@ class Engine:
             update = update._replace(queue_s=clock.queue_s)
         if clock.num_samples_left == 0:
             del self._clocks[update.request_id]
+            self._grammars_used.pop(update.request_id, None)
             metrics = clock.metrics()
             self._ended.append((update.request_id, metrics))
             self._totals.add(metrics)

@@ -21,6 +21,7 @@ class SampledRow(NamedTuple):
     seq_id: int
     output_position: int
     lora_slot: int
+    guess: int | None = None  # the row's own token, if that is a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,8 @@ class _Rows:
         if output is RowOutput.SAMPLE:
             first = row_end - 1 - num_guesses
             for i in range(1 + num_guesses):
-                self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot))
+                guess = self.token_ids[first + i] if i else None
+                self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot, guess))
         self.starts.append(row_end)
         self.contexts.append(end)
         self.tables.append(table)
