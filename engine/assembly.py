@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engine.config import EngineConfig, SizedConfig, live_blocks
 from engine.core.limits import SchedulerConfig
 from engine.gc_pause import garbage_collection_paused
+from engine.grammar.compiler import NO_GRAMMARS, Grammars, NoGrammars
 from engine.model_folder import locate
 from engine.runner.protocol import Runner
 from engine.sizing.room import ALONE, Neighbours, Sizes
@@ -29,6 +30,7 @@ class EngineParts:
     runner: Runner
     tokenizer: Tokenizer
     image_spec: ImageSpec
+    grammars: Grammars | NoGrammars = NO_GRAMMARS
     num_blocks: int  # of the KV cache
     max_model_len: int  # tokens of prompt and output
     vocab_size: int  # columns of the logits: ids beyond it are refused
@@ -72,9 +74,11 @@ def _load_parts(config: EngineConfig, neighbours: Neighbours) -> EngineParts:
     loaded = replace(loaded, max_model_len=sized.max_model_len)
     num_blocks, shape = sizes.num_blocks, kv_shape(loaded, config)
     spec = loaded.image_spec(config.adapter_dtype)
+    grammars = Grammars(tokenizer, loaded.capabilities.vocab_size, loaded.eos_token_ids)
     return EngineParts(
-        runner=TorchRunner(loaded, sized, num_blocks),
+        runner=TorchRunner(loaded, sized, num_blocks, grammars),
         tokenizer=tokenizer,
+        grammars=grammars,
         image_spec=spec,
         num_blocks=num_blocks,
         max_model_len=loaded.max_model_len,

@@ -11,11 +11,11 @@ from engine.config import EngineConfig
 from engine.core.adapter_room import ByteRoom
 from engine.core.adapter_slots import AdapterSlots
 from engine.core.plan import StepEvents, StepPlan
-from engine.core.refusals import check_lengths, check_request
+from engine.core.refusals import check_request, check_tokens
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
-from engine.pooling import NextToken, Pooling
+from engine.grammar.compiler import CompiledGrammar
 from engine.request import FinishReason, OutputError, Request
 from engine.runner.protocol import PendingStep, StepNotLaunched
 from engine.sizing.room import ALONE, Neighbours
@@ -53,6 +53,8 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.image_spec = parts.image_spec
         self.dtype = parts.dtype
+        self.grammars = parts.grammars
+        self._grammars_used: dict[str, CompiledGrammar] = {}  # of live requests: the runner finds them compiled
         self.limits = limits_of(config, parts)
         self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
         self._vocab_size, self._hidden_size = parts.vocab_size, parts.hidden_size
@@ -78,7 +80,9 @@ class Engine:
 
         Raises: InvalidRequest naming the field, PromptTooLong, AdapterTooLarge.
         """
-        self._check_token_ids(request)
+        check_tokens(request, self.limits, self._vocab_size, self._hidden_size)
+        if request.params.grammar is not None:
+            self.grammars.compiled(request.params.grammar)
         limits = self.limits
         room = ByteRoom(limits.adapter_bytes)
         if limits.max_adapter_pages is not None:
@@ -97,33 +101,20 @@ class Engine:
         self._raise_if_dead()
         if request.request_id in self._clocks:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
-        self._check_token_ids(request)
+        check_tokens(request, self.limits, self._vocab_size, self._hidden_size)
+        spec = request.params.grammar
+        grammar = None if spec is None else self.grammars.compiled(spec)
         if request.adapter is not None and request.adapter not in self._images:
             self._add_image(request.adapter, image)
         self._scheduler.add(request)
+        if grammar is not None:
+            self._grammars_used[request.request_id] = grammar
+            resumed = request.resumed_output_token_ids
+            if resumed and grammar.matcher(resumed).is_over:  # cut off after its last token
+                self._scheduler.finish(request.request_id, request.sample_index, FinishReason.STOP)
         self._clocks[request.request_id] = RequestClock(
             request.params.n, len(request.prompt_token_ids), time.monotonic()
         )
-
-    def _check_token_ids(self, request: Request) -> None:
-        check_lengths(request, self.limits)
-        params, numbers = request.params, request.numbers
-        if isinstance(numbers, Pooling) and (numbers.dimensions or 0) > self._hidden_size > 0:
-            raise InvalidRequest(
-                "dimensions", f"{numbers.dimensions}, but the model's vectors have {self._hidden_size}"
-            )
-        for param, token_ids in (
-            ("prompt_token_ids", request.prompt_token_ids),
-            ("resumed_output_token_ids", request.resumed_output_token_ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", tuple(params.logit_bias)),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("bad_words_token_ids", tuple(i for word in params.bad_words_token_ids for i in word)),
-            ("token_ids", numbers.token_ids if isinstance(numbers, NextToken) else ()),
-        ):
-            if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
-                wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
-                raise InvalidRequest(param, f"token id {wrong} is outside the vocabulary [0, {self._vocab_size - 1}]")
 
     def prepare_adapter(self, image: AdapterImage) -> None:
         """Optional: do now, from any thread, what else the step that loads the adapter would do."""
@@ -333,6 +324,7 @@ class Engine:
             update = update._replace(queue_s=clock.queue_s)
         if clock.num_samples_left == 0:
             del self._clocks[update.request_id]
+            self._grammars_used.pop(update.request_id, None)
             metrics = clock.metrics()
             self._ended.append((update.request_id, metrics))
             self._totals.add(metrics)

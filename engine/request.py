@@ -12,6 +12,7 @@ from reprlib import Repr
 from typing import Any, NamedTuple
 
 from engine.errors import InvalidRequest
+from engine.grammar.spec import GrammarSpec
 from engine.pooling import NextToken, Numbers, Pooling
 
 MAX_LOGPROBS = 20
@@ -46,7 +47,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are chosen. Immutable; a value out of range raises `InvalidRequest` naming the field.
 
-    Order of application: logit_bias, repetition / presence / frequency penalties, allowed_token_ids,
+    Order of application: logit_bias, repetition / presence / frequency penalties, grammar, allowed_token_ids,
     bad_words_token_ids, min_tokens, temperature, top_k, top_p, min_p, typical_p, then one uniform number keyed by
     (seed, sample index, output position).
     """
@@ -74,6 +75,7 @@ class SamplingParams:
         tuple[int, ...], ...
     ] = ()  # no token is chosen that completes one of these in the output
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most likely
+    grammar: GrammarSpec | None = None  # what the whole output must be; None: anything
     prompt_lookup_num_tokens: int = 0  # guessed ahead from earlier text, at most: speed, never text. Not with penalties
     # What logit_bias says as int64 ids and float32 biases, written once, where a request is made: not on a step.
     packed_bias: tuple[array[int], array[float]] = field(init=False, repr=False, compare=False)
@@ -88,6 +90,8 @@ class SamplingParams:
         _at_most("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "tokens")
         _token_ids("logit_bias", tuple(self.logit_bias), MAX_LOGIT_BIAS)
         self._check_tokens()
+        if not isinstance(self.grammar, GrammarSpec | None):
+            raise InvalidRequest("grammar", f"{_brief(self.grammar)} is not a GrammarSpec")
         self._check_reals()
         if type(self.top_k) is int and self.top_k == -1:
             object.__setattr__(self, "top_k", 0)

@@ -21,6 +21,7 @@ PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 SEAMS = (
     "engine.errors",
     "engine.pooling",
+    "engine.grammar.spec",
     "engine.request",
     "engine.image_spec",
     "engine.config",
@@ -44,7 +45,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.model_folder": ("engine.errors",),
     "engine.sizing": ("engine.errors", "engine.config", "engine.sizing"),
     "engine.pooling": ("engine.errors",),
-    "engine.request": ("engine.errors", "engine.pooling"),
+    "engine.grammar.spec": ("engine.errors",),
+    "engine.request": ("engine.errors", "engine.pooling", "engine.grammar.spec"),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),
     "engine.native": ("engine.native",),
@@ -57,12 +59,16 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.quantize": ("engine.errors", "engine.checkpoint", "engine.model", "engine.quant", "engine.quantize"),
     "engine.checkpoint": (*SEAMS, "engine.quant", "engine.checkpoint"),
     "engine.model": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS),
-    "engine.runner": (*SEAMS, "engine.core.plan", *PARTS, *KERNELS, "engine.runner"),
+    "engine.runner": (*SEAMS, "engine.core.plan", "engine.grammar", *PARTS, *KERNELS, "engine.runner"),
     "engine.text": (*SEAMS, "engine.text"),
+    "engine.grammar": (*SEAMS, "engine.text", "engine.grammar"),
     "engine.output": (*SEAMS, "engine.core.sequence", "engine.text"),
-    "engine.assembly": (*SEAMS, "engine.core", "engine.checkpoint", "engine.model", "engine.runner", "engine.text"),
+    "engine.assembly": (
+        *SEAMS, "engine.core", "engine.checkpoint", "engine.grammar", "engine.model", "engine.runner", "engine.text",
+    ),
     "engine.engine": (
-        *SEAMS, "engine.core", *PARTS, "engine.runner", "engine.output", "engine.text", "engine.assembly",
+        *SEAMS, "engine.core", *PARTS, "engine.grammar", "engine.runner", "engine.output", "engine.text",
+        "engine.assembly",
     ),
     "engine.aio": (*SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.aio"),
     "engine.offline": (*SEAMS, "engine.lora", "engine.output"),
@@ -111,6 +117,7 @@ _TORCH = ("torch", "triton", "numpy", "transformers", "safetensors", "tqdm")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*SEAMS, "engine.core", "engine.output", "engine.aio"), ()),
     "engine.text": ("transformers", "tokenizers", "jinja2"),
+    "engine.grammar": ("numpy", "llguidance"),
     "engine": _TORCH,
     "engine.quantize": ("torch", "transformers", "safetensors", "tqdm", *EXTRAS),
     "adapter_store": ("numpy", "boto3", "botocore", "urllib3", "httpx"),

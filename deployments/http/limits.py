@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from adapter_store.records import MAX_NAME_CHARS
 from deployments.calls import MAX_MERGED
+from engine.grammar.spec import MAX_CHOICES, MAX_GRAMMAR_BYTES
 from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 # Of any body, counted before it is parsed.
@@ -71,6 +72,9 @@ LIMITS: tuple[Limit, ...] = (
     Limit(OPENAI, "stop", "characters of one", MAX_STOP_CHARS),
     Limit(OPENAI, "stop_token_ids", "token ids", MAX_STOP_TOKEN_IDS),
     Limit(OPENAI, "logit_bias", "tokens", MAX_LOGIT_BIAS),
+    Limit(OPENAI, "response_format", "bytes of a schema", MAX_GRAMMAR_BYTES),
+    Limit(OPENAI, "structured_outputs", "bytes of a schema, grammar or expression", MAX_GRAMMAR_BYTES),
+    Limit(OPENAI, "structured_outputs.choice", "texts", MAX_CHOICES),
     Limit(OPENAI, "user", "characters", MAX_LABEL_CHARS),
     Limit(OPENAI, "safety_identifier", "characters", MAX_LABEL_CHARS),
     Limit(OPENAI, "cache_salt", "characters", MAX_LABEL_CHARS),
@@ -81,6 +85,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(LORAX, "adapter_id", "characters", MAX_MODEL_CHARS),
     Limit(LORAX, "adapter_source", "characters", MAX_SOURCE_CHARS),
     Limit(LORAX, "merged_adapters.ids", "adapters merged for one request", MAX_MERGED),
+    Limit(LORAX, "response_format", "bytes of a schema", MAX_GRAMMAR_BYTES),
     Limit(LORAX, "stop", "strings", MAX_STOP_STRINGS),
     Limit(LORAX, "stop", "characters of one", MAX_STOP_CHARS),
     Limit(LORAX, "best_of", "samples", MAX_N),

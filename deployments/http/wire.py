@@ -30,7 +30,7 @@ class Body(BaseModel):
         """Without nulls, as clients write that dump whole models; and with one unknown field at most, to be told."""
         if not isinstance(value, dict):
             return value
-        known = cls.model_fields
+        known = _by_wire_name(cls)
         kept = {name: item for name, item in value.items() if name in known and _says_something(known[name], item)}
         unknown = next((name for name, item in value.items() if name not in known and item is not None), None)
         return kept if unknown is None else {**kept, unknown: value[unknown]}
@@ -38,7 +38,13 @@ class Body(BaseModel):
     @classmethod
     def nearest(cls, name: str) -> str | None:
         """The field that `name` may have been meant to be."""
-        return next(iter(difflib.get_close_matches(name[:40], cls.model_fields, n=1)), None)
+        return next(iter(difflib.get_close_matches(name[:40], _by_wire_name(cls), n=1)), None)
+
+
+@cache
+def _by_wire_name(kind: type[Body]) -> Mapping[str, Any]:
+    """Fields by what they are called in JSON."""
+    return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def _says_something(field: Any, item: object) -> bool:

@@ -119,6 +119,8 @@ class AsyncEngine:
         self.start()
         if image is not None:
             await self._prepare(image)
+        if (spec := request.params.grammar) is not None:
+            await asyncio.to_thread(self._engine.grammars.compiled, spec)
         return self._submit(request, image, on_wake)
 
     def leave(self, stream: Stream, *, abort: bool) -> None:

@@ -31,9 +31,8 @@ class Intake:
         if piece.num_guesses:
             num_right = max(0, num_gained - 1)
             seq.num_committed_tokens -= piece.num_guesses - num_right
-            assert seq.lookup is not None
             seq.num_computed_tokens = seq.num_committed_tokens
-            seq.lookup.learn(piece.num_guesses, num_right)
+            seq.learn(piece.num_guesses, num_right)
             self.num_guessed_right += num_right
         self._kv.publish(seq)
         if seq.state is SequenceState.RUNNING:
@@ -61,7 +60,14 @@ class Intake:
         self._queue.charge(seq.tenant, OUTPUT_WEIGHT * seq.token_cost * num_gained)
         logprobs = None if sample.logprobs is None else sample.logprobs[:num_gained]
         update = seq.update(sample.token_ids[:num_gained], logprobs, ending)
-        if ending is None:
+        seq.forced = () if seq.has_changing_choices else sample.forced_token_ids
+        is_over = sample.is_over and num_gained == len(sample.token_ids)
+        if is_over and (ending is None or ending.reason is FinishReason.LENGTH):
+            # Its last token is text, which an ending by a stop token would keep silent: it is told before the ending.
+            self._roster.updates.append(update._replace(finish_reason=None))
+            over = Ending(FinishReason.STOP)
+            self._roster.end(seq, over, seq.update((), None, over))
+        elif ending is None:
             self._roster.updates.append(update)
         else:
             self._roster.end(seq, ending, update)

@@ -155,6 +155,8 @@ class Sample(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str | None = None  # this sequence alone failed (e.g. logits were not finite)
+    is_over: bool = False  # its grammar lets nothing follow these tokens
+    forced_token_ids: tuple[int, ...] = ()  # how the text goes on that its grammar leaves no choice about
 
 
 class Vector(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.core.adapter_slots import AdapterSlots
 from engine.core.limits import SchedulerConfig
 from engine.errors import AdapterError, AdapterTooLarge, InvalidRequest, PromptTooLong
+from engine.pooling import NextToken, Pooling
 from engine.request import Request
 
 
@@ -13,6 +14,29 @@ def check_request(request: Request, config: SchedulerConfig, slots: AdapterSlots
     check_lengths(request, config)
     if request.adapter is not None:
         _check_adapter(request.adapter, slots)
+
+
+def check_tokens(request: Request, config: SchedulerConfig, vocab_size: int, hidden_size: int) -> None:
+    """Lengths, and then whether the model has such tokens. `hidden_size`: of its vectors; 0: not known.
+
+    Raises: InvalidRequest, PromptTooLong.
+    """
+    check_lengths(request, config)
+    params, numbers = request.params, request.numbers
+    if isinstance(numbers, Pooling) and (numbers.dimensions or 0) > hidden_size > 0:
+        raise InvalidRequest("dimensions", f"{numbers.dimensions}, but the model's vectors have {hidden_size}")
+    for param, token_ids in (
+        ("prompt_token_ids", request.prompt_token_ids),
+        ("resumed_output_token_ids", request.resumed_output_token_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", tuple(params.logit_bias)),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("bad_words_token_ids", tuple(i for word in params.bad_words_token_ids for i in word)),
+        ("token_ids", numbers.token_ids if isinstance(numbers, NextToken) else ()),
+    ):
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+            wrong = next(i for i in token_ids if not 0 <= i < vocab_size)
+            raise InvalidRequest(param, f"token id {wrong} is outside the vocabulary [0, {vocab_size - 1}]")
 
 
 def check_lengths(request: Request, config: SchedulerConfig) -> None:

@@ -202,7 +202,7 @@ class Scheduler:
                 if seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
                     prefills.append(seq)
             elif num_rows == 1 and seq.state is SequenceState.RUNNING and self._make_room(seq, draft):
-                if seq.lookup is not None:
+                if seq.may_guess:
                     guessing.append((draft.num_slices, seq))
                 draft.add(seq, 1)
         for seq in prefills:

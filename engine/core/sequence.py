@@ -72,6 +72,7 @@ class Sequence:
     __slots__ = (
         "block_table",
         "cache_parent",
+        "forced",
         "has_pin",
         "is_started",
         "last_sample",
@@ -130,6 +131,7 @@ class Sequence:
         self.outputs = list(request.resumed_output_token_ids)
         num_guesses = request.params.prompt_lookup_num_tokens
         self.lookup = PromptLookup(num_guesses) if num_guesses else None
+        self.forced: tuple[int, ...] = ()  # what its grammar lets follow the known tokens, if that is one text
         self.num_cached_tokens = 0
         self.was_admitted = False
         self.waiting_since_ns = 0  # in the time of StepEvents
@@ -191,9 +193,9 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         """Rows it wants next. None once the samples in flight are certain to end it by LENGTH, or while the next guess
-        waits for them.
+        or what its grammar says of the next token waits for them.
         """
-        if self.num_pending and self.lookup is not None:
+        if self.num_pending and self.waits_for_samples:
             return 0
         num_tokens = len(self.prompt) + len(self.outputs) + self.num_pending
         return num_tokens - self.num_computed_tokens if num_tokens < self.max_tokens_total else 0
@@ -219,19 +221,42 @@ class Sequence:
         start = self.num_computed_tokens
         return self.tokens_between(start, start + num_rows)
 
+    @property
+    def waits_for_samples(self) -> bool:
+        """Its next row cannot be planned before the host knows all its tokens."""
+        return self.lookup is not None or self.request.params.grammar is not None
+
+    @property
+    def has_changing_choices(self) -> bool:
+        """Penalties or bad words of several tokens: the sampler takes one row of it at a time."""
+        return self.request.params.has_penalties or self.request.params.has_bad_phrases
+
+    @property
+    def may_guess(self) -> bool:
+        return bool(self.forced) or self.lookup is not None
+
     def read_for_guesses(self, max_tokens: int) -> None:
         """Take a piece of its tokens into the index that guesses are looked up in."""
         if self.lookup is not None:
             self.lookup.read(self.prompt, self.outputs, max_tokens)
 
     def guess(self, max_tokens: int) -> tuple[int, ...]:
-        """What may follow the known tokens: at most `max_tokens`, and not so many that it could pass its LENGTH."""
-        if self.lookup is None:
-            return ()
+        """What may follow the known tokens: at most `max_tokens`, and not so many that it could pass its LENGTH.
+
+        What a grammar forces is guessed too: only the model says in which tokens it writes that text.
+        """
         room = self.max_tokens_total - self.num_known_tokens - 1
         if self.long_from is not None and self.recomputes_long and not self.rope_tokens:
             room = min(room, self.long_from - self.num_known_tokens)
-        return self.lookup.guess(self.prompt, self.outputs, min(max_tokens, room))
+        num_tokens = max(0, min(max_tokens, room))
+        if self.forced:
+            return self.forced[:num_tokens]
+        return () if self.lookup is None else self.lookup.guess(self.prompt, self.outputs, num_tokens)
+
+    def learn(self, num_guessed: int, num_right: int) -> None:
+        """What became of its guesses."""
+        if self.lookup is not None and not self.forced:
+            self.lookup.learn(num_guessed, num_right)
 
     def gain(self, token_ids: tuple[int, ...], eos_token_ids: tuple[int, ...]) -> tuple[int, Ending | None]:
         """Append tokens up to the first that ends it. Returns: how many, and the ending."""
@@ -290,7 +315,7 @@ class Sequence:
     def check_invariants(self, block_size: int) -> None:
         assert 0 <= self.num_committed_tokens <= self.num_computed_tokens, self
         assert self.num_computed_tokens <= self.num_tokens or self.state is SequenceState.FINISHED, self
-        assert self.num_pending <= self.num_in_flight or self.lookup is not None, self
+        assert self.num_pending <= self.num_in_flight or self.waits_for_samples, self
         assert not self.num_pending or self.num_in_flight, self
         assert self.num_computed_tokens <= len(self.block_table) * block_size, self
         if self.state is not SequenceState.RUNNING and not self.num_in_flight:

@@ -88,22 +88,24 @@ class BatchParams:
         self._bans = [
             (i, s.params.min_tokens, torch.tensor(s.banned_token_ids, dtype=torch.int64))
             for i, s in enumerate(sequences)
-            if s.params.min_tokens and s.banned_token_ids
+            if s.params.min_tokens and s.banned_token_ids and s.params.grammar is None
         ]
         self._banned: tuple[list[int], tuple[Tensor, Tensor]] | None = None  # the rows it is for, and the pairs
         self._gather_choices(sequences)
         self.changes_logits = bool(
-            packed or punished or self._bans or self.limited or len(self.never[0]) or self.phrased
+            packed or punished or self.guided or self._bans or self.limited or len(self.never[0]) or self.phrased
         )
 
     def _gather_choices(self, sequences: list[SequenceSampling]) -> None:
         """Which tokens may be chosen at all: those allowed, less the bad words."""
         fitting = [i for i in range(len(sequences)) if i not in self.errors]
-        self.limited = self._rows([i for i in fitting if self._params[i].packed_allowed])
+        self.guided = self._rows([i for i in fitting if self._params[i].grammar is not None])
+        free = [i for i in fitting if self._params[i].grammar is None]  # of the others the grammar's bits say it
+        self.limited = self._rows([i for i in free if self._params[i].packed_allowed])
         self.allowed = self._pairs(
             [(i, torch.frombuffer(self._params[i].packed_allowed, dtype=torch.int64)) for i in self.limited.rows]
         )
-        words = [(i, [word[0] for word in self._params[i].bad_words_token_ids if len(word) == 1]) for i in fitting]
+        words = [(i, [word[0] for word in self._params[i].bad_words_token_ids if len(word) == 1]) for i in free]
         self.never = self._pairs([(i, torch.tensor(ids, dtype=torch.int64)) for i, ids in words if ids])
         tails = [(i, tail) for i in fitting if (tail := sequences[i].tail) is not None]
         self.phrased = self._rows([i for i, _ in tails])

@@ -21,6 +21,7 @@ class SampledRow(NamedTuple):
     seq_id: int
     output_position: int
     lora_slot: int
+    guess: int | None = None  # the row's own token, if that is a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,8 @@ class _Rows:
         if output is RowOutput.SAMPLE:
             first = row_end - 1 - num_guesses
             for i in range(1 + num_guesses):
-                self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot))
+                guess = self.token_ids[first + i] if i else None
+                self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot, guess))
         elif output is RowOutput.LOGITS:
             self.scored.append(len(self.samples))
             self.samples.append(SampledRow(row_end - 1, seq_id, output_position, lora_slot))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import EngineConfig, SizedConfig
-from engine.core.plan import AdapterEvict, AdapterLoad, StepPlan, StepResult, TokenRef
+from engine.core.plan import AdapterEvict, AdapterLoad, Sample, StepPlan, StepResult, TokenRef
 from engine.errors import AdapterError, ConfigError
+from engine.grammar.compiler import Grammars
 from engine.kv.storage import KVStorage
 from engine.lora.copier import Copier, CudaPages, HostPages, Pacer
 from engine.lora.image import ALIGNMENT_BYTES, AdapterImage
@@ -40,20 +41,24 @@ class PendingTorchStep:
     def __init__(
         self,
         plan: StepPlan,
+        sampler: Sampler,
         sampled: SampledStep | None,
         vectors: VectorStep | None,
         adapters: AdapterStorage,
         num_waits: int,
     ) -> None:
         self._plan = plan
+        self._sampler = sampler
         self._sampled = sampled
         self._vectors = vectors
         self._adapters = adapters
         self._has_waited = adapters.num_waits > num_waits
 
     def result(self) -> StepResult:
-        samples = () if self._sampled is None else check_guesses(self._plan.slices, self._sampled.samples)
         vectors = () if self._vectors is None else self._vectors.vectors
+        samples: tuple[Sample, ...] = ()
+        if self._sampled is not None:
+            samples = self._sampler.took(check_guesses(self._plan.slices, self._sampled.samples))
         num_waits = self._adapters.num_waits
         if not self._plan.slices:
             self._adapters.wait(COPY_WAIT_S)
@@ -67,7 +72,10 @@ class TorchRunner:
     Not thread-safe: one thread submits. `add_adapter` and `remove_adapter` belong to the same thread.
     """
 
-    def __init__(self, loaded: LoadedModel, config: SizedConfig, num_blocks: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, config: SizedConfig, num_blocks: int, grammars: Grammars | None = None
+    ) -> None:
+        """`grammars`: None if no request is ever constrained."""
         if config.num_threads is not None and loaded.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         use_device(loaded.device)
@@ -81,8 +89,9 @@ class TorchRunner:
         self._backend, self._batch = layers.backend, layers.batch
         with_lengths = self._lengths is not None
         self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve, with_lengths=with_lengths)
-        self._sampler = Sampler(loaded.capabilities.vocab_size, loaded.device, loaded.eos_token_ids, layers.library)
         self._vectors = Vectors()
+        vocab_size, eos_token_ids = loaded.capabilities.vocab_size, loaded.eos_token_ids
+        self._sampler = Sampler(vocab_size, loaded.device, eos_token_ids, layers.library, grammars)
         self._graphs = _decode_graphs(loaded, config, layers)
         self._images: dict[str, AdapterImage] = {}
         self._slots: dict[str, int] = {}  # resident adapter -> LoRA slot
@@ -137,7 +146,7 @@ class TorchRunner:
             self._sampled[plan.plan_id] = (rows, sampled.token_ids)
         while self._sampled and next(iter(self._sampled)) <= plan.plan_id - self._max_plans_kept:
             self._sampled.popitem(last=False)
-        return PendingTorchStep(plan, sampled, vectors, self._adapters, num_waits)
+        return PendingTorchStep(plan, self._sampler, sampled, vectors, self._adapters, num_waits)
 
     def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None, VectorStep | None]:
         for seq_id in plan.ends:

@@ -1,6 +1,7 @@
 """From logits to tokens: one batched pass over rows with different parameters.
 
-Order: logit_bias; repetition, presence and frequency penalties; allowed tokens, bad words and the ban of min_tokens;
+Order: logit_bias; repetition, presence and frequency penalties; grammar, allowed tokens, bad words and the ban of
+min_tokens;
 temperature; top_k, top_p, min_p, typical_p and the choice itself (`choice.py`), with one uniform number per row
 (`philox.py`) keyed by (seed, sample index, output position). A greedy row takes the most likely token after the bans,
 of equals the lowest id. So the token of a row is a function of its logits, its parameters and its history, never of
@@ -12,17 +13,20 @@ that be all that may be chosen, nothing is banned: a token must come. A logit_bi
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from engine.core.plan import Sample, SequenceStart
+from engine.grammar.compiler import Grammars
 from engine.native.library import NativeLibrary
 from engine.request import SamplingParams, TokenLogprobs
 from engine.runner import choice
 from engine.runner.batch_params import BatchParams, SequenceSampling
+from engine.runner.guides import NOTHING_LEFT, Guides
 from engine.runner.inputs import SampledRow
 from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
@@ -31,7 +35,9 @@ from engine.runner.scan import scan
 from engine.to_device import HostCopy, upload
 
 _NOT_FINITE = "the model's logits for this sequence were not finite (NaN or infinity)"
-_FAILED = -1  # in place of a token id
+_FAILED, _NOTHING = -1, -2  # in place of a token id
+_WHY = {_FAILED: _NOT_FINITE, _NOTHING: NOTHING_LEFT}
+NO_ERRORS: Mapping[int, str] = MappingProxyType({})
 
 
 class SampledStep:
@@ -41,9 +47,12 @@ class SampledStep:
     token of the vocabulary, which nobody may show.
     """
 
-    def __init__(self, batch: BatchParams, chosen: Tensor, logprobs: Tensor | None) -> None:
+    def __init__(
+        self, batch: BatchParams, chosen: Tensor, logprobs: Tensor | None, errors: Mapping[int, str] = NO_ERRORS
+    ) -> None:
         self.token_ids = chosen.clamp(min=0)
         self._batch = batch
+        self._errors = {**batch.errors, **errors} if errors else batch.errors
         self._chosen = HostCopy(chosen)
         self._logprobs = None if logprobs is None else HostCopy(logprobs)
 
@@ -59,7 +68,7 @@ class SampledStep:
         )
 
     def _sample(self, row: int, seq_id: int, token_id: int, logprobs: TokenLogprobs | None) -> Sample:
-        error = self._batch.errors.get(row, _NOT_FINITE if token_id == _FAILED else None)
+        error = self._errors.get(row, _WHY.get(token_id))
         if error is not None:
             return Sample(seq_id=seq_id, token_ids=(), error=error)
         return Sample(seq_id=seq_id, token_ids=(token_id,), logprobs=None if logprobs is None else (logprobs,))
@@ -74,6 +83,7 @@ class Sampler:
         device: torch.device | str = "cpu",
         eos_token_ids: tuple[int, ...] = (),
         library: NativeLibrary | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._library = library
         self._vocab_size = vocab_size
@@ -82,6 +92,7 @@ class Sampler:
         self._sequences: dict[int, SequenceSampling] = {}
         self._history = TokenHistory(vocab_size, self._device)
         self._tails = OutputTails(self._device)
+        self._guides = Guides(vocab_size, self._device, grammars)
         self._batch: BatchParams | None = None
         self._stand_in = -torch.arange(vocab_size, dtype=torch.float32, device=self._device)
 
@@ -92,13 +103,14 @@ class Sampler:
         history = None
         if uses_history(params):
             history = self._history.open(start.prompt_token_ids, start.output_token_ids)
+        banned = self._banned(params)
         self._sequences[start.seq_id] = SequenceSampling(
             params=params,
             seed=as_int64(start.seed),
             sample_index=start.sample_index,
-            banned_token_ids=self._banned(params),
+            banned_token_ids=banned,
             history=history,
-            error=self._misfit(params),
+            error=self._misfit(params) or self._guides.open(start, banned),
             tail=self._tails.open(start.output_token_ids) if params.has_bad_phrases else None,
         )
 
@@ -107,6 +119,7 @@ class Sampler:
         sequence = self._sequences.pop(seq_id, None)
         if sequence is None:
             return
+        self._guides.close(seq_id)
         if sequence.history is not None:
             self._history.close(sequence.history)
         if sequence.tail is not None:
@@ -124,9 +137,15 @@ class Sampler:
             raise ValueError(f"logits {tuple(logits.shape)} should be ({len(rows)}, {self._vocab_size})")
         batch = self._batch_of(tuple(row.seq_id for row in rows))
         with torch.inference_mode():
-            return self._run(logits, batch, [row.output_position for row in rows])
+            return self._run(logits, batch, rows)
 
-    def _run(self, logits: Tensor, batch: BatchParams, positions: list[int]) -> SampledStep:
+    def took(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        """What sequences gained by a step, once it is known: those that a grammar constrains move on in it."""
+        return tuple(map(self._guides.took, samples)) if self._guides else samples
+
+    def _run(self, logits: Tensor, batch: BatchParams, rows: tuple[SampledRow, ...]) -> SampledStep:
+        positions = [row.output_position for row in rows]
+        errors: dict[int, str] = {}
         greedy = not (batch.random or batch.logprobs or batch.changes_logits)
         found = scan(logits, self._stand_in, self._library, as_float=not greedy)
         logits, blocks, finite = found.values, found.blocks, found.finite
@@ -136,6 +155,7 @@ class Sampler:
             raw = raw.clone() if raw is logits and batch.changes_logits else raw
         if batch.changes_logits:
             self._change(logits, batch, positions)
+            errors = self._guide(logits, batch, rows) if batch.guided else errors
             blocks = choice.block_max(logits)
         chosen = _choose(logits, blocks, batch, positions, self._library)
         if batch.penalised:
@@ -143,7 +163,10 @@ class Sampler:
         if batch.phrased:
             self._tails.add(batch.tails, batch.phrased.take(chosen))
         logprobs = None if raw is None else batch.pack_logprobs(raw, chosen)
-        return SampledStep(batch, chosen if finite is None else chosen.masked_fill(~finite, _FAILED), logprobs)
+        if batch.guided and batch.phrased:
+            chosen = chosen.masked_fill(blocks.amax(-1) == -torch.inf, _NOTHING)
+        chosen = chosen if finite is None else chosen.masked_fill(~finite, _FAILED)
+        return SampledStep(batch, chosen, logprobs, errors)
 
     def _batch_of(self, seq_ids: tuple[int, ...]) -> BatchParams:
         if self._batch is None or self._batch.seq_ids != seq_ids:
@@ -169,6 +192,14 @@ class Sampler:
             logits[banned] = -torch.inf
         if batch.phrased:
             batch.phrases.ban(logits, self._tails)
+
+    def _guide(self, logits: Tensor, batch: BatchParams, rows: tuple[SampledRow, ...]) -> dict[int, str]:
+        """What grammars let follow, in place. Returns: rows for which that is nothing, with the reason."""
+        forbidden, errors = self._guides.masks(rows[i] for i in batch.guided.rows)
+        guided = batch.guided.take(logits).masked_fill_(forbidden, -torch.inf)
+        if guided is not logits:
+            logits[batch.guided.index] = guided
+        return {batch.guided.rows[i]: error for i, error in errors.items()}
 
     def _banned(self, params: SamplingParams) -> tuple[int, ...]:
         ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos_token_ids))

@@ -19,9 +19,17 @@ try:
 except GenerationError as error:
     errors["missing"] = str(error)
 try:
-    client.generate(prompt, typical_p=0.5)
+    client.generate(prompt, watermark=True)
 except ValidationError as error:
-    errors["typical_p"] = str(error)
+    errors["watermark"] = str(error)
+schema = {"type": "object", "properties": {"word": {"enum": ["left", "right"]}}, "required": ["word"]}
+schema["additionalProperties"] = False
+formed = [
+    client.generate(prompt, adapter_id=name, response_format={"type": "json_object", "schema": schema}).generated_text
+    for name in (None, adapter)
+]
+shaped = client.generate_stream(prompt, response_format={"type": "json_object", "schema": schema}, max_new_tokens=64)
+formed.append("".join(event.token.text for event in shaped if not event.token.special))
 
 print(
     json.dumps(
@@ -36,6 +44,7 @@ print(
             "last_finish": events[-1].details.finish_reason.value,
             "stopped": [stopped.generated_text, stopped.details.finish_reason.value],
             "errors": errors,
+            "formed": formed,
         }
     )
 )

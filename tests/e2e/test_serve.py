@@ -106,6 +106,40 @@ def test_a_chat_is_answered_whole_and_streamed(server: Server):
     assert asyncio.run(ask()) == ("HELLO WORLD", "HELLO WORLD")
 
 
+def test_an_answer_has_the_form_that_is_asked_for(server: Server):
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"enum": ["Rome", "Oslo"]},
+            "people": {"type": "integer", "minimum": 0, "maximum": 9999},
+        },
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "town", "schema": schema, "strict": True}}
+    unheard: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}
+    messages: Any = [{"role": "user", "content": "hello world"}]
+
+    async def ask() -> list[str]:
+        async with _client(server) as client:
+            create = client.chat.completions.create
+            whole = await create(model="upper", messages=messages, response_format=wanted, temperature=0)
+            stream = await create(model="demo", messages=messages, response_format=wanted, stream=True, n=2)
+            said: dict[int, str] = {}
+            async for chunk in stream:
+                choice = chunk.choices[0]
+                said[choice.index] = said.get(choice.index, "") + (choice.delta.content or "")
+            with pytest.raises(openai.BadRequestError, match="response_format: this json_schema cannot be followed"):
+                await create(model="demo", messages=messages, response_format=unheard)
+            return [whole.choices[0].message.content or "", *said.values()]
+
+    answers = [json.loads(text) for text in asyncio.run(ask())]
+    assert len(answers) == 3
+    for answer in answers:
+        assert set(answer) == {"city", "people"}
+        assert answer["city"] in ("Rome", "Oslo")
+
+
 def test_every_adapter_is_listed(server: Server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
         listed = {model.id for model in client.models.list()}
@@ -131,7 +165,8 @@ def test_lorax_client_works_unchanged(server: Server):
     assert (got["num_tokens"], got["num_alternatives"]) == ([12, 12], 2)
     assert got["stopped"] == ["hell", "stop_sequence"]
     assert "no-such-adapter" in got["errors"]["missing"]
-    assert "typical_p" in got["errors"]["typical_p"]
+    assert "watermark" in got["errors"]["watermark"]
+    assert [json.loads(text)["word"] in ("left", "right") for text in got["formed"]] == [True] * 3
 
 
 @pytest.mark.parametrize("kind", BAD)

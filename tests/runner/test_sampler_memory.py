@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from engine.core.plan import SequenceStart
+from engine.grammar.compiler import Grammars
+from engine.grammar.spec import GrammarSpec
 from engine.request import SamplingParams
 from engine.runner.inputs import SampledRow
 from engine.runner.sampler import Sampler
 from engine.runner.sampler_memory import HISTORY_BYTES, ONCE_BYTES, Use, sampled_row_bytes
+from engine.text.tokenizer import Tokenizer
 from tests.support.peak_memory import PeakMemory
+from tests.support.tiny_model import make_tokenizer
 
 # What CUDA's sort of rows takes beside what it returns: keys, and pairs of indices and rows, twice.
 WORKSPACES = {"sort": 24}
@@ -28,6 +32,7 @@ NAMES: dict[str, tuple[dict[str, Any], set[Use]]] = {
     "typical_p": ({"temperature": 1.0, "typical_p": 0.5}, {"filters"}),
     "bad words": ({"temperature": 0.0, "bad_words_token_ids": ((3,), (4, 5))}, {"greedy"}),
     "allowed": ({"temperature": 0.0, "allowed_token_ids": tuple(range(900))}, {"greedy"}),
+    "grammar": ({"temperature": 0.0, "grammar": GrammarSpec("json_object")}, {"greedy"}),
     "presence": ({"temperature": 0.0, "presence_penalty": 0.5}, {"penalties"}),
     "repetition": ({"temperature": 0.0, "repetition_penalty": 1.5}, {"penalties"}),
     "logprobs": ({"temperature": 0.0, "logprobs": 5}, {"logprobs"}),
@@ -46,7 +51,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0}
 
 def peak_of_a_step(params: list[dict[str, Any]], vocab_size: int, dtype: torch.dtype) -> int:
     """Bytes, the logits themselves included, the tables of penalties not."""
-    sampler = Sampler(vocab_size, "meta", (1,))
+    sampler = Sampler(vocab_size, "meta", (1,), grammars=Grammars(Tokenizer(make_tokenizer()), vocab_size, (258,)))
     for i, fields in enumerate(params):
         sampler.start(SequenceStart(i, (1, 2, 3), (), SamplingParams(**fields), seed=1, sample_index=0))
     rows = tuple(SampledRow(i, i, 0, 0) for i in range(len(params)))

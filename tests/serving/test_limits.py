@@ -45,6 +45,10 @@ def _register(**fields: Any) -> Built:
     return "/adapters", {"name": "one", "source": "local", **fields}
 
 
+def _schema(num_bytes: int) -> dict[str, Any]:
+    return {"title": "x" * (num_bytes - len('{"title": ""}'))}
+
+
 def _files(n: int, value: str) -> dict[str, str]:
     return {f"file{i}": value for i in range(n)}
 
@@ -73,6 +77,13 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (OPENAI, "stop", "characters of one"): lambda n: _completion(stop="~" * n),
     (OPENAI, "stop_token_ids", "token ids"): lambda n: _completion(stop_token_ids=[9] * n),
     (OPENAI, "logit_bias", "tokens"): lambda n: _completion(logit_bias={str(i): 1 for i in range(n)}),
+    (OPENAI, "response_format", "bytes of a schema"): lambda n: _chat(
+        response_format={"type": "json_schema", "json_schema": {"schema": _schema(n)}}
+    ),
+    (OPENAI, "structured_outputs", "bytes of a schema, grammar or expression"): lambda n: _completion(
+        structured_outputs={"regex": "a" * n}
+    ),
+    (OPENAI, "structured_outputs.choice", "texts"): lambda n: _completion(structured_outputs={"choice": ["a"] * n}),
     (OPENAI, "user", "characters"): lambda n: _chat(user="u" * n),
     (OPENAI, "safety_identifier", "characters"): lambda n: _chat(safety_identifier="u" * n),
     (OPENAI, "cache_salt", "characters"): lambda n: _completion(cache_salt="u" * n),
@@ -84,6 +95,9 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (LORAX, "adapter_source", "characters"): lambda n: _generate(adapter_id="alpha", adapter_source="s" * n),
     (LORAX, "merged_adapters.ids", "adapters merged for one request"): lambda n: _generate(
         merged_adapters={"ids": ["alpha"] * n, "weights": [1] * n}
+    ),
+    (LORAX, "response_format", "bytes of a schema"): lambda n: _generate(
+        response_format={"type": "json_object", "schema": _schema(n)}
     ),
     (LORAX, "stop", "strings"): lambda n: _generate(stop=["~"] * n),
     (LORAX, "stop", "characters of one"): lambda n: _generate(stop=["~" * n]),

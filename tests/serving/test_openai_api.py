@@ -143,7 +143,7 @@ def test_logprobs_have_the_shape_of_each_endpoint():
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}], "content": "x"}]}, "messages[0].tool_calls"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format"),
         ({"functions": [{}]}, "functions"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),

@@ -91,7 +91,6 @@ PLAIN: list[tuple[str, dict[str, Any]]] = [
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"guided_json": {}}, "guided_json", "structured_outputs"),
     (COMPLETIONS, {"guided_choice": ["a"]}, "guided_choice", "structured_outputs"),
-    (CHAT, {"structured_outputs": {"regex": "a"}}, "structured_outputs", "not served yet"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "not supported"),
     (CHAT, {"enable_thinking": False}, "enable_thinking", "chat_template_kwargs"),
     (CHAT, {"skip_special_tokens": "no"}, "skip_special_tokens", "boolean"),

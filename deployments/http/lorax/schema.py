@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from deployments.calls import MAX_MERGED
 from deployments.http.limits import MAX_MODEL_CHARS, MAX_SOURCE_CHARS
 from deployments.http.lorax import examples
+from deployments.http.openai.formats import Schema
 from deployments.http.openai.schema import Stop
 from deployments.http.wire import Body, Whole, inert, refused, shown, wrong
 
@@ -45,6 +46,13 @@ class AdapterChoice(Body):
     api_token: Annotated[Any, refused(_TOKENS, "")] = None
 
 
+class ResponseFormat(Body):
+    """`response_format`: any JSON object, or what a schema says."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: Annotated[Schema | str | None, Field(alias="schema")] = None
+
+
 class Parameters(AdapterChoice):
     """`parameters` of a request."""
 
@@ -66,10 +74,10 @@ class Parameters(AdapterChoice):
     apply_chat_template: bool | None = None  # `inputs` is what a user says, or a conversation as JSON
     details: bool | None = None
     return_k_alternatives: Annotated[Whole, Field(gt=0)] | None = None
+    response_format: ResponseFormat | None = None
     # Refused.
     watermark: Annotated[Any, refused(_WATERMARK, False)] = None
     decoder_input_details: Annotated[Any, refused("log-probabilities of the prompt", False)] = None
-    response_format: Annotated[Any, refused("constrained output")] = None
 
 
 class GenerateRequest(Body):

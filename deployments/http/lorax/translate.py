@@ -16,10 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from deployments.asks import Ask, Chat, Prompt
 from deployments.calls import Part, Refused
 from deployments.http.limits import MAX_MESSAGES, MAX_OTHER_VALUES
-from deployments.http.lorax.schema import AdapterChoice, GenerateRequest, Parameters
+from deployments.http.lorax.schema import AdapterChoice, GenerateRequest, Parameters, ResponseFormat
+from deployments.http.openai.formats import json_spec
 from deployments.http.openai.messages import Message, as_template_takes_it
 from deployments.http.reading import read_json
 from engine.errors import InvalidRequest
+from engine.grammar.spec import GrammarSpec
 from engine.request import MAX_LOGPROBS, SamplingParams
 
 _OUR_NAMES = {"max_tokens": "max_new_tokens", "n": "best_of", "logprobs": "return_k_alternatives"}
@@ -133,6 +135,17 @@ def wants_details(asked: Parameters) -> bool:
     return bool(asked.details) or bool(asked.decoder_input_details)
 
 
+def _grammar(asked: ResponseFormat | None) -> GrammarSpec | None:
+    """Raises: InvalidRequest."""
+    if asked is None or asked.type == "text":
+        if asked is not None and asked.schema_ is not None:
+            raise InvalidRequest("response_format.schema", "it is no part of type 'text'; leave it out")
+        return None
+    if asked.type == "json_schema" and asked.schema_ is None:
+        raise InvalidRequest("response_format.schema", "it is missing; send it, or type 'json_object'")
+    return json_spec(asked.schema_, "response_format")
+
+
 def _params(asked: Parameters, stream: bool, defaults: Mapping[str, Any]) -> SamplingParams:
     sampled = samples(asked)
     best_of = asked.best_of or 1
@@ -155,6 +168,7 @@ def _params(asked: Parameters, stream: bool, defaults: Mapping[str, Any]) -> Sam
         "frequency_penalty": asked.frequency_penalty,
         "presence_penalty": asked.presence_penalty,
         "ignore_eos": asked.ignore_eos_token,
+        "grammar": _grammar(asked.response_format),
     }
     given = {name: value for name, value in optional.items() if value is not None}
     choices = {"temperature": 1.0, **defaults, **given}

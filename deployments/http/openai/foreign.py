@@ -11,15 +11,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from deployments.http.limits import MAX_HINT_CHARS, MAX_MODEL_CHARS
-from deployments.http.wire import Body, inert, refused
+from deployments.http.openai.formats import Formats
+from deployments.http.wire import inert, refused
 
-_CONSTRAINED = "constrained output is not served yet"
-_GUIDED = "guided_* fields gave way to structured_outputs, and constrained output is not served yet"
 _BEAMS = "beams; set n and temperature"
 _PROMPT_LOGPROBS = "log-probabilities of the prompt"
 
 
-class Foreign(Body):
+class Foreign(Formats):
     """Of both endpoints."""
 
     # OpenAI's, which concern what is stored, charged or cached there.
@@ -30,7 +29,6 @@ class Foreign(Body):
     prompt_cache_retention: Annotated[str | None, inert("prefixes are kept while there is room")] = None
     store: Annotated[Any, refused("nothing is stored; leave it out or send false", False)] = None
     service_tier: Annotated[Any, refused("there is one tier", "auto", "default")] = None
-    response_format: Annotated[Any, refused("only {'type': 'text'}", {"type": "text"})] = None
     # vLLM's.
     spaces_between_special_tokens: Annotated[bool | None, inert("the tokenizer says what is between them")] = None
     use_beam_search: Annotated[Any, refused(_BEAMS, False)] = None
@@ -43,13 +41,6 @@ class Foreign(Body):
     allowed_token_ids: Annotated[Any, refused("give the wanted tokens a logit_bias")] = None
     logits_processors: Annotated[Any, refused("programs in requests", [])] = None
     return_tokens_as_token_ids: Annotated[Any, refused("return_token_ids gives them", False)] = None
-    structured_outputs: Annotated[Any, refused(_CONSTRAINED)] = None
-    guided_json: Annotated[Any, refused(_GUIDED)] = None
-    guided_regex: Annotated[Any, refused(_GUIDED)] = None
-    guided_choice: Annotated[Any, refused(_GUIDED)] = None
-    guided_grammar: Annotated[Any, refused(_GUIDED)] = None
-    guided_decoding_backend: Annotated[Any, refused(_GUIDED)] = None
-    guided_whitespace_pattern: Annotated[Any, refused(_GUIDED)] = None
     kv_transfer_params: Annotated[Any, refused("prompt and answer are computed in one place")] = None
     mm_processor_kwargs: Annotated[Any, refused("text only", {})] = None
     # SGLang's.
@@ -57,9 +48,6 @@ class Foreign(Body):
         None
     )
     rid: Annotated[Any, refused("send request_id")] = None
-    regex: Annotated[Any, refused(_CONSTRAINED)] = None
-    ebnf: Annotated[Any, refused(_CONSTRAINED)] = None
-    json_schema: Annotated[Any, refused(_CONSTRAINED)] = None
     no_stop_trim: Annotated[Any, refused("send include_stop_str_in_output", False)] = None
     return_hidden_states: Annotated[Any, refused("hidden states", False)] = None
     typical_p: Annotated[Any, refused("typical sampling; use top_p or min_p", 1.0)] = None

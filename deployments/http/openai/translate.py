@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deployments.asks import Ask, Chat, Prompt
+from deployments.http.openai.formats import grammar_of
 from deployments.http.openai.messages import as_template_takes_it
 from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
 from engine.errors import InvalidRequest
@@ -77,6 +78,7 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None, defaul
         "prompt_lookup_num_tokens": body.prompt_lookup_num_tokens,
         "include_stop_str_in_output": body.include_stop_str_in_output,
         "skip_special_tokens": body.skip_special_tokens,
+        "grammar": grammar_of(body),
     }
     given = {name: value for name, value in optional.items() if value is not None}
     if body.skip_special_tokens is False and body.spaces_between_special_tokens is False:

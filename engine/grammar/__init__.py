@@ -1,0 +1,1 @@
+"""What an answer must look like: from a request's schema to the tokens that may come next."""
