@@ -106,8 +106,8 @@ class PlanDraft:
             seq.num_pending += 1 + len(guesses)
             seq.last_sample = TokenRef(self.plan_id, row + num_rows - 1)
         output = RowOutput.SAMPLE if samples else RowOutput.NONE
-        if numbers is not None and (is_last or numbers.needs_all_rows):
-            output = RowOutput.PART if not is_last else _output_of(numbers)
+        if numbers is not None:
+            output = _output_of(numbers, is_last=is_last)
         output_position = num_tokens - len(seq.prompt)
         return SequenceSlice(
             seq.seq_id,
@@ -123,8 +123,10 @@ class PlanDraft:
         )
 
 
-def _output_of(numbers: Numbers) -> RowOutput:
-    return RowOutput.POOLED if isinstance(numbers, Pooling) else RowOutput.LOGITS
+def _output_of(numbers: Numbers, *, is_last: bool) -> RowOutput:
+    if is_last:
+        return RowOutput.POOLED if isinstance(numbers, Pooling) else RowOutput.LOGITS
+    return RowOutput.PART if numbers.needs_all_rows else RowOutput.NONE
 
 
 def lora_segments(slices: list[SequenceSlice]) -> tuple[LoraSegment, ...]:
