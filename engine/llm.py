@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from engine.checkpoint.generation import GenerationConfig, sampling_defaults
-from engine.checkpoint.pooling import pooling_defaults
+from engine.checkpoint.pooling import PoolingDefaults, pooling_defaults
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import AdapterError, RequestFailed
@@ -60,7 +61,6 @@ class LLM:
         """
         self._defaults = sampling_defaults(os.fspath(model), generation_config, logger)
         self._engine = Engine(EngineConfig(model=os.fspath(model), **_known(settings)))
-        self._pooling = pooling_defaults(locate(os.fspath(model)))
         self._outputs = OutputProcessor(self._engine.tokenizer)
         self._images: dict[str, AdapterImage] = {}
         self._request_ids = count()
@@ -73,6 +73,10 @@ class LLM:
         Raises: AdapterError when the folder holds no adapter that fits this model.
         """
         self._images[name] = _pack(name, Path(path), self._engine)
+
+    @cached_property
+    def _pooling(self) -> PoolingDefaults:
+        return pooling_defaults(locate(self._engine.config.model))
 
     @property
     def adapters(self) -> tuple[str, ...]:
