@@ -24,6 +24,7 @@ from deployments.settings.app import AppArgs
 from deployments.store.actor import connector, current_app
 from deployments.store.client import StoreClient
 from engine.checkpoint.generation import sampling_defaults
+from engine.checkpoint.pooling import pooling_defaults
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,6 +52,7 @@ async def front(args: AppArgs, backend: Backend) -> FastAPI:
         max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
         defaults=sampling_defaults(args.model, args.generation_config, logger),
         kept=_kept(args),
+        pooling=pooling_defaults(args.model),
     )
     return create_api(gateway, keys, args.limits, args.cors)
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from engine.checkpoint.generation import GenerationConfig, sampling_defaults
-from engine.checkpoint.pooling import PoolingDefaults, pooling_defaults
+from engine.checkpoint.pooling import pooling_defaults
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import AdapterError, RequestFailed
 from engine.model_folder import locate
 from engine.offline import EmbeddingOutput, GenerationOutput, Job, Prompt, listed, per_prompt
 from engine.output import OutputProcessor
-from engine.pooling import NextToken, Numbers, Pool
+from engine.pooling import NextToken, Numbers, Pool, PoolingDefaults
 from engine.request import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:

@@ -49,6 +49,38 @@ class Pooling:
         return self.pool is not Pool.LAST
 
 
+@dataclass(frozen=True, slots=True)
+class PoolingDefaults:
+    """What a request for a vector means that says nothing, and what it may say."""
+
+    pool: Pool = Pool.LAST
+    normalize: bool = True
+    # Whether the first numbers of a vector are a vector of fewer dimensions (arXiv 2205.13147), and of which numbers.
+    is_matryoshka: bool = False
+    matryoshka_dimensions: tuple[int, ...] = ()  # empty: any
+    refusal: str = ""  # why no vectors can be had of this model
+
+    def pooling(
+        self, dimensions: int | None = None, pool: Pool | None = None, normalize: bool | None = None
+    ) -> Pooling:
+        """Raises: InvalidRequest: `dimensions` if this model's vectors must not be cut so, `model` if it has none."""
+        if self.refusal:
+            raise InvalidRequest("model", f"no vectors are made of this model: {self.refusal}")
+        if dimensions is not None:
+            if not self.is_matryoshka:
+                raise InvalidRequest(
+                    "dimensions", f"{dimensions}: this model was not trained for vectors that are cut; leave it out"
+                )
+            if self.matryoshka_dimensions and dimensions not in self.matryoshka_dimensions:
+                known = ", ".join(map(str, self.matryoshka_dimensions))
+                raise InvalidRequest("dimensions", f"{dimensions} is none of this model's: {known}")
+        return Pooling(
+            pool=self.pool if pool is None else pool,
+            normalize=self.normalize if normalize is None else normalize,
+            dimensions=dimensions,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextToken:
     """Log-probabilities (natural) of `token_ids` as the token behind the prompt, in their order.

@@ -37,6 +37,7 @@ MAX_PAGE = 1_000
 
 BODY, OPENAI, CHAT, COMPLETIONS = "every body", "chat and completions", "chat", "completions"
 LORAX, ADAPTERS, QUERY = "LoRAX", "adapters", "query and path"
+VECTORS = "vectors, scores and rankings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,17 @@ LIMITS: tuple[Limit, ...] = (
     Limit(OPENAI, "prompt_cache_key", "characters", MAX_HINT_CHARS),
     Limit(OPENAI, "request_id", "characters", MAX_REQUEST_ID_CHARS),
     Limit(OPENAI, "adapter_source", "characters", MAX_SOURCE_CHARS),
+    Limit(VECTORS, "input", "texts or lists of token ids", 2_048, "max_inputs"),
+    Limit(VECTORS, "input", "bytes of one text", 2**20, "max_prompt_bytes"),
+    Limit(VECTORS, "input", "token ids in all lists", 2**18, "max_prompt_ids"),
+    Limit(VECTORS, "documents", "texts, the query among them", 2_048, "max_inputs"),
+    Limit(VECTORS, "text_2", "texts, those of `text_1` among them", 2_048, "max_inputs"),
+    Limit(VECTORS, "model", "characters", MAX_MODEL_CHARS),
+    Limit(VECTORS, "user", "characters", MAX_LABEL_CHARS),
+    Limit(VECTORS, "safety_identifier", "characters", MAX_LABEL_CHARS),
+    Limit(VECTORS, "cache_salt", "characters", MAX_LABEL_CHARS),
+    Limit(VECTORS, "prompt_cache_key", "characters", MAX_HINT_CHARS),
+    Limit(VECTORS, "adapter_source", "characters", MAX_SOURCE_CHARS),
     Limit(LORAX, "inputs", "bytes of text", 2**20, "max_prompt_bytes"),
     Limit(LORAX, "adapter_id", "characters", MAX_MODEL_CHARS),
     Limit(LORAX, "adapter_source", "characters", MAX_SOURCE_CHARS),

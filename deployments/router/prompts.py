@@ -38,11 +38,10 @@ class Prompts:
 
     async def encode(self, ask: Ask) -> list[tuple[int, ...]]:
         """Token ids of each prompt. Raises: InvalidRequest naming the field; Refused when there is too much."""
-        if len(ask.prompts) > self._limits.max_prompts:
-            raise InvalidRequest(
-                ask.prompt_param, f"{len(ask.prompts)} prompts, the limit is {self._limits.max_prompts}; send fewer"
-            )
-        if len(ask.prompts) * ask.params.n > self._limits.max_samples:
+        limit = self._limits.max_prompts if ask.numbers is None else self._limits.max_inputs
+        if len(ask.prompts) > limit:
+            raise InvalidRequest(ask.prompt_param, f"{len(ask.prompts)} prompts, the limit is {limit}; send fewer")
+        if ask.numbers is None and len(ask.prompts) * ask.params.n > self._limits.max_samples:
             raise InvalidRequest(
                 "n",
                 f"{len(ask.prompts)} prompts times n={ask.params.n} is over the limit of {self._limits.max_samples}",

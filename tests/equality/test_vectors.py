@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine import LLM, AsyncEngine, Engine, EngineConfig, FinishReason, Request, SamplingParams
-from engine.checkpoint.pooling import PoolingDefaults, pooling_defaults
+from engine.checkpoint.pooling import pooling_defaults
 from engine.errors import ConfigError, InvalidRequest, PromptTooLong
-from engine.pooling import NextToken, Pool, Pooling, as_floats
+from engine.pooling import NextToken, Pool, Pooling, PoolingDefaults, as_floats
 from engine.request import OutputDelta
 from tests.equality.conftest import Zoo
 from tests.equality.oracle import Text, assert_greedy, block_bytes
@@ -228,15 +228,19 @@ def test_the_folder_says_how_its_states_are_pooled(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_asks_for_what_is_not_served_is_refused_by_its_name(tmp_path: Path) -> None:
-    dense = write_modules(tmp_path / "dense", [*MODULES, ("2_Dense", "sentence_transformers.models.Dense")])
-    with pytest.raises(ConfigError, match="no pooling"):
-        pooling_defaults(dense)
+    none = write_modules(tmp_path / "none", MODULES)
     weighted = write_modules(tmp_path / "weighted", MODULES, pooling_mode_weightedmean_tokens=True)
-    with pytest.raises(ConfigError, match="pooling_mode_weightedmean_tokens; served is one of"):
-        pooling_defaults(weighted)
-    step = write_modules(tmp_path / "step", [MODULES[0], ("2_Dense", "sentence_transformers.models.Dense")])
-    with pytest.raises(ConfigError, match="the step 'Dense', which is not served"):
-        pooling_defaults(step)
+    dense = write_modules(tmp_path / "dense", [MODULES[0], ("2_Dense", "sentence_transformers.models.Dense")])
+    for folder, why in (
+        (none, "its pooling is none"),
+        (weighted, "its pooling is pooling_mode_weightedmean_tokens, and served is one of"),
+        (dense, "the step 'Dense', which is not served"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"model: no vectors are made of this model: .*{why}"):
+            pooling_defaults(folder).pooling()
+    (none / "modules.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        pooling_defaults(none)
 
 
 def test_vectors_of_fewer_dimensions_are_cut_before_they_are_normalised(zoo: Zoo, tmp_path: Path) -> None:
