@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 import deployments.http.adapters.routes as adapters_routes
 import deployments.http.anthropic.replies as anthropic_replies
 import deployments.http.anthropic.routes as anthropic_routes
+import deployments.http.decisions.routes as decisions_routes
 import deployments.http.lorax.replies as lorax_replies
 import deployments.http.lorax.routes as lorax_routes
 import deployments.http.openai.replies as openai_replies
@@ -63,7 +64,8 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
         dependencies=[Depends(check_query)],
     )
     bodies = route_class(limits)
-    apis = (openai_routes, responses_routes, vectors_routes, anthropic_routes, lorax_routes, adapters_routes)
+    openai = (openai_routes, responses_routes, decisions_routes, vectors_routes)
+    apis = (*openai, anthropic_routes, lorax_routes, adapters_routes)
     for routes in apis:
         app.include_router(routes.routes(gateway, bodies))
     _add_operation(app, gateway)

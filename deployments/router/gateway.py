@@ -19,7 +19,7 @@ from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.router.prompts import Prompts
 from deployments.router.streams import Backend, Primed, all_primed, answer
 from deployments.router.suspects import Suspects
-from deployments.router.vectors import Vectors, at_once, vector_of
+from deployments.router.vectors import Answered, Vectors, at_once, vector_of
 from deployments.settings.app import is_allowed
 from engine.errors import InvalidRequest
 from engine.pooling import PoolingDefaults
@@ -145,17 +145,15 @@ class Gateway:
             cursor = page.next_cursor
         return AdapterPage(records=tuple(found), next_cursor=cursor, unavailable=tuple(away))
 
-    def _calls(self, ask: Ask, prompts: Sequence[tuple[int, ...]], tenant: str) -> tuple[str, list[Call]]:
-        """An id, and one call for each of `prompts`."""
-        # Of our own making whatever the caller's is: two running requests never have one id.
-        request_id = uuid.uuid4().hex
+    def _calls(self, ask: Ask, prompts: Sequence[tuple[int, ...]], tenant: str, request_id: str) -> list[Call]:
+        """One for each of `prompts`."""
         # A seed that was given makes each prompt's answer what it would be if it were sent alone. One that is drawn is
         # drawn for each: a sample depends on nothing but its seed, its index and its position.
         given = ask.params.seed
         # Between keys nothing is shared, not even the time that a cached prefix saves.
         salt = f"{tenant}/{ask.cache_salt}" if tenant or ask.cache_salt else ""
         adapter = merge_name(ask.parts) if ask.parts else ask.adapter
-        return request_id, [
+        return [
             Call(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
                 prompt_token_ids=ids,
@@ -172,22 +170,15 @@ class Gateway:
             for index, ids in enumerate(prompts)
         ]
 
-    def _log(self, ask: Ask, request_id: str, tenant: str) -> None:
-        told_id = ask.request_id or request_id
-        names = ", ".join(f"{part.weight:g} {part.name}" for part in ask.parts) or ask.adapter
-        asked = (request_id, told_id, tenant, ask.user, names)
-        logger.info("request %s id=%r tenant=%r user=%r adapter=%r", *asked)
-
     async def open(self, ask: Ask, tenant: str) -> Opened:
         """Starts all prompts of `ask`; returns when each has its first tokens.
 
         Raises: Refused, or an error of the engine's or the store's tree. Then nothing of the request runs on.
         """
-        self._expect(ask)
+        request_id = self.admit(ask, tenant)
         prompts = await self.prompts.encode(ask)
         sent_s = time.monotonic()
-        request_id, calls = self._calls(ask, prompts, tenant)
-        self._log(ask, request_id, tenant)
+        calls = self._calls(ask, prompts, tenant, request_id)
         streams = await all_primed(
             [answer(self.backend, call, max_resumes=self.max_resumes, suspects=self.suspects) for call in calls]
         )
@@ -202,22 +193,31 @@ class Gateway:
 
     async def vectors(self, ask: Ask, tenant: str) -> Vectors:
         """The answers to all prompts of an `ask` for numbers, in their order. Raises: as `open`."""
-        self._expect(ask)
+        request_id = self.admit(ask, tenant)
         prompts = await self.prompts.encode(ask)
-        return await self.vectors_of([(ask, prompts)], tenant)
+        found = await self.vectors_of([(ask, ids) for ids in prompts], tenant, request_id)
+        return Vectors(request_id=ask.request_id or request_id, answers=tuple(found))
 
-    async def vectors_of(self, asked: Sequence[tuple[Ask, Sequence[tuple[int, ...]]]], tenant: str) -> Vectors:
-        """As `vectors`, of prompts that are tokens already, and of asks that `check` has passed; all at once."""
-        calls: list[Call] = []
-        for ask, prompts in asked:
-            request_id, some = self._calls(ask, prompts, tenant)
-            self._log(ask, request_id, tenant)
-            calls += some
-        found = await at_once(
-            [partial(vector_of, self.backend, call, self.max_resumes, self.suspects) for call in calls], MAX_CALLS
-        )
-        return Vectors(request_id=asked[0][0].request_id or request_id, answers=tuple(found))
+    async def vectors_of(
+        self, asked: Sequence[tuple[Ask, tuple[int, ...]]], tenant: str, request_id: str
+    ) -> list[Answered]:
+        """As `vectors`, of asks that were admitted, each with a prompt that is tokens already. `request_id`: of these
+        calls and no others that may run."""
+        calls = [
+            call
+            for index, (ask, ids) in enumerate(asked)
+            for call in self._calls(ask, [ids], tenant, f"{request_id}-{index}")
+        ]
+        jobs = [partial(vector_of, self.backend, call, self.max_resumes, self.suspects) for call in calls]
+        return await at_once(jobs, MAX_CALLS)
 
-    def check(self, ask: Ask) -> None:
-        """Whether its adapters may be asked for; the store is told that they are. Raises: as `open`."""
+    def admit(self, ask: Ask, tenant: str) -> str:
+        """An id for `ask`, whose adapters may be asked for; the store is told that they are. Raises: as `open`."""
         self._expect(ask)
+        # Of our own making whatever the caller's is: two running requests never have one id.
+        request_id = uuid.uuid4().hex
+        told_id = ask.request_id or request_id
+        names = ", ".join(f"{part.weight:g} {part.name}" for part in ask.parts) or ask.adapter
+        asked = (request_id, told_id, tenant, ask.user, names)
+        logger.info("request %s id=%r tenant=%r user=%r adapter=%r", *asked)
+        return request_id

@@ -70,6 +70,54 @@ class Prompts:
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._pool, self._tokenizer.pieces, text, add_special_tokens)
 
+    async def around(self, chat: Chat, gap: str, param: str) -> tuple[str, str]:
+        """What the chat template writes before and behind `gap`, which some message of `chat` holds.
+
+        Raises: InvalidRequest naming `param`; Refused when it is too long.
+        """
+        self._check_size(_num_bytes(chat), param)
+        run = asyncio.get_running_loop().run_in_executor
+        rendered = await run(self._pool, self._tokenizer.render_chat, chat.messages)
+        before, *after = rendered.split(gap)
+        if len(after) != 1:
+            raise InvalidRequest(param, "the model's chat template does not write what a user says as it was said once")
+        return before, after[0]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.has_chat_template
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._tokenizer.eos_token_id
+
+    async def forked(
+        self, before: str, pieces: Sequence[str], param: str, *, add_special_tokens: bool
+    ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Tokens of the beginning of a prompt, and of pieces of text that may stand anywhere behind it.
+
+        Each is tokenised once, and by itself. Raises: InvalidRequest naming `param`; Refused when it is too long.
+        """
+        self._check_size(len(before.encode(errors="replace")), param)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._pool, self._fork, _valid(before, param), pieces, add_special_tokens)
+
+    def _fork(
+        self, before: str, pieces: Sequence[str], add_special_tokens: bool
+    ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        encode = self._tokenizer.encode
+        plain = encode(before, False)
+        whole = encode(before, True) if add_special_tokens else plain
+        while whole and whole[-len(plain) :] != plain:  # what is written behind a whole text is not behind this one
+            whole = whole[:-1]
+        line = encode("\n", False)
+        found = []
+        for piece in pieces:
+            behind = encode("\n" + piece, False)  # some tokenizers write a space before the first word of any text
+            is_behind = behind[: len(line)] == line
+            found.append(tuple(behind[len(line) :] if is_behind else encode(piece, False)))
+        return tuple(whole or plain), found
+
     def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
         """In a thread of the pool if it is long, as is all that grows with the prompt."""
         param = ask.prompt_param

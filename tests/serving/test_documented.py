@@ -11,6 +11,7 @@ import pytest
 from deployments.http.adapters import examples as adapters
 from deployments.http.anthropic import examples as anthropic
 from deployments.http.api import LORAX_PATHS
+from deployments.http.decisions import examples as decisions
 from deployments.http.lorax import examples as lorax
 from deployments.http.openai import examples as openai
 from deployments.http.responses_api import examples as responses
@@ -43,6 +44,7 @@ def _events(text: str) -> list[dict[str, Any]]:
         ("/v1/responses", responses.REQUEST, responses.ANSWER),
         ("/v1/messages", anthropic.REQUEST, anthropic.ANSWER),
         ("/v1/messages/count_tokens", anthropic.COUNT_REQUEST, anthropic.COUNT_ANSWER),
+        ("/v1/decisions", decisions.REQUEST, decisions.ANSWER),
         ("/v1/embeddings", vectors.EMBEDDING_REQUEST, vectors.EMBEDDING_ANSWER),
         ("/pooling", vectors.POOLING_REQUEST, vectors.POOLING_ANSWER),
         ("/v1/score", vectors.SCORE_REQUEST, vectors.SCORE_ANSWER),

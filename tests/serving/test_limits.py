@@ -14,7 +14,19 @@ import httpx
 import pytest
 
 from deployments.http import json_shape, limits, reading
-from deployments.http.limits import ADAPTERS, BODY, CHAT, COMPLETIONS, LIMITS, LORAX, OPENAI, QUERY, VECTORS, Limit
+from deployments.http.limits import (
+    ADAPTERS,
+    BODY,
+    CHAT,
+    COMPLETIONS,
+    DECISIONS,
+    LIMITS,
+    LORAX,
+    OPENAI,
+    QUERY,
+    VECTORS,
+    Limit,
+)
 from deployments.settings.app import LimitSettings
 from tests.serving.fakes import FakeBackend, Served, serve
 
@@ -48,6 +60,22 @@ def _embed(**fields: Any) -> Built:
     return "/v1/embeddings", {"model": "demo", "input": "hi", **fields}
 
 
+def _decide(*questions: Any, **fields: Any) -> Built:
+    asked = list(questions) or [PREDICATE]
+    return "/v1/decisions", {"model": "demo", "input": "hi", "questions": asked, **fields}
+
+
+PREDICATE = {"type": "predicate", "instructions": "x"}
+
+
+def _choice(values: list[Any]) -> dict[str, Any]:
+    return {"type": "choice", "instructions": "x", "choices": [{"value": value} for value in values]}
+
+
+def _score(labels: list[Any]) -> dict[str, Any]:
+    return {"type": "score", "instructions": "x", "levels": [{"label": label} for label in labels]}
+
+
 def _generate(inputs: str = "hi", **fields: Any) -> Built:
     return "/generate", {"inputs": inputs, "parameters": {"max_new_tokens": 1, **fields}}
 
@@ -62,6 +90,10 @@ def _schema(num_bytes: int) -> dict[str, Any]:
 
 def _files(n: int, value: str) -> dict[str, str]:
     return {f"file{i}": value for i in range(n)}
+
+
+GAP = len('{"role": "user", "content": ""}') + 36  # what stands around a text that questions are put behind
+LONG_VALUES = ["a" + "b" * 31, "c"]  # 32 places: after nothing, after "a", after "ab", ..
 
 
 BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
@@ -118,6 +150,28 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (VECTORS, "cache_salt", "characters"): lambda n: _embed(cache_salt="u" * n),
     (VECTORS, "prompt_cache_key", "characters"): lambda n: _embed(prompt_cache_key="u" * n),
     (VECTORS, "adapter_source", "characters"): lambda n: _embed(model="alpha", adapter_source="s" * n),
+    (DECISIONS, "model", "names"): lambda n: _decide(model=[f"a{i}" for i in range(n)]),
+    (DECISIONS, "model", "characters of a name"): lambda n: _decide(model=["m" * n, "demo"]),
+    (DECISIONS, "input", "bytes of text"): lambda n: _decide(input="x" * (n - GAP)),
+    (DECISIONS, "input", "messages, calls and outputs"): lambda n: _decide(
+        input=[{"role": "user", "content": "a"}] * n
+    ),
+    (DECISIONS, "questions", "questions"): lambda n: _decide(*[PREDICATE] * n),
+    (DECISIONS, "questions", "prompts: models, questions, places where answers part"): lambda n: _decide(
+        *[_choice(LONG_VALUES)] * (n // 32 + (n % 32 > 0))
+    ),
+    (DECISIONS, "choices", "values"): lambda n: _decide(_choice([str(i) for i in range(n)])),
+    (DECISIONS, "value", "characters"): lambda n: _decide(_choice(["v" * n, "w"])),
+    (DECISIONS, "levels", "levels"): lambda n: _decide(_score([str(i) for i in range(n)])),
+    (DECISIONS, "label", "characters"): lambda n: _decide(_score(["v" * n, "w"])),
+    (DECISIONS, "name", "characters"): lambda n: _decide({**PREDICATE, "name": "n" * n}),
+    (DECISIONS, "instructions", "parts"): lambda n: _decide(
+        {**PREDICATE, "instructions": [{"type": "input_text", "text": "a"}] * n}
+    ),
+    (DECISIONS, "safety_identifier", "characters"): lambda n: _decide(safety_identifier="u" * n),
+    (DECISIONS, "cache_salt", "characters"): lambda n: _decide(cache_salt="u" * n),
+    (DECISIONS, "prompt_cache_key", "characters"): lambda n: _decide(prompt_cache_key="u" * n),
+    (DECISIONS, "adapter_source", "characters"): lambda n: _decide(model="alpha", adapter_source="s" * n),
     (LORAX, "inputs", "bytes of text"): lambda n: _generate("x" * n),
     (LORAX, "adapter_id", "characters"): lambda n: _generate(adapter_id="m" * n),
     (LORAX, "adapter_source", "characters"): lambda n: _generate(adapter_id="alpha", adapter_source="s" * n),
@@ -152,6 +206,8 @@ ELSEWHERE = {
     (OPENAI, "model", "characters"): "200",  # an adapter's name is shorter
     (OPENAI, "adapter_source", "characters"): "not configured",
     (VECTORS, "model", "characters"): "200",
+    (DECISIONS, "model", "characters of a name"): "200",
+    (DECISIONS, "adapter_source", "characters"): "not configured",
     (VECTORS, "adapter_source", "characters"): "not configured",
     (OPENAI, "logit_bias", "tokens"): "is outside",  # the vocabulary
     (LORAX, "adapter_id", "characters"): "200",
