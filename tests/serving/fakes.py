@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from adapter_store.errors import AdapterNotFound, PinRefused, RegistrationInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus
 from deployments.calls import Call, Fault, Refused, StreamItem
+from deployments.dialects.dialect import PLAIN, Dialect
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
 from deployments.kept.answers import Answers, Kept, OwnAnswers
@@ -243,6 +244,8 @@ def serve(
     cors: tuple[str, ...] | None = None,
     defaults: dict[str, float] | None = None,
     kept: Kept | None = None,
+    prompts: Prompts | None = None,
+    dialect: Dialect = PLAIN,
 ) -> Served:
     backend = backend or FakeBackend()
     adapters = FakeAdapters()
@@ -250,7 +253,8 @@ def serve(
     gateway = Gateway(
         backend=backend,
         adapters=adapters,
-        prompts=make_prompts(limits),
+        prompts=prompts or make_prompts(limits),
+        dialect=dialect,
         model_id="demo",
         sources={"local": "file", "s3": "s3"},
         allowed=allowed,

@@ -45,6 +45,18 @@ def _register(**fields: Any) -> Built:
     return "/adapters", {"name": "one", "source": "local", **fields}
 
 
+def _tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def _call() -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def _called(calls: list[Any]) -> Built:
+    return _chat(messages=[{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "user", "content": "x"}])
+
+
 def _schema(num_bytes: int) -> dict[str, Any]:
     return {"title": "x" * (num_bytes - len('{"title": ""}'))}
 
@@ -65,6 +77,14 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (CHAT, "messages", "bytes of text"): lambda n: _said("x" * (n - len('{"role": "user", "content": ""}'))),
     (CHAT, "messages[].content", "parts"): lambda n: _said([{"type": "text", "text": "a"}] * n),
     (CHAT, "messages[].name", "characters"): lambda n: _said("hi", name="x" * n),
+    (CHAT, "messages[].tool_calls", "calls"): lambda n: _called([_call()] * n),
+    (CHAT, "messages[].tool_calls[].id", "characters"): lambda n: _called([{**_call(), "id": "i" * n}]),
+    (CHAT, "messages[].tool_call_id", "characters"): lambda n: _chat(
+        messages=[{"role": "tool", "content": "x", "tool_call_id": "i" * n}]
+    ),
+    (CHAT, "tools", "tools"): lambda n: _chat(tools=[_tool(f"f{i}") for i in range(n)], tool_choice="none"),
+    (CHAT, "tools[].function.name", "characters"): lambda n: _chat(tools=[_tool("f" * n)], tool_choice="none"),
+    (CHAT, "reasoning_effort", "characters"): lambda n: _chat(reasoning_effort="none".ljust(n, "x")),
     (CHAT, "top_logprobs", "tokens"): lambda n: _chat(logprobs=True, top_logprobs=n),
     (COMPLETIONS, "prompt", "prompts"): lambda n: _completion(prompt=["a"] * n),
     (COMPLETIONS, "prompt", "bytes of text in one prompt"): lambda n: _completion(prompt="x" * n),
@@ -124,6 +144,7 @@ ELSEWHERE = {
     (OPENAI, "model", "characters"): "200",  # an adapter's name is shorter
     (OPENAI, "adapter_source", "characters"): "not configured",
     (OPENAI, "logit_bias", "tokens"): "is outside",  # the vocabulary
+    (CHAT, "reasoning_effort", "characters"): "chat template",
     (LORAX, "adapter_id", "characters"): "200",
     (LORAX, "adapter_source", "characters"): "not configured",
     (ADAPTERS, "source", "characters"): "not configured",
