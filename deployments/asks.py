@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.calls import Part
+from engine.pooling import Numbers
 from engine.request import SamplingParams
 
 
@@ -33,6 +34,7 @@ class Ask:
     cache_salt: str = ""
     user: str = ""
     request_id: str = ""  # the caller's own; "": one is drawn
+    numbers: Numbers | None = None  # what each prompt is answered by in the place of tokens
     truncate: int | None = None  # keep the last so many prompt tokens
     prompt_param: str = "prompt"  # what the API calls the prompt, for error messages
     model_param: str = "model"  # and the adapter

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.errors import InvalidRequest
+from engine.pooling import Numbers
 from engine.request import OutputDelta, SamplingParams
 
 PREFIX_TOKENS = (64, 256, 1024)
@@ -93,6 +94,7 @@ class Call:
     resumed_output_token_ids: tuple[int, ...] = ()
     prefix_hints: tuple[int, ...] = ()
     avoid: tuple[str, ...] = ()  # replicas that just failed this request
+    numbers: Numbers | None = None  # what it is answered by in the place of tokens
     alone_tokens: int = 0  # a replica serves nothing else until this call has produced so many
 
 

@@ -4,7 +4,7 @@
     item    number:u64  what:u8  replica, [adapter version], [fault: code, message, param]  num_deltas:u32  delta*
     delta   sample:u32  what:u8  cached:u32  num_tokens:u32  token:u32*  text  [finish:u8]  [stop: text or i64]
             [error: code, message]  [logprobs: for each token its id:u32, value:f64, num_top:u32, (id:u32, value:f64)*]
-            [queue: f64]
+            [queue: f64]  [vector: num_bytes:u32, float32*]
     text    num_bytes:u32  UTF-8, in which lone surrogates may occur
 
 All numbers are little-endian. `what` says which of the parts in brackets follow. A router and a replica may be of two
@@ -34,6 +34,7 @@ _NUMBERS = {reason: bytes((number,)) for number, reason in enumerate(_REASONS)}
 
 _HAS_VERSION, _HAS_FAULT, _HAS_PARAM = 1, 2, 4
 _FINISHED, _STOP_TEXT, _STOP_TOKEN, _ERROR, _LOGPROBS = 1, 2, 4, 8, 16
+_VECTOR = 64
 _QUEUED = 128
 
 
@@ -105,6 +106,8 @@ def _write_delta(delta: OutputDelta, parts: list[bytes]) -> None:
         what |= _LOGPROBS
     if delta.queue_s:
         what |= _QUEUED
+    if delta.vector is not None:
+        what |= _VECTOR
     parts.append(_DELTA.pack(delta.sample_index, what, delta.num_cached_tokens, len(ids)))
     parts.append(_U32.pack(ids[0]) if len(ids) == 1 else struct.pack(f"<{len(ids)}I", *ids))
     parts.append(_text(delta.text))
@@ -123,6 +126,8 @@ def _write_delta(delta: OutputDelta, parts: list[bytes]) -> None:
             parts += (_TOP.pack(*pair) for pair in chosen.top)
     if delta.queue_s:
         parts.append(_F64.pack(delta.queue_s))
+    if delta.vector is not None:
+        parts += (_U32.pack(len(delta.vector)), delta.vector)
 
 
 class _Reader:
@@ -165,7 +170,8 @@ class _Reader:
             error = OutputError(self._text(), self._text())
         logprobs = self._logprobs() if what & _LOGPROBS else None
         queue_s = self._take(_F64)[0] if what & _QUEUED else 0.0
-        return OutputDelta(self._request_id, sample, ids, text, logprobs, reason, stop, error, cached, queue_s)
+        vector = self._bytes() if what & _VECTOR else None
+        return OutputDelta(self._request_id, sample, ids, text, logprobs, reason, stop, error, cached, queue_s, vector)
 
     def _logprobs(self) -> tuple[TokenLogprobs, ...]:
         (count,) = self._take(_U32)
@@ -196,7 +202,10 @@ class _Reader:
         return values
 
     def _text(self) -> str:
+        return self._bytes().decode("utf-8", "surrogatepass")
+
+    def _bytes(self) -> bytes:
         (count,) = self._take(_U32)
         end = self.at + self._bounded(count, 1)
         raw, self.at = self._frame[self.at : end], end
-        return raw.decode("utf-8", "surrogatepass")
+        return raw

@@ -25,6 +25,7 @@ from deployments.settings.app import AppArgs
 from deployments.store.actor import connector, current_app
 from deployments.store.client import StoreClient
 from engine.checkpoint.generation import sampling_defaults
+from engine.checkpoint.pooling import pooling_defaults
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,6 +54,7 @@ async def front(args: AppArgs, backend: Backend) -> FastAPI:
         defaults=sampling_defaults(args.model, args.generation_config, logger),
         kept=_kept(args),
         dialect=find_dialect(prompts.chat_template, args.tool_parser, args.reasoning_parser),
+        pooling=pooling_defaults(args.model),
     )
     return create_api(gateway, keys, args.limits, args.cors)
 

@@ -34,6 +34,7 @@ class EngineParts:
     num_blocks: int  # of the KV cache
     max_model_len: int  # tokens of prompt and output
     vocab_size: int  # columns of the logits: ids beyond it are refused
+    hidden_size: int = 0  # numbers of a pooled vector; 0: not known
     eos_token_ids: tuple[int, ...]
     cache_namespace: str  # base revision, KV scheme and element type of adapters
     window_tokens: int | None = None  # no layer sees further back; None: some layer does
@@ -82,6 +83,7 @@ def _load_parts(config: EngineConfig, neighbours: Neighbours) -> EngineParts:
         num_blocks=num_blocks,
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.capabilities.vocab_size,
+        hidden_size=loaded.hidden_size,
         eos_token_ids=loaded.eos_token_ids,
         window_tokens=loaded.capabilities.window_tokens,
         length_rule=loaded.length_rule,

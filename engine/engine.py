@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.core.adapter_room import ByteRoom
 from engine.core.adapter_slots import AdapterSlots
 from engine.core.plan import StepEvents, StepPlan
-from engine.core.refusals import check_lengths, check_request
+from engine.core.refusals import check_request, check_tokens
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, EngineDead, InvalidRequest, RequestFailed
@@ -57,7 +57,7 @@ class Engine:
         self._grammars_used: dict[str, CompiledGrammar] = {}  # of live requests: the runner finds them compiled
         self.limits = limits_of(config, parts)
         self._page_bytes = parts.block_bytes if config.has_adapter_pages() else 0
-        self._vocab_size = parts.vocab_size
+        self._vocab_size, self._hidden_size = parts.vocab_size, parts.hidden_size
         self._quantized_bytes = (parts.quantized_bytes, parts.quantized_16bit_bytes)
         self._runner = parts.runner
         self._scheduler = Scheduler(self.limits)
@@ -80,7 +80,7 @@ class Engine:
 
         Raises: InvalidRequest naming the field, PromptTooLong, AdapterTooLarge.
         """
-        self._check_token_ids(request)
+        check_tokens(request, self.limits, self._vocab_size, self._hidden_size)
         if request.params.grammar is not None:
             self.grammars.compiled(request.params.grammar)
         limits = self.limits
@@ -101,7 +101,7 @@ class Engine:
         self._raise_if_dead()
         if request.request_id in self._clocks:
             raise InvalidRequest("request_id", f"{request.request_id!r} is in use by a request that has not ended")
-        self._check_token_ids(request)
+        check_tokens(request, self.limits, self._vocab_size, self._hidden_size)
         spec = request.params.grammar
         grammar = None if spec is None else self.grammars.compiled(spec)
         if request.adapter is not None and request.adapter not in self._images:
@@ -115,21 +115,6 @@ class Engine:
         self._clocks[request.request_id] = RequestClock(
             request.params.n, len(request.prompt_token_ids), time.monotonic()
         )
-
-    def _check_token_ids(self, request: Request) -> None:
-        check_lengths(request, self.limits)
-        params = request.params
-        for param, token_ids in (
-            ("prompt_token_ids", request.prompt_token_ids),
-            ("resumed_output_token_ids", request.resumed_output_token_ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", tuple(params.logit_bias)),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("bad_words_token_ids", tuple(i for word in params.bad_words_token_ids for i in word)),
-        ):
-            if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
-                wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
-                raise InvalidRequest(param, f"token id {wrong} is outside the vocabulary [0, {self._vocab_size - 1}]")
 
     def prepare_adapter(self, image: AdapterImage) -> None:
         """Optional: do now, from any thread, what else the step that loads the adapter would do."""
@@ -332,7 +317,10 @@ class Engine:
         self._totals.generated_tokens += len(update.token_ids)
         clock = self._clocks[update.request_id]
         is_over = update.finish_reason is not None
-        if clock.gained(len(update.token_ids), update.num_cached_tokens, ended=is_over, now_s=now_s):
+        is_answered = bool(update.token_ids) or update.vector is not None
+        if clock.gained(
+            len(update.token_ids), update.num_cached_tokens, answered=is_answered, ended=is_over, now_s=now_s
+        ):
             update = update._replace(queue_s=clock.queue_s)
         if clock.num_samples_left == 0:
             del self._clocks[update.request_id]

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,64 +20,24 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from engine.checkpoint.generation import GenerationConfig, sampling_defaults
+from engine.checkpoint.pooling import pooling_defaults
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import AdapterError, InvalidRequest
-from engine.output import OutputProcessor, merge
-from engine.request import FinishReason, OutputDelta, OutputError, Request, SamplingParams, TokenLogprobs
-
-logger = logging.getLogger(__name__)
+from engine.errors import AdapterError, RequestFailed
+from engine.model_folder import locate
+from engine.offline import EmbeddingOutput, GenerationOutput, Job, Prompt, listed, per_prompt
+from engine.output import OutputProcessor
+from engine.pooling import NextToken, Numbers, Pool, PoolingDefaults
+from engine.request import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
     from engine.lora.image import AdapterImage
     from engine.stats import EngineStats, RequestMetrics
 
-Prompt = str | Sequence[int]
-
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleOutput:
-    """One sample of a prompt."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    error: OutputError | None = None  # set exactly when finish_reason is ERROR
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOutput:
-    """What became of one prompt. The short properties speak of the first sample."""
-
-    prompt: str | None  # None: it was given as token ids
-    prompt_token_ids: tuple[int, ...]
-    adapter: str | None  # name
-    samples: tuple[SampleOutput, ...]
-    metrics: RequestMetrics
-
-    @property
-    def text(self) -> str:
-        return self.samples[0].text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.samples[0].token_ids
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.samples[0].finish_reason
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
-        return self.samples[0].logprobs
-
-    @property
-    def error(self) -> OutputError | None:
-        return self.samples[0].error
+_NO_SAMPLES = SamplingParams(max_tokens=1)  # of requests for vectors
 
 
 class LLM:
@@ -114,6 +74,10 @@ class LLM:
         """
         self._images[name] = _pack(name, Path(path), self._engine)
 
+    @cached_property
+    def _pooling(self) -> PoolingDefaults:
+        return pooling_defaults(locate(self._engine.config.model))
+
     @property
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._images)
@@ -143,24 +107,79 @@ class LLM:
         Raises: InvalidRequest, PromptTooLong, AdapterError before anything runs. What fails while running is an output
         with `finish_reason` ERROR and `error` set.
         """
-        prompt_list = _prompt_list(prompts)
+        prompt_list = listed(prompts)
         jobs = [
             self._job(prompt, one_params, adapter)
             for prompt, one_params, adapter in zip(
                 prompt_list,
-                _per_prompt(
+                per_prompt(
                     "params",
                     self.default_sampling_params() if params is None else params,
                     len(prompt_list),
                     SamplingParams,
                 ),
-                _per_prompt("adapters", adapters, len(prompt_list), str | None),
+                per_prompt("adapters", adapters, len(prompt_list), str | None),
                 strict=True,
             )
         ]
+        metrics = self._run(jobs, use_tqdm)
+        return [job.output(metrics[job.request.request_id]) for job in jobs]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        adapters: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = False,
+        *,
+        pool: Pool | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+    ) -> list[EmbeddingOutput]:
+        """The vector of every prompt, in their order. What is not said, the model's folder says, else: the last token's
+        hidden state, normalised to length 1.
+
+        Raises: as `generate`; InvalidRequest for `dimensions` that the model's vectors were not trained for.
+        """
+        asked = self._pooling.pooling(dimensions, pool, normalize)
+        prompt_list = listed(prompts)
+        names = per_prompt("adapters", adapters, len(prompt_list), str | None)
+        jobs = [self._job(prompt, _NO_SAMPLES, name, asked) for prompt, name in zip(prompt_list, names, strict=True)]
+        metrics = self._run(jobs, use_tqdm)
+        outputs = []
         for job in jobs:
-            self._engine.check_request(job.request, job.image)
-        return self._run(jobs, use_tqdm)
+            embedding, error = job.vector()
+            outputs.append(
+                EmbeddingOutput(
+                    prompt=job.prompt,
+                    prompt_token_ids=job.request.prompt_token_ids,
+                    adapter=job.adapter,
+                    embedding=embedding,
+                    error=error,
+                    metrics=metrics[job.request.request_id],
+                )
+            )
+        return outputs
+
+    def next_token_logprobs(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        token_ids: Sequence[int],
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> list[tuple[float, ...]]:
+        """Of each prompt the log-probabilities (natural) of `token_ids` as its next token, in their order.
+
+        Raises: as `generate`; RequestFailed when the model's logits were not finite.
+        """
+        prompt_list = listed(prompts)
+        names = per_prompt("adapters", adapters, len(prompt_list), str | None)
+        asked = NextToken(token_ids=tuple(token_ids))
+        jobs = [self._job(prompt, _NO_SAMPLES, name, asked) for prompt, name in zip(prompt_list, names, strict=True)]
+        self._run(jobs, use_tqdm=False)
+        found = [job.vector() for job in jobs]
+        for _, error in found:
+            if error is not None:
+                raise RequestFailed(error.message)
+        return [logprobs for logprobs, _ in found]
 
     def chat(
         self,
@@ -177,7 +196,7 @@ class LLM:
         prompts = [template(conversation, **template_args) for conversation in conversations]
         return self.generate(prompts, params, adapters, use_tqdm)
 
-    def _job(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Job:
+    def _job(self, prompt: Prompt, params: SamplingParams, adapter: str | None, numbers: Numbers | None = None) -> Job:
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         image = self._image_of(adapter) if adapter is not None else None
@@ -187,8 +206,9 @@ class LLM:
             params=params,
             seed=params.seed if params.seed is not None else secrets.randbits(64),
             adapter=image.key if image else None,
+            numbers=numbers,
         )
-        return _Job(request, text, adapter, image)
+        return Job(request, text, adapter, image)
 
     def _image_of(self, name: str) -> AdapterImage:
         if name in self._images:
@@ -197,10 +217,12 @@ class LLM:
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are: {sorted(self._images)}."
         raise AdapterError(f"there is no adapter named {name!r}; {hint} Add it with add_adapter(name, path)")
 
-    def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[GenerationOutput]:
+    def _run(self, jobs: list[Job], use_tqdm: bool) -> dict[str, RequestMetrics]:
         engine = self._engine
+        for job in jobs:
+            engine.check_request(job.request, job.image)
         waiting = list(reversed(jobs))
-        running: dict[str, _Job] = {}
+        running: dict[str, Job] = {}
         metrics: dict[str, RequestMetrics] = {}
         try:
             with tqdm(total=len(jobs), desc="prompts", disable=not use_tqdm) as progress:
@@ -219,9 +241,9 @@ class LLM:
         except BaseException:
             self._abort(running)
             raise
-        return [job.output(metrics[job.request.request_id]) for job in jobs]
+        return metrics
 
-    def _step(self, running: dict[str, _Job]) -> None:
+    def _step(self, running: dict[str, Job]) -> None:
         for update in self._engine.step():
             delta = self._outputs.process(update)
             if delta is not None:
@@ -233,79 +255,11 @@ class LLM:
             self._engine.finish(request_id, sample_index, FinishReason.STOP)
         self._engine.adapter_changes()  # their images stay here, to be given with the next request
 
-    def _abort(self, running: dict[str, _Job]) -> None:
+    def _abort(self, running: dict[str, Job]) -> None:
         """After an interrupt between steps the engine stays usable; its next step frees what these requests hold."""
         for request_id, job in running.items():
             self._outputs.drop(job.request)
             self._engine.abort(request_id)
-
-
-@dataclass(slots=True)
-class _Job:
-    """One prompt under way: its request, and the deltas of each sample so far."""
-
-    request: Request
-    prompt: str | None
-    adapter: str | None
-    image: AdapterImage | None
-    deltas: dict[int, list[OutputDelta]] = field(default_factory=dict)
-    num_ended: int = 0
-
-    @property
-    def done(self) -> bool:
-        return self.num_ended == self.request.params.n
-
-    def add(self, delta: OutputDelta) -> None:
-        self.deltas.setdefault(delta.sample_index, []).append(delta)
-        self.num_ended += delta.finish_reason is not None
-
-    def output(self, metrics: RequestMetrics) -> GenerationOutput:
-        return GenerationOutput(
-            prompt=self.prompt,
-            prompt_token_ids=self.request.prompt_token_ids,
-            adapter=self.adapter,
-            samples=tuple(_sample(merge(self.deltas[index])) for index in sorted(self.deltas)),
-            metrics=metrics,
-        )
-
-
-def _sample(delta: OutputDelta) -> SampleOutput:
-    assert delta.finish_reason is not None, "a job is read out only when each sample has its terminal delta"
-    return SampleOutput(
-        text=delta.text,
-        token_ids=delta.token_ids,
-        finish_reason=delta.finish_reason,
-        stop_reason=delta.stop_reason,
-        logprobs=delta.logprobs,
-        error=delta.error,
-    )
-
-
-def _prompt_list(prompts: Any) -> list[Prompt]:
-    """One prompt or several, as a list. Raises: InvalidRequest for what is neither text nor a list."""
-    if isinstance(prompts, str) or (_is_list(prompts) and len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    for prompt in prompts if _is_list(prompts) else [prompts]:
-        if not isinstance(prompt, str) and not _is_list(prompt):
-            raise InvalidRequest(
-                "prompts", f"a prompt is a text or a list of token ids, and {prompt!r} is a {type(prompt).__name__}"
-            )
-    return list(prompts)
-
-
-def _per_prompt(param: str, value: Any, num_prompts: int, kind: Any) -> list[Any]:
-    """`value` for every prompt, whether it was one for all or a list. Raises: InvalidRequest naming `param`."""
-    values = [value] * num_prompts if isinstance(value, kind) else list(value) if _is_list(value) else [value]
-    for item in values:
-        if not isinstance(item, kind):
-            raise InvalidRequest(param, f"{item!r} is a {type(item).__name__}")
-    if len(values) != num_prompts:
-        raise InvalidRequest(param, f"{len(values)} values for {num_prompts} prompts; give one for all or one for each")
-    return values
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _known(settings: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class OutputProcessor:
             None if stopped else update.error,
             update.num_cached_tokens,
             update.queue_s,
+            update.vector,
         )
 
     def take_finishes(self) -> tuple[SampleKey, ...]:
@@ -157,4 +158,5 @@ def merge(deltas: Sequence[OutputDelta]) -> OutputDelta:
         error=last.error,
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
         queue_s=max(delta.queue_s for delta in deltas),
+        vector=last.vector,
     )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import InvalidRequest
 from engine.grammar.spec import GrammarSpec
+from engine.pooling import NextToken, Numbers, Pooling
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -257,6 +258,7 @@ class Request:
     cache_salt: str = ""  # prefix blocks are shared only between equal salts
     sample_index: int = 0  # of the first sample; the others follow
     resumed_output_token_ids: tuple[int, ...] = ()  # only with params.n == 1
+    numbers: Numbers | None = None  # what it is answered by in the place of tokens; then params.n is 1
 
     def __post_init__(self) -> None:
         """Raises: InvalidRequest naming a field of the wrong type: nothing later looks at types any more."""
@@ -264,6 +266,8 @@ class Request:
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         if not isinstance(self.params, SamplingParams):
             raise InvalidRequest("params", f"{_brief(self.params)} is not a SamplingParams")
+        if self.numbers is not None:
+            self._check_numbers(self.numbers)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("sample_index", self.sample_index, 0, 2**32 - 1)
         for name in ("request_id", "tenant", "cache_salt"):
@@ -274,6 +278,14 @@ class Request:
                     "adapter", f"{_brief(self.adapter)} is not the key of an adapter version; None: the base"
                 )
             _name("adapter", self.adapter)
+
+    def _check_numbers(self, numbers: object) -> None:
+        if not isinstance(numbers, Pooling | NextToken):
+            raise InvalidRequest("numbers", f"{_brief(numbers)} is neither a Pooling nor a NextToken")
+        if self.params.n != 1:
+            raise InvalidRequest("n", f"{self.params.n} samples, but a request for numbers has one answer; set n to 1")
+        if self.resumed_output_token_ids:
+            raise InvalidRequest("resumed_output_token_ids", "a request for numbers has no output tokens to go on from")
 
     def renamed(self, request_id: str) -> Request:
         """The same under another id. What was checked is not looked at again: that would cost as much as the prompt."""
@@ -316,3 +328,4 @@ class OutputDelta(NamedTuple):
     error: OutputError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     queue_s: float = 0.0  # before the first step of its request; told once, in the request's first delta
+    vector: bytes | None = None  # the answer to `Request.numbers`, in the only delta

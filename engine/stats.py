@@ -73,10 +73,12 @@ class RequestClock:
         if self._start_s is None:
             self._start_s = now_s
 
-    def gained(self, num_tokens: int, num_cached_tokens: int, *, ended: bool, now_s: float) -> bool:
-        """One sample gained tokens, or ended, or both. Whether these are the first tokens of all."""
-        is_first = bool(num_tokens) and self._first_token_s is None
-        if num_tokens:
+    def gained(
+        self, num_tokens: int, num_cached_tokens: int, *, answered: bool = True, ended: bool, now_s: float
+    ) -> bool:
+        """One sample gained tokens or a vector (it is `answered`), or ended, or both. Whether it is the first."""
+        is_first = answered and self._first_token_s is None
+        if answered:
             self._first_token_s = self._first_token_s or now_s
             self._last_token_s = now_s
             self._num_output_tokens += num_tokens

@@ -20,6 +20,7 @@ PACKAGES = ("engine", "adapter_store", "deployments", "demo")
 
 SEAMS = (
     "engine.errors",
+    "engine.pooling",
     "engine.grammar.spec",
     "engine.request",
     "engine.image_spec",
@@ -43,8 +44,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "engine.config": ("engine.errors",),
     "engine.model_folder": ("engine.errors",),
     "engine.sizing": ("engine.errors", "engine.config", "engine.sizing"),
+    "engine.pooling": ("engine.errors",),
     "engine.grammar.spec": ("engine.errors",),
-    "engine.request": ("engine.errors", "engine.grammar.spec"),
+    "engine.request": ("engine.errors", "engine.pooling", "engine.grammar.spec"),
     # Policy. Of its own, the parts below the runner may know the plan only.
     "engine.core": (*SEAMS, "engine.core"),
     "engine.native": ("engine.native",),
@@ -69,9 +71,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "engine.assembly",
     ),
     "engine.aio": (*SEAMS, "engine.core", *PARTS, "engine.output", "engine.engine", "engine.aio"),
+    "engine.offline": (*SEAMS, "engine.lora", "engine.output"),
     # The one arrow out of the engine: docs/decisions/0001-llm-is-the-offline-composition-root.md
     "engine.llm": (
-        *SEAMS, "engine.checkpoint", "engine.lora", "engine.output", "engine.engine",
+        *SEAMS, "engine.checkpoint", "engine.lora", "engine.output", "engine.offline", "engine.engine",
         "adapter_store.image.packing", "adapter_store.errors",
     ),
     "engine": ("engine",),

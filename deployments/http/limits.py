@@ -37,9 +37,16 @@ MAX_URL_CHARS = 4_000
 MAX_FILES = 16  # of one adapter: `urls`, `sha256`
 MAX_CURSOR_CHARS = 400
 MAX_PAGE = 1_000
+MAX_QUESTIONS = 400  # of a request for decisions, as OpenAI has it
+MAX_VALUES = 255
+MAX_LEVELS = 10
+MAX_ANSWER_CHARS = 1_000
+MAX_MODELS = 64
+MAX_BRANCHES = 8_192
 
 BODY, OPENAI, CHAT, COMPLETIONS = "every body", "chat and completions", "chat", "completions"
 LORAX, ADAPTERS, QUERY = "LoRAX", "adapters", "query and path"
+VECTORS, DECISIONS = "vectors, scores and rankings", "decisions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,33 @@ LIMITS: tuple[Limit, ...] = (
     Limit(OPENAI, "prompt_cache_key", "characters", MAX_HINT_CHARS),
     Limit(OPENAI, "request_id", "characters", MAX_REQUEST_ID_CHARS),
     Limit(OPENAI, "adapter_source", "characters", MAX_SOURCE_CHARS),
+    Limit(VECTORS, "input", "texts or lists of token ids", 2_048, "max_inputs"),
+    Limit(VECTORS, "input", "bytes of one text", 2**20, "max_prompt_bytes"),
+    Limit(VECTORS, "input", "token ids in all lists", 2**18, "max_prompt_ids"),
+    Limit(VECTORS, "documents", "texts, the query among them", 2_048, "max_inputs"),
+    Limit(VECTORS, "text_2", "texts, those of `text_1` among them", 2_048, "max_inputs"),
+    Limit(VECTORS, "model", "characters", MAX_MODEL_CHARS),
+    Limit(VECTORS, "user", "characters", MAX_LABEL_CHARS),
+    Limit(VECTORS, "safety_identifier", "characters", MAX_LABEL_CHARS),
+    Limit(VECTORS, "cache_salt", "characters", MAX_LABEL_CHARS),
+    Limit(VECTORS, "prompt_cache_key", "characters", MAX_HINT_CHARS),
+    Limit(VECTORS, "adapter_source", "characters", MAX_SOURCE_CHARS),
+    Limit(DECISIONS, "model", "names", MAX_MODELS),
+    Limit(DECISIONS, "model", "characters of a name", MAX_MODEL_CHARS),
+    Limit(DECISIONS, "input", "bytes of text", 2**20, "max_prompt_bytes"),
+    Limit(DECISIONS, "input", "messages, calls and outputs", MAX_MESSAGES),
+    Limit(DECISIONS, "questions", "questions", MAX_QUESTIONS),
+    Limit(DECISIONS, "questions", "prompts: models, questions, places where answers part", MAX_BRANCHES),
+    Limit(DECISIONS, "choices", "values", MAX_VALUES),
+    Limit(DECISIONS, "value", "characters", MAX_ANSWER_CHARS),
+    Limit(DECISIONS, "levels", "levels", MAX_LEVELS),
+    Limit(DECISIONS, "label", "characters", MAX_ANSWER_CHARS),
+    Limit(DECISIONS, "name", "characters", MAX_LABEL_CHARS),
+    Limit(DECISIONS, "instructions", "parts", MAX_PARTS),
+    Limit(DECISIONS, "safety_identifier", "characters", MAX_LABEL_CHARS),
+    Limit(DECISIONS, "cache_salt", "characters", MAX_LABEL_CHARS),
+    Limit(DECISIONS, "prompt_cache_key", "characters", MAX_HINT_CHARS),
+    Limit(DECISIONS, "adapter_source", "characters", MAX_SOURCE_CHARS),
     Limit(LORAX, "inputs", "bytes of text", 2**20, "max_prompt_bytes"),
     Limit(LORAX, "adapter_id", "characters", MAX_MODEL_CHARS),
     Limit(LORAX, "adapter_source", "characters", MAX_SOURCE_CHARS),

@@ -281,6 +281,7 @@ def _request(call: Call, version: str | None) -> Request:
         cache_salt=call.cache_salt,
         sample_index=call.sample_index,
         resumed_output_token_ids=call.resumed_output_token_ids,
+        numbers=call.numbers,
     )
 
 

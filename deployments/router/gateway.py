@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from adapter_store.errors import AdapterNameInvalid
@@ -19,13 +20,16 @@ from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.router.prompts import Prompts
 from deployments.router.streams import Backend, Primed, all_primed, answer
 from deployments.router.suspects import Suspects
+from deployments.router.vectors import Answered, Vectors, at_once, vector_of
 from deployments.settings.app import is_allowed
 from engine.errors import InvalidRequest
+from engine.pooling import PoolingDefaults
 from engine.request import OutputDelta
 
 logger = logging.getLogger("ray.serve")
 
 FIRST_CURSOR = "0:"  # of the store's listing
+MAX_CALLS = 64  # of one request for numbers at the same time: a queue has room for others too
 MAX_STORE_PAGES = 8  # that one page of ours is made of: sources may give short ones
 
 
@@ -83,6 +87,7 @@ class Gateway:
     kept: Kept = field(
         default_factory=lambda: OwnAnswers(Answers(1 << 20, 1 << 20, 60.0))
     )  # answers that clients refer to
+    pooling: PoolingDefaults = field(default_factory=PoolingDefaults)
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
     dialect: Dialect = PLAIN  # how the model writes reasoning and calls of tools
 
@@ -142,50 +147,79 @@ class Gateway:
             cursor = page.next_cursor
         return AdapterPage(records=tuple(found), next_cursor=cursor, unavailable=tuple(away))
 
-    async def open(self, ask: Ask, tenant: str) -> Opened:
-        """Starts all prompts of `ask`; returns when each has its first tokens.
-
-        Raises: Refused, or an error of the engine's or the store's tree. Then nothing of the request runs on.
-        """
-        adapter = merge_name(ask.parts) if ask.parts else ask.adapter
-        self._expect(ask)
-        prompts = await self.prompts.encode(ask)
-        sent_s = time.monotonic()
-        # Of our own making whatever the caller's is: two running requests never have one id.
-        request_id = uuid.uuid4().hex
+    def _calls(self, ask: Ask, prompts: Sequence[tuple[int, ...]], tenant: str, request_id: str) -> list[Call]:
+        """One for each of `prompts`."""
         # A seed that was given makes each prompt's answer what it would be if it were sent alone. One that is drawn is
         # drawn for each: a sample depends on nothing but its seed, its index and its position.
         given = ask.params.seed
-        seeds = tuple(secrets.randbits(63) if given is None else given for _ in prompts)
         # Between keys nothing is shared, not even the time that a cached prefix saves.
         salt = f"{tenant}/{ask.cache_salt}" if tenant or ask.cache_salt else ""
-        calls = [
+        adapter = merge_name(ask.parts) if ask.parts else ask.adapter
+        return [
             Call(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
                 prompt_token_ids=ids,
                 params=ask.params,
-                seed=seeds[index],
+                seed=secrets.randbits(63) if given is None else given,
                 adapter=adapter,
                 adapter_source=ask.adapter_source,
                 parts=ask.parts,
                 tenant=tenant or ask.user,
                 cache_salt=salt,
                 prefix_hints=prefix_hints(adapter, salt, ids),
+                numbers=ask.numbers,
             )
             for index, ids in enumerate(prompts)
         ]
-        told_id = ask.request_id or request_id
-        names = ", ".join(f"{part.weight:g} {part.name}" for part in ask.parts) or ask.adapter
-        asked = (request_id, told_id, tenant, ask.user, names)
-        logger.info("request %s id=%r tenant=%r user=%r adapter=%r", *asked)
+
+    async def open(self, ask: Ask, tenant: str) -> Opened:
+        """Starts all prompts of `ask`; returns when each has its first tokens.
+
+        Raises: Refused, or an error of the engine's or the store's tree. Then nothing of the request runs on.
+        """
+        request_id = self.admit(ask, tenant)
+        prompts = await self.prompts.encode(ask)
+        sent_s = time.monotonic()
+        calls = self._calls(ask, prompts, tenant, request_id)
         streams = await all_primed(
             [answer(self.backend, call, max_resumes=self.max_resumes, suspects=self.suspects) for call in calls]
         )
         return Opened(
-            request_id=told_id,
-            seeds=seeds,
+            request_id=ask.request_id or request_id,
+            seeds=tuple(call.seed for call in calls),
             prompts=tuple(prompts),
             streams=streams,
             sent_s=sent_s,
             first_s=time.monotonic(),
         )
+
+    async def vectors(self, ask: Ask, tenant: str) -> Vectors:
+        """The answers to all prompts of an `ask` for numbers, in their order. Raises: as `open`."""
+        request_id = self.admit(ask, tenant)
+        prompts = await self.prompts.encode(ask)
+        found = await self.vectors_of([(ask, ids) for ids in prompts], tenant, request_id)
+        return Vectors(request_id=ask.request_id or request_id, answers=tuple(found))
+
+    async def vectors_of(
+        self, asked: Sequence[tuple[Ask, tuple[int, ...]]], tenant: str, request_id: str
+    ) -> list[Answered]:
+        """As `vectors`, of asks that were admitted, each with a prompt that is tokens already. `request_id`: of these
+        calls and no others that may run."""
+        calls = [
+            call
+            for index, (ask, ids) in enumerate(asked)
+            for call in self._calls(ask, [ids], tenant, f"{request_id}-{index}")
+        ]
+        jobs = [partial(vector_of, self.backend, call, self.max_resumes, self.suspects) for call in calls]
+        return await at_once(jobs, MAX_CALLS)
+
+    def admit(self, ask: Ask, tenant: str) -> str:
+        """An id for `ask`, whose adapters may be asked for; the store is told that they are. Raises: as `open`."""
+        self._expect(ask)
+        # Of our own making whatever the caller's is: two running requests never have one id.
+        request_id = uuid.uuid4().hex
+        told_id = ask.request_id or request_id
+        names = ", ".join(f"{part.weight:g} {part.name}" for part in ask.parts) or ask.adapter
+        asked = (request_id, told_id, tenant, ask.user, names)
+        logger.info("request %s id=%r tenant=%r user=%r adapter=%r", *asked)
+        return request_id

@@ -39,11 +39,10 @@ class Prompts:
 
     async def encode(self, ask: Ask) -> list[tuple[int, ...]]:
         """Token ids of each prompt. Raises: InvalidRequest naming the field; Refused when there is too much."""
-        if len(ask.prompts) > self._limits.max_prompts:
-            raise InvalidRequest(
-                ask.prompt_param, f"{len(ask.prompts)} prompts, the limit is {self._limits.max_prompts}; send fewer"
-            )
-        if len(ask.prompts) * ask.params.n > self._limits.max_samples:
+        limit = self._limits.max_prompts if ask.numbers is None else self._limits.max_inputs
+        if len(ask.prompts) > limit:
+            raise InvalidRequest(ask.prompt_param, f"{len(ask.prompts)} prompts, the limit is {limit}; send fewer")
+        if ask.numbers is None and len(ask.prompts) * ask.params.n > self._limits.max_samples:
             raise InvalidRequest(
                 "n",
                 f"{len(ask.prompts)} prompts times n={ask.params.n} is over the limit of {self._limits.max_samples}",
@@ -71,6 +70,54 @@ class Prompts:
             return self._tokenizer.pieces(text, add_special_tokens)
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._pool, self._tokenizer.pieces, text, add_special_tokens)
+
+    async def around(self, chat: Chat, gap: str, param: str) -> tuple[str, str]:
+        """What the chat template writes before and behind `gap`, which some message of `chat` holds.
+
+        Raises: InvalidRequest naming `param`; Refused when it is too long.
+        """
+        self._check_size(_num_bytes(chat), param)
+        run = asyncio.get_running_loop().run_in_executor
+        rendered = await run(self._pool, self._tokenizer.render_chat, chat.messages)
+        before, *after = rendered.split(gap)
+        if len(after) != 1:
+            raise InvalidRequest(param, "the model's chat template does not write what a user says as it was said once")
+        return before, after[0]
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.has_chat_template
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._tokenizer.eos_token_id
+
+    async def forked(
+        self, before: str, pieces: Sequence[str], param: str, *, add_special_tokens: bool
+    ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Tokens of the beginning of a prompt, and of pieces of text that may stand anywhere behind it.
+
+        Each is tokenised once, and by itself. Raises: InvalidRequest naming `param`; Refused when it is too long.
+        """
+        self._check_size(len(before.encode(errors="replace")), param)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._pool, self._fork, _valid(before, param), pieces, add_special_tokens)
+
+    def _fork(
+        self, before: str, pieces: Sequence[str], add_special_tokens: bool
+    ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        encode = self._tokenizer.encode
+        plain = encode(before, False)
+        whole = encode(before, True) if add_special_tokens else plain
+        while whole and whole[-len(plain) :] != plain:  # what is written behind a whole text is not behind this one
+            whole = whole[:-1]
+        line = encode("\n", False)
+        found = []
+        for piece in pieces:
+            behind = encode("\n" + piece, False)  # some tokenizers write a space before the first word of any text
+            is_behind = behind[: len(line)] == line
+            found.append(tuple(behind[len(line) :] if is_behind else encode(piece, False)))
+        return tuple(whole or plain), found
 
     def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
         """In a thread of the pool if it is long, as is all that grows with the prompt."""

@@ -32,7 +32,7 @@ MAX_DEATHS = 1024  # that are remembered, for streams that hear of them late
 def fingerprint(call: Call) -> str:
     """What `call` asks for: equal for all its samples and continuations, and when it is sent again."""
     params = replace(call.params, n=1)
-    asked = repr((len(call.prompt_token_ids), params, call.adapter, call.adapter_source)).encode()
+    asked = repr((len(call.prompt_token_ids), params, call.adapter, call.adapter_source, call.numbers)).encode()
     return hashlib.blake2b(asked + array("q", call.prompt_token_ids).tobytes(), digest_size=16).hexdigest()
 
 

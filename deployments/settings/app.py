@@ -102,6 +102,7 @@ class LimitSettings(Settings):
     max_prompt_bytes: PositiveInt = MIB  # text of one prompt or conversation
     max_prompt_ids: PositiveInt = 2**18  # token ids in all prompts that are sent as such
     max_prompts: PositiveInt = 64  # in a list of prompts
+    max_inputs: PositiveInt = 2048  # in a list of texts to embed, to score or to rank
     max_samples: PositiveInt = 128  # prompts times n
 
 

@@ -18,6 +18,7 @@ from engine.core.plan import (
     TokenRef,
 )
 from engine.core.sequence import Sequence
+from engine.pooling import Numbers, Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,9 @@ class PlanDraft:
     def _slice(self, seq: Sequence, num_rows: int, guesses: tuple[int, ...], row: int, lora_slot: int) -> SequenceSlice:
         position = seq.num_computed_tokens
         num_tokens = seq.num_tokens
-        samples = position + num_rows == num_tokens
+        is_last = position + num_rows == num_tokens
+        numbers = seq.request.numbers
+        samples = is_last and numbers is None
         if seq.table is None:
             seq.table = tuple(seq.block_table)
         inputs = seq.next_inputs(num_rows) + guesses
@@ -103,6 +106,8 @@ class PlanDraft:
             seq.num_pending += 1 + len(guesses)
             seq.last_sample = TokenRef(self.plan_id, row + num_rows - 1)
         output = RowOutput.SAMPLE if samples else RowOutput.NONE
+        if numbers is not None:
+            output = _output_of(numbers, is_last=is_last)
         output_position = num_tokens - len(seq.prompt)
         return SequenceSlice(
             seq.seq_id,
@@ -116,6 +121,12 @@ class PlanDraft:
             len(guesses),
             seq.rope_tokens,
         )
+
+
+def _output_of(numbers: Numbers, *, is_last: bool) -> RowOutput:
+    if is_last:
+        return RowOutput.POOLED if isinstance(numbers, Pooling) else RowOutput.LOGITS
+    return RowOutput.PART if numbers.needs_all_rows else RowOutput.NONE
 
 
 def lora_segments(slices: list[SequenceSlice]) -> tuple[LoraSegment, ...]:

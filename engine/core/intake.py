@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.core.fairness import OUTPUT_WEIGHT, FairQueue
 from engine.core.kv_blocks import KVBlocks
-from engine.core.plan import Sample, SequenceSlice
+from engine.core.plan import Sample, SequenceSlice, Vector
 from engine.core.roster import Roster
 from engine.core.sequence import Ending, Sequence, SequenceState
 from engine.errors import RequestFailed
@@ -21,8 +21,8 @@ class Intake:
         self._roster = roster
         self.num_guessed_right = 0
 
-    def take_in(self, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
-        """What a slice computed counts as far as its tokens were right; then its sample."""
+    def take_in(self, seq: Sequence, piece: SequenceSlice, sample: Sample | None, vector: Vector | None = None) -> None:
+        """What a slice computed counts as far as its tokens were right; then its sample, or its vector."""
         num_gained, ending = 0, None
         if sample is not None and sample.error is None:
             assert 1 <= len(sample.token_ids) <= 1 + piece.num_guesses, "a token for each guess, and one more, at most"
@@ -39,6 +39,18 @@ class Intake:
             self._kv.slide(seq)
         if sample is not None:
             self._tell(seq, sample, num_gained, ending)
+        if vector is not None:
+            assert vector.seq_id == piece.seq_id, "vectors follow the order of the slices"
+            self._tell_vector(seq, vector)
+
+    def _tell_vector(self, seq: Sequence, vector: Vector) -> None:
+        """The only update of a sequence that is answered by numbers."""
+        if vector.error is not None:
+            error = OutputError(RequestFailed.code, vector.error)
+            self._roster.end(seq, Ending(FinishReason.ERROR), error=error)
+            return
+        ending = Ending(FinishReason.STOP)
+        self._roster.end(seq, ending, seq.update(ending=ending, vector=vector.data))
 
     def _tell(self, seq: Sequence, sample: Sample, num_gained: int, ending: Ending | None) -> None:
         if sample.error is not None:

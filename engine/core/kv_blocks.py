@@ -84,7 +84,7 @@ class KVBlocks:
 
     def _match(self, seq: Sequence) -> tuple[PrefixMatch, int]:
         """The longest cached prefix, and how many of its blocks are free and would be taken."""
-        if not self._caching:
+        if not self._may_share(seq):
             return PrefixMatch((), seq.namespace), 0
         watch = self._watches.get(seq.seq_id)
         if watch is not None:
@@ -95,6 +95,11 @@ class KVBlocks:
         self._found = (seq.seq_id, match)
         num_unseen = self._num_unseen(len(match.blocks) * self._block_size)
         return match, sum(self.pool.ref_count(block) == 0 for block in match.blocks[num_unseen:])
+
+    def _may_share(self, seq: Sequence) -> bool:
+        """Whether a cached prefix spares its rows: of a vector that is made of all of them it must not."""
+        numbers = seq.request.numbers
+        return self._caching and (numbers is None or not numbers.needs_all_rows)
 
     def expect(self, seq: Sequence) -> None:
         """`seq` was placed just now and does not fit: from now on its cached prefix is kept up to date."""

@@ -6,7 +6,9 @@ The runner executes a plan strictly in this order:
   3. `block_copies` copy-on-write copies of KV blocks
   4. `starts`       remember prompt, outputs so far and parameters of sequences that join
   5. `slices`       one forward over all rows; a sample from the last row of each slice that asks for one. With guesses,
-                    a sample for each of them and one more: those count as long as the guess before them was right
+                    a sample for each of them and one more: those count as long as the guess before them was right.
+                    Slices of requests for numbers sample nothing: their rows' hidden states, or logits of the last
+                    row, become a vector
 
 Workers of a tensor-parallel group see plans and nothing else. What there is one of per sequence and step is a named
 tuple, which is made in a quarter of the time of a frozen dataclass.
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from engine.pooling import Numbers
 from engine.request import SamplingParams, TokenLogprobs
 
 NO_LORA = 0  # LoRA slot 0 is the base model
@@ -28,6 +31,14 @@ class RowOutput(Enum):
 
     NONE = "none"
     SAMPLE = "sample"
+    LOGITS = "logits"  # as log-probabilities of some tokens: the answer to a request for them
+    PART = "part"  # of a pooled vector: these rows count, and more follow
+    POOLED = "pooled"  # the vector of these rows and of the parts before
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the slice is answered by a vector, and so its request."""
+        return self is RowOutput.LOGITS or self is RowOutput.POOLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,7 @@ class SequenceStart:
     params: SamplingParams
     seed: int
     sample_index: int
+    numbers: Numbers | None = None  # it is answered by a vector, and samples nothing
 
 
 class SequenceSlice(NamedTuple):
@@ -147,14 +159,23 @@ class Sample(NamedTuple):
     forced_token_ids: tuple[int, ...] = ()  # how the text goes on that its grammar leaves no choice about
 
 
+class Vector(NamedTuple):
+    """What a slice that is answered by a vector produced: float32, little-endian."""
+
+    seq_id: int
+    data: bytes
+    error: str | None = None  # this sequence alone failed (e.g. hidden states were not finite)
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a plan produced. `samples` follow the order of the plan's sampling slices."""
+    """What a plan produced: `samples` in the order of its sampling slices, `vectors` of the slices answered so."""
 
     plan_id: int
     samples: tuple[Sample, ...] = ()
     copied: tuple[str, ...] = ()  # adapters whose copy event has fired since the last result
     waited_for_copy: bool = False  # the step thread stood still until an adapter's copy had ended, or for a while
+    vectors: tuple[Vector, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,15 +234,16 @@ class Scheduler:
         for key in result.copied:
             self._slots.copied(key)
         num_earlier = len(self._roster.updates)
-        samples = iter(result.samples)
+        samples, vectors = iter(result.samples), iter(result.vectors)
         for seq, piece in zip(flight.sequences, plan.slices, strict=True):
             sample = next(samples) if piece.output is RowOutput.SAMPLE else None
             seq.num_in_flight -= 1
             if sample is not None:
                 assert sample.seq_id == piece.seq_id, "samples follow the order of the slices"
                 seq.drop_pending(1 + piece.num_guesses)
+            vector = next(vectors) if piece.output.is_vector else None
             if seq.state is not SequenceState.FINISHED:  # else: found late; what it computed since does not count
-                self._intake.take_in(seq, piece, sample)
+                self._intake.take_in(seq, piece, sample, vector)
             if self._roster.retiring:
                 self._roster.settle(seq)
         self._kv.release(flight.held_blocks)

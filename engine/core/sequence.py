@@ -46,6 +46,7 @@ class SequenceUpdate(NamedTuple):
     error: OutputError | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     queue_s: float = 0.0  # set by the engine, which has a clock
+    vector: bytes | None = None  # of a request for numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +289,7 @@ class Sequence:
             params=self.request.params,
             seed=self.request.seed,
             sample_index=self.sample_index,
+            numbers=self.request.numbers,
         )
 
     def update(
@@ -296,6 +298,7 @@ class Sequence:
         logprobs: tuple[TokenLogprobs, ...] | None = None,
         ending: Ending | None = None,
         error: OutputError | None = None,
+        vector: bytes | None = None,
     ) -> SequenceUpdate:
         return SequenceUpdate(
             self.request.request_id,
@@ -306,6 +309,7 @@ class Sequence:
             ending.stop_token_id if ending else None,
             error,
             self.num_cached_tokens,
+            vector=vector,
         )
 
     def check_invariants(self, block_size: int) -> None:

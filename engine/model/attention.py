@@ -86,6 +86,24 @@ def inner_model(model: Any) -> nn.Module:
     return next(child for child in model.children() if any(module is embeddings for module in child.modules()))
 
 
+def forward_both(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    sampled_rows: torch.Tensor,
+    backend: AttentionBackend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `forward_logits`, with what `forward_hidden` gives. Shapes: returns [T, hidden], [N, V]."""
+    seen: list[torch.Tensor] = []
+    # What is between the two (a scale, a cap of the logits) is each model's own.
+    hook = inner_model(model).register_forward_hook(lambda _module, _args, output: seen.append(output[0]))
+    try:
+        logits = forward_logits(model, input_ids, positions, sampled_rows, backend)
+    finally:
+        hook.remove()
+    return seen[-1][0], logits
+
+
 def forward_logits(
     model: nn.Module,
     input_ids: torch.Tensor,

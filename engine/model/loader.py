@@ -69,6 +69,11 @@ class LoadedModel:
     rounding: str = ""  # what the settings did to the weights; "": they are the checkpoint's
 
     @property
+    def hidden_size(self) -> int:
+        """Numbers of one hidden state."""
+        return int(self.hf_config.get_text_config().hidden_size)
+
+    @property
     def cache_namespace(self) -> str:
         """Two models with one have the same KV values. Their adapters' images are the same without it: images depend
         on a model's sites and dtype, which rounding does not change."""

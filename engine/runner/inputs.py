@@ -31,10 +31,12 @@ class StepInputs:
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     sampled_rows: torch.Tensor  # [N] int64: rows whose logits are wanted
-    samples: tuple[SampledRow, ...]  # N, in the same order
+    samples: tuple[SampledRow, ...]  # N, in the same order, but for those of `scored`
     attention: AttentionInputs
     segments: tuple[LoraSegment, ...]  # of the T rows
     sampled_segments: tuple[LoraSegment, ...]  # of the N sampled rows
+    scored: tuple[int, ...] = ()  # which of the N rows choose no token: their logits themselves are wanted
+    pools: bool = False  # hidden states of all rows are wanted
     lengths: torch.Tensor | None = None  # [T] int64: tokens of the text by which a row is rotated, where that counts
 
 
@@ -64,8 +66,10 @@ class InputBuilder:
         rows = _Rows(self._block_size)
         for piece in plan.slices:
             rows.add(piece)
-        samples, device = tuple(rows.samples), self._device
-        sampled = [sample.row for sample in samples]
+        wanted, device = tuple(rows.samples), self._device
+        sampled = [sample.row for sample in wanted]
+        scored = tuple(rows.scored)
+        samples = wanted if not scored else tuple(one for i, one in enumerate(wanted) if i not in rows.scored)
         # One copy to the device for all that is new in every step.
         packed = upload([*rows.token_ids, *rows.positions, *rows.slots, *sampled], device)
         num_rows = len(rows.token_ids)
@@ -85,7 +89,9 @@ class InputBuilder:
                 context_lengths=tuple(rows.contexts),
             ),
             segments=plan.lora_segments,
-            sampled_segments=_sampled_segments(samples),
+            sampled_segments=_sampled_segments(wanted),
+            scored=scored,
+            pools=rows.pools,
             lengths=_lengths(plan, device) if self._with_lengths else None,
         )
 
@@ -126,6 +132,8 @@ class _Rows:
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.samples: list[SampledRow] = []
+        self.scored: list[int] = []  # which of them choose no token
+        self.pools = False
         self.starts = [0]  # one more than slices
         self.contexts: list[int] = []
         self.tables: list[tuple[int, ...]] = []
@@ -153,6 +161,11 @@ class _Rows:
             for i in range(1 + num_guesses):
                 guess = self.token_ids[first + i] if i else None
                 self.samples.append(SampledRow(first + i, seq_id, output_position + i, lora_slot, guess))
+        elif output is RowOutput.LOGITS:
+            self.scored.append(len(self.samples))
+            self.samples.append(SampledRow(row_end - 1, seq_id, output_position, lora_slot))
+        elif output is not RowOutput.NONE:
+            self.pools = True
         self.starts.append(row_end)
         self.contexts.append(end)
         self.tables.append(table)

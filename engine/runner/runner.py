@@ -15,7 +15,7 @@ from engine.kv.storage import KVStorage
 from engine.lora.copier import Copier, CudaPages, HostPages, Pacer
 from engine.lora.image import ALIGNMENT_BYTES, AdapterImage
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage
-from engine.model.attention import forward_hidden, forward_logits
+from engine.model.attention import forward_both, forward_hidden, forward_logits
 from engine.model.loader import LoadedModel
 from engine.model.rope import install_row_lengths
 from engine.runner.guesses import check_guesses
@@ -25,7 +25,8 @@ from engine.runner.memory import kv_shape
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.rehearsal import rehearse
 from engine.runner.sampler import SampledStep, Sampler
-from engine.to_device import use_device
+from engine.runner.vectors import Vectors, VectorStep
+from engine.to_device import upload, use_device
 
 if TYPE_CHECKING:  # it loads Triton
     from engine.runner.graphs import DecodeGraphs
@@ -42,16 +43,19 @@ class PendingTorchStep:
         plan: StepPlan,
         sampler: Sampler,
         sampled: SampledStep | None,
+        vectors: VectorStep | None,
         adapters: AdapterStorage,
         num_waits: int,
     ) -> None:
         self._plan = plan
         self._sampler = sampler
         self._sampled = sampled
+        self._vectors = vectors
         self._adapters = adapters
         self._has_waited = adapters.num_waits > num_waits
 
     def result(self) -> StepResult:
+        vectors = () if self._vectors is None else self._vectors.vectors
         samples: tuple[Sample, ...] = ()
         if self._sampled is not None:
             samples = self._sampler.took(check_guesses(self._plan.slices, self._sampled.samples))
@@ -59,7 +63,7 @@ class PendingTorchStep:
         if not self._plan.slices:
             self._adapters.wait(COPY_WAIT_S)
         has_waited = self._has_waited or self._adapters.num_waits > num_waits
-        return StepResult(self._plan.plan_id, samples, self._adapters.copied(), has_waited)
+        return StepResult(self._plan.plan_id, samples, self._adapters.copied(), has_waited, vectors)
 
 
 class TorchRunner:
@@ -85,6 +89,7 @@ class TorchRunner:
         self._backend, self._batch = layers.backend, layers.batch
         with_lengths = self._lengths is not None
         self._inputs = InputBuilder(config.block_size, loaded.device, self._resolve, with_lengths=with_lengths)
+        self._vectors = Vectors()
         vocab_size, eos_token_ids = loaded.capabilities.vocab_size, loaded.eos_token_ids
         self._sampler = Sampler(vocab_size, loaded.device, eos_token_ids, layers.library, grammars)
         self._graphs = _decode_graphs(loaded, config, layers)
@@ -128,7 +133,7 @@ class TorchRunner:
         use_device(self.loaded.device)  # the thread that submits need not be the one that loaded the model
         try:
             with torch.inference_mode():
-                inputs, sampled = self._execute(plan)
+                inputs, sampled, vectors = self._execute(plan)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -141,32 +146,51 @@ class TorchRunner:
             self._sampled[plan.plan_id] = (rows, sampled.token_ids)
         while self._sampled and next(iter(self._sampled)) <= plan.plan_id - self._max_plans_kept:
             self._sampled.popitem(last=False)
-        return PendingTorchStep(plan, self._sampler, sampled, self._adapters, num_waits)
+        return PendingTorchStep(plan, self._sampler, sampled, vectors, self._adapters, num_waits)
 
-    def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None]:
+    def _execute(self, plan: StepPlan) -> tuple[StepInputs | None, SampledStep | None, VectorStep | None]:
         for seq_id in plan.ends:
             self._sampler.end(seq_id)
+            self._vectors.end(seq_id)
         for op in plan.adapter_ops:
             self._apply(op)
         self._storage.copy_blocks([c.src for c in plan.block_copies], [c.dst for c in plan.block_copies])
         for start in plan.starts:
-            self._sampler.start(start)
+            (self._sampler if start.numbers is None else self._vectors).start(start)
         if not plan.slices:
-            return None, None
+            return None, None, None
         inputs = self._inputs.build(plan)
         self._batch.set(inputs.segments, inputs.sampled_segments)
         model = self.loaded.model
+        gives_vectors = inputs.pools or bool(inputs.scored)
         is_recorded = self._graphs is not None and self._graphs.fits(inputs) and not self._batch.needs_python
+        is_recorded = is_recorded and not gives_vectors
         if self._lengths is not None:  # of recorded rows, which are the last of their texts, those up to themselves
             self._lengths.tokens = None if is_recorded else inputs.lengths
         if self._graphs is not None and is_recorded:
-            return inputs, self._sampler.sample(self._graphs.logits(inputs), inputs.samples)
+            return inputs, self._sampler.sample(self._graphs.logits(inputs), inputs.samples), None
         self._backend.plan(inputs.attention)
+        if gives_vectors:
+            return inputs, *self._with_vectors(plan, inputs)
         if not inputs.samples:
             forward_hidden(model, inputs.input_ids, inputs.positions, self._backend)
-            return inputs, None
+            return inputs, None, None
         logits = forward_logits(model, inputs.input_ids, inputs.positions, inputs.sampled_rows, self._backend)
-        return inputs, self._sampler.sample(logits, inputs.samples)
+        return inputs, self._sampler.sample(logits, inputs.samples), None
+
+    def _with_vectors(self, plan: StepPlan, inputs: StepInputs) -> tuple[SampledStep | None, VectorStep]:
+        model, rows = self.loaded.model, (inputs.input_ids, inputs.positions)
+        if not (inputs.samples or inputs.scored):
+            return None, self._vectors.take(plan.slices, forward_hidden(model, *rows, self._backend), None)
+        hidden, logits = forward_both(model, *rows, inputs.sampled_rows, self._backend)
+        scored = None
+        if inputs.scored:
+            is_scored = set(inputs.scored)
+            others = [i for i in range(logits.shape[0]) if i not in is_scored]
+            scored = logits[upload(inputs.scored, logits.device)]
+            logits = logits[upload(others, logits.device)]
+        vectors = self._vectors.take(plan.slices, hidden, scored)  # before the sampler overwrites logits
+        return self._sampler.sample(logits, inputs.samples) if inputs.samples else None, vectors
 
     def _apply(self, op: AdapterLoad | AdapterEvict) -> None:
         """Raises: AdapterError if the plan and this runner disagree on what is resident."""

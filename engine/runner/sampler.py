@@ -32,7 +32,7 @@ from engine.runner.penalties import TokenHistory, uses_history
 from engine.runner.philox import as_int64, uniform
 from engine.runner.phrases import OutputTails
 from engine.runner.scan import scan
-from engine.to_device import upload
+from engine.to_device import HostCopy, upload
 
 _NOT_FINITE = "the model's logits for this sequence were not finite (NaN or infinity)"
 _FAILED, _NOTHING = -1, -2  # in place of a token id
@@ -53,8 +53,8 @@ class SampledStep:
         self.token_ids = chosen.clamp(min=0)
         self._batch = batch
         self._errors = {**batch.errors, **errors} if errors else batch.errors
-        self._chosen = _HostCopy(chosen)
-        self._logprobs = None if logprobs is None else _HostCopy(logprobs)
+        self._chosen = HostCopy(chosen)
+        self._logprobs = None if logprobs is None else HostCopy(logprobs)
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -248,20 +248,3 @@ def _choose(
             batch.filtered.take(logits), batch.filtered.take(blocks), batch.filtered.take(u), batch.filters, library
         )
     return chosen
-
-
-class _HostCopy:
-    """A tensor on its way to the host. `wait` waits for this copy and not for what was launched after it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._tensor = tensor
-        if tensor.device.type == "cuda":
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.current_stream(tensor.device).record_event()
-
-    def wait(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensor

@@ -14,7 +14,9 @@ from engine.core.plan import AdapterLoad, StepEvents, StepPlan
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import SequenceUpdate
 from engine.errors import AdapterError, AdapterTooLarge, InvalidRequest, PromptTooLong, QueueFull
+from engine.pooling import Numbers
 from engine.request import FinishReason, Request
+from tests.support.hash_model import expected_vector
 from tests.support.kv_checking_runner import FinishedStep, KVCheckingRunner
 from tests.support.strategies import ADAPTER_RUNS, ADAPTERS, Workload, expected_output
 
@@ -149,7 +151,7 @@ class Player:
         config = self.workload.config
         num_tokens = len(request.prompt_token_ids)
         return (
-            num_tokens + 1 > config.max_model_len
+            num_tokens + (request.numbers is None) > config.max_model_len
             or num_tokens > self._max_kv_tokens()
             or (not config.enable_chunked_prefill and num_tokens > config.max_num_batched_tokens)
             or (request.adapter is not None and self._is_too_large(request.adapter))
@@ -268,7 +270,23 @@ class Player:
         assert self.scheduler.stats().free_blocks == stats.num_blocks, self.scheduler.stats()
         self.scheduler.check_invariants()
 
+    def _check_vector(self, text: Text, numbers: Numbers) -> None:
+        end = text.finish
+        assert end is not None, text
+        assert not text.tokens, f"{text}: who asks for numbers gets no tokens"
+        self.counts["vectors"] += end.vector is not None
+        if end.vector is None:
+            assert end.finish_reason is FinishReason.ABORT or text.was_stopped_outside, text
+            return
+        request, window = text.request, self.workload.config.window_tokens
+        prompt, all_rows = request.prompt_token_ids, numbers.needs_all_rows
+        assert end.vector == expected_vector(prompt, request.adapter, all_rows=all_rows, window=window), text
+        assert end.finish_reason is FinishReason.STOP, text
+
     def _check_text(self, text: Text) -> None:
+        if text.request.numbers is not None:
+            self._check_vector(text, text.request.numbers)
+            return
         request, reason = text.request, text.finish.finish_reason if text.finish else None
         limit = self._max_output(request)
         window = self.workload.config.window_tokens

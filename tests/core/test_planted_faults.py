@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from engine.core import draft
 from engine.core.adapter_room import PageRoom
 from engine.core.adapter_slots import AdapterSlots, AdapterState
 from engine.core.block_pool import BlockPool
 from engine.core.draft import PlanDraft
 from engine.core.intake import Intake
 from engine.core.kv_blocks import KVBlocks, Placement
-from engine.core.plan import AdapterEvict, BlockCopy, Sample, SequenceSlice, SequenceStart, TokenRef
+from engine.core.plan import AdapterEvict, BlockCopy, RowOutput, SequenceSlice, SequenceStart, TokenRef
 from engine.core.prefix_cache import PrefixCache, PrefixMatch
 from engine.core.roster import Roster
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence
 from tests.core.play import MAX_WORKLOADS, first_failure
-from tests.support.strategies import random_workload
+from tests.support.strategies import random_workload, with_numbers
 
 Patch = pytest.MonkeyPatch
 
@@ -190,8 +192,8 @@ def abandoned_load_taken_for_done(patch: Patch) -> None:
 def wrong_guesses_taken_for_computed(patch: Patch) -> None:
     original = Intake.take_in
 
-    def take_in(self: Intake, seq: Sequence, piece: SequenceSlice, sample: Sample | None) -> None:
-        original(self, seq, piece, sample)
+    def take_in(self: Intake, seq: Sequence, piece: SequenceSlice, *came: Any) -> None:
+        original(self, seq, piece, *came)
         if piece.num_guesses and seq.num_computed_tokens:
             seq.num_computed_tokens = seq.num_committed_tokens = min(piece.position + piece.num_rows, seq.num_tokens)
 
@@ -311,3 +313,19 @@ FAULTS: list[Callable[[Patch], None]] = [
 def test_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
     fault(monkeypatch)
     assert first_failure(random_workload) is not None, f"{fault.__name__} went unnoticed in {MAX_WORKLOADS} workloads"
+
+
+def prefix_spared_that_a_vector_needs(patch: Patch) -> None:
+    patch.setattr(KVBlocks, "_may_share", lambda self, seq: True)
+
+
+def rows_before_the_last_left_out_of_a_vector(patch: Patch) -> None:
+    patch.setattr(draft, "_output_of", lambda numbers, *, is_last: RowOutput.POOLED if is_last else RowOutput.NONE)
+
+
+@pytest.mark.parametrize(
+    "fault", [prefix_spared_that_a_vector_needs, rows_before_the_last_left_out_of_a_vector], ids=lambda f: f.__name__
+)
+def test_planted_fault_of_vectors_is_caught(fault: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    fault(monkeypatch)
+    assert first_failure(lambda seed: with_numbers(random_workload(seed))) is not None

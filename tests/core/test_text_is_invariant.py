@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.core.play import Player, play
-from tests.support.strategies import draw_workload, random_workload, window_workload
+from tests.support.strategies import Workload, draw_workload, random_workload, window_workload, with_numbers
 
 NUM_SHARDS = 10
 WORKLOADS_PER_SHARD = 1000
@@ -48,6 +49,19 @@ def test_text_is_invariant_where_every_layer_has_a_window(shard: int) -> None:
     interesting = {"preemptions", "hits", "copies", "adapter_ops", "mixed", "abandoned", "refused", "paged_loads"}
     assert {name for name, count in counts.items() if count >= 20} >= interesting, counts
     assert counts["dropped"] > 5000, counts
+
+
+@pytest.mark.parametrize("draw", [random_workload, window_workload])
+def test_numbers_are_invariant_and_leave_the_texts_beside_them_alone(draw: Callable[[int], Workload]) -> None:
+    """A vector of all rows sees each of them once, whatever was cached, cut, preempted or given up on the way."""
+    counts: Counter[str] = Counter()
+    for seed in range(500):
+        try:
+            counts.update(play(with_numbers(draw(seed))))
+        except Exception as error:
+            raise AssertionError(f"workload {seed}: {error}") from error
+    interesting = {"preemptions", "hits", "mixed", "abandoned", "refused", "vectors", "stop", "abort"}
+    assert {name for name, count in counts.items() if count >= 20} >= interesting, counts
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

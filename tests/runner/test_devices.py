@@ -37,7 +37,7 @@ def test_whatever_thread_submits_launches_on_the_models_device(
 
     def execute(plan: StepPlan) -> Any:
         seen.append((plan.plan_id, list(set_devices.get(threading.get_ident(), []))))
-        return None, None
+        return None, None, None
 
     monkeypatch.setattr(runner, "_execute", execute)
     runner.loaded = replace(runner.loaded, device=SECOND)

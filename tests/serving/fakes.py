@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.streams import ReplicaLost
 from deployments.settings.app import LimitSettings
+from engine.pooling import NextToken, Pooling, PoolingDefaults
 from engine.request import FinishReason, OutputDelta, TokenLogprobs
 from engine.text.tokenizer import Tokenizer
 
@@ -60,6 +62,19 @@ def make_prompts(limits: LimitSettings | None = None) -> Prompts:
 
 
 Reply = Callable[[Call], str]
+Numbers = Callable[[Call], Sequence[float]]
+
+
+def counted(call: Call) -> list[float]:
+    """A vector of how often each of eight kinds of bytes occurs, turned round for an adapter; cut as asked for. Of a
+    request for log-probabilities: the same for all tokens."""
+    if isinstance(call.numbers, NextToken):
+        return [-1.5] * len(call.numbers.token_ids)
+    assert isinstance(call.numbers, Pooling)
+    counts = [sum(i % 8 == kind for i in call.prompt_token_ids) for kind in range(8)]
+    counts = (counts[::-1] if call.adapter else counts)[: call.numbers.dimensions]
+    length = sum(count * count for count in counts) ** 0.5 if call.numbers.normalize else 1.0
+    return [count / length for count in counts]
 
 
 def last_line(call: Call) -> str:
@@ -76,6 +91,7 @@ class FakeBackend:
     """
 
     reply: Reply = last_line
+    numbers: Numbers = counted  # of requests for vectors
     per_item: int = 1
     deaths: list[int] = field(default_factory=list)
     lost: Meaning = Meaning.DIED
@@ -95,6 +111,10 @@ class FakeBackend:
         die_after = self.deaths.pop(0) if self.deaths else None
         self.open_streams += 1
         try:
+            if call.numbers is not None and self.fault is None and die_after is None:
+                await asyncio.sleep(self.pause_s)
+                yield StreamItem(replica=name, deltas=(self._vector(call),))
+                return
             sent = 0
             for deltas in self._deltas(call):
                 await asyncio.sleep(self.pause_s)
@@ -110,6 +130,10 @@ class FakeBackend:
                 raise ReplicaLost(name, meaning=self.lost)
         finally:
             self.open_streams -= 1
+
+    def _vector(self, call: Call) -> OutputDelta:
+        data = array("f", self.numbers(call)).tobytes()
+        return OutputDelta(call.request_id, call.sample_index, finish_reason=FinishReason.STOP, vector=data)
 
     def _deltas(self, call: Call) -> list[tuple[OutputDelta, ...]]:
         """Of all samples, step by step."""
@@ -246,6 +270,7 @@ def serve(
     kept: Kept | None = None,
     prompts: Prompts | None = None,
     dialect: Dialect = PLAIN,
+    pooling: PoolingDefaults | None = None,
 ) -> Served:
     backend = backend or FakeBackend()
     adapters = FakeAdapters()
@@ -261,6 +286,7 @@ def serve(
         max_resumes=max_resumes,
         defaults=defaults or {},
         kept=kept or OwnAnswers(Answers(1 << 20, 1 << 19, 60.0)),
+        pooling=pooling or PoolingDefaults(),
     )
     app = create_api(gateway, keys or ApiKeys(is_local=True), limits, cors)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -25,6 +25,21 @@ ROUTES: dict[tuple[str, str], tuple[str, str, Any]] = {
     ("GET", "/v1/responses/{response_id}/input_items"): (ASK, "/v1/responses/resp_1/input_items", None),
     ("POST", "/v1/messages"): (ASK, "/v1/messages", CHAT | {"max_tokens": 9}),
     ("POST", "/v1/messages/count_tokens"): (ASK, "/v1/messages/count_tokens", CHAT),
+    ("POST", "/v1/decisions"): (
+        ASK,
+        "/v1/decisions",
+        {"model": "demo", "input": "x", "questions": [{"type": "predicate", "instructions": "y"}]},
+    ),
+    ("POST", "/v1/embeddings"): (ASK, "/v1/embeddings", {"model": "demo", "input": "x"}),
+    ("POST", "/pooling"): (ASK, "/pooling", {"model": "demo", "input": "x"}),
+    **{
+        ("POST", path): (ASK, path, {"model": "demo", "text_1": "x", "text_2": "y"}) for path in ("/v1/score", "/score")
+    },
+    **{
+        ("POST", path): (ASK, path, {"model": "demo", "query": "x", "documents": ["y"]})
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+    },
+    ("POST", "/embed"): (ASK, "/embed", {"inputs": "x"}),
     ("POST", "/"): (ASK, "/", {"inputs": "x\n"}),
     ("POST", "/generate"): (ASK, "/generate", {"inputs": "x\n"}),
     ("POST", "/generate_stream"): (ASK, "/generate_stream", {"inputs": "x\n"}),

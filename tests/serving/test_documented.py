@@ -10,9 +10,12 @@ import pytest
 
 from deployments.http.adapters import examples as adapters
 from deployments.http.anthropic import examples as anthropic
+from deployments.http.api import LORAX_PATHS
+from deployments.http.decisions import examples as decisions
 from deployments.http.lorax import examples as lorax
 from deployments.http.openai import examples as openai
 from deployments.http.responses_api import examples as responses
+from deployments.http.vectors import examples as vectors
 from tests.serving.fakes import serve
 
 SCHEMA = asyncio.run(serve().client.get("/openapi.json")).json()
@@ -41,6 +44,15 @@ def _events(text: str) -> list[dict[str, Any]]:
         ("/v1/responses", responses.REQUEST, responses.ANSWER),
         ("/v1/messages", anthropic.REQUEST, anthropic.ANSWER),
         ("/v1/messages/count_tokens", anthropic.COUNT_REQUEST, anthropic.COUNT_ANSWER),
+        ("/v1/decisions", decisions.REQUEST, decisions.ANSWER),
+        ("/v1/embeddings", vectors.EMBEDDING_REQUEST, vectors.EMBEDDING_ANSWER),
+        ("/pooling", vectors.POOLING_REQUEST, vectors.POOLING_ANSWER),
+        ("/v1/score", vectors.SCORE_REQUEST, vectors.SCORE_ANSWER),
+        ("/score", vectors.SCORE_REQUEST, vectors.SCORE_ANSWER),
+        ("/v1/rerank", vectors.RERANK_REQUEST, vectors.RERANK_ANSWER),
+        ("/v2/rerank", vectors.RERANK_REQUEST, vectors.RERANK_ANSWER),
+        ("/rerank", vectors.RERANK_REQUEST, vectors.RERANK_ANSWER),
+        ("/embed", lorax.EMBED_REQUEST, lorax.EMBED_ANSWER),
         ("/generate", lorax.REQUEST, lorax.ANSWER),
         ("/", lorax.REQUEST, [lorax.ANSWER]),
         ("/adapters", adapters.REGISTER, adapters.REGISTERED),
@@ -72,7 +84,7 @@ def test_every_route_that_is_posted_to_tells_what_it_does_and_how_it_fails(path:
     operation = SCHEMA["paths"][path]["post"]
     assert operation["description"]
     assert {"401", "413", "422", "429", "503"} <= set(operation["responses"])
-    assert ("400" in operation["responses"]) == path.startswith(("/v1", "/adapters"))  # LoRAX says 422
+    assert ("400" in operation["responses"]) == (path not in LORAX_PATHS | {"/tokenize"})  # LoRAX says 422
     name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
     assert SCHEMA["components"]["schemas"][name]["example"]
 

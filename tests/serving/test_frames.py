@@ -29,6 +29,7 @@ DELTAS = st.builds(
     st.none() | st.builds(OutputError, TEXTS, TEXTS),
     IDS,
     st.floats(0, 1e9),
+    st.none() | st.binary(max_size=12),
 )
 FAULTS = st.builds(Fault, code=TEXTS, message=TEXTS, param=st.none() | TEXTS)
 ITEMS = st.builds(

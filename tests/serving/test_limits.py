@@ -14,12 +14,31 @@ import httpx
 import pytest
 
 from deployments.http import json_shape, limits, reading
-from deployments.http.limits import ADAPTERS, BODY, CHAT, COMPLETIONS, LIMITS, LORAX, OPENAI, QUERY, Limit
+from deployments.http.limits import (
+    ADAPTERS,
+    BODY,
+    CHAT,
+    COMPLETIONS,
+    DECISIONS,
+    LIMITS,
+    LORAX,
+    OPENAI,
+    QUERY,
+    VECTORS,
+    Limit,
+)
 from deployments.settings.app import LimitSettings
 from tests.serving.fakes import FakeBackend, Served, serve
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"max_body_bytes": 1000, "max_prompt_bytes": 100, "max_prompt_ids": 50, "max_prompts": 3, "max_samples": 5}
+SMALL = {
+    "max_body_bytes": 1000,
+    "max_prompt_bytes": 100,
+    "max_prompt_ids": 50,
+    "max_prompts": 3,
+    "max_inputs": 4,
+    "max_samples": 5,
+}
 ADDRESS = "http://h/"
 
 Built = tuple[str, Any]  # a path and a body, or the text of one; None: asked for by GET
@@ -35,6 +54,26 @@ def _said(content: Any, **fields: Any) -> Built:
 
 def _completion(**fields: Any) -> Built:
     return "/v1/completions", {"model": "demo", "prompt": "hi", "max_tokens": 1, **fields}
+
+
+def _embed(**fields: Any) -> Built:
+    return "/v1/embeddings", {"model": "demo", "input": "hi", **fields}
+
+
+def _decide(*questions: Any, **fields: Any) -> Built:
+    asked = list(questions) or [PREDICATE]
+    return "/v1/decisions", {"model": "demo", "input": "hi", "questions": asked, **fields}
+
+
+PREDICATE = {"type": "predicate", "instructions": "x"}
+
+
+def _choice(values: list[Any]) -> dict[str, Any]:
+    return {"type": "choice", "instructions": "x", "choices": [{"value": value} for value in values]}
+
+
+def _score(labels: list[Any]) -> dict[str, Any]:
+    return {"type": "score", "instructions": "x", "levels": [{"label": label} for label in labels]}
 
 
 def _generate(inputs: str = "hi", **fields: Any) -> Built:
@@ -63,6 +102,10 @@ def _schema(num_bytes: int) -> dict[str, Any]:
 
 def _files(n: int, value: str) -> dict[str, str]:
     return {f"file{i}": value for i in range(n)}
+
+
+GAP = len('{"role": "user", "content": ""}') + 36  # what stands around a text that questions are put behind
+LONG_VALUES = ["a" + "b" * 31, "c"]  # 32 places: after nothing, after "a", after "ab", ..
 
 
 BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
@@ -110,6 +153,45 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (OPENAI, "prompt_cache_key", "characters"): lambda n: _completion(prompt_cache_key="u" * n),
     (OPENAI, "request_id", "characters"): lambda n: _chat(request_id="r" * n),
     (OPENAI, "adapter_source", "characters"): lambda n: _chat(model="alpha", adapter_source="s" * n),
+    (VECTORS, "input", "texts or lists of token ids"): lambda n: _embed(input=["a"] * n),
+    (VECTORS, "input", "bytes of one text"): lambda n: _embed(input="x" * n),
+    (VECTORS, "input", "token ids in all lists"): lambda n: _embed(input=[[7] * (n - 1), [7]]),
+    (VECTORS, "documents", "texts, the query among them"): lambda n: (
+        "/rerank",
+        {"query": "a", "documents": ["a"] * (n - 1)},
+    ),
+    (VECTORS, "text_2", "texts, those of `text_1` among them"): lambda n: (
+        "/score",
+        {"text_1": "a", "text_2": ["a"] * (n - 1)},
+    ),
+    (VECTORS, "model", "characters"): lambda n: _embed(model="m" * n),
+    (VECTORS, "user", "characters"): lambda n: _embed(user="u" * n),
+    (VECTORS, "safety_identifier", "characters"): lambda n: _embed(safety_identifier="u" * n),
+    (VECTORS, "cache_salt", "characters"): lambda n: _embed(cache_salt="u" * n),
+    (VECTORS, "prompt_cache_key", "characters"): lambda n: _embed(prompt_cache_key="u" * n),
+    (VECTORS, "adapter_source", "characters"): lambda n: _embed(model="alpha", adapter_source="s" * n),
+    (DECISIONS, "model", "names"): lambda n: _decide(model=[f"a{i}" for i in range(n)]),
+    (DECISIONS, "model", "characters of a name"): lambda n: _decide(model=["m" * n, "demo"]),
+    (DECISIONS, "input", "bytes of text"): lambda n: _decide(input="x" * (n - GAP)),
+    (DECISIONS, "input", "messages, calls and outputs"): lambda n: _decide(
+        input=[{"role": "user", "content": "a"}] * n
+    ),
+    (DECISIONS, "questions", "questions"): lambda n: _decide(*[PREDICATE] * n),
+    (DECISIONS, "questions", "prompts: models, questions, places where answers part"): lambda n: _decide(
+        *[_choice(LONG_VALUES)] * (n // 32 + (n % 32 > 0))
+    ),
+    (DECISIONS, "choices", "values"): lambda n: _decide(_choice([str(i) for i in range(n)])),
+    (DECISIONS, "value", "characters"): lambda n: _decide(_choice(["v" * n, "w"])),
+    (DECISIONS, "levels", "levels"): lambda n: _decide(_score([str(i) for i in range(n)])),
+    (DECISIONS, "label", "characters"): lambda n: _decide(_score(["v" * n, "w"])),
+    (DECISIONS, "name", "characters"): lambda n: _decide({**PREDICATE, "name": "n" * n}),
+    (DECISIONS, "instructions", "parts"): lambda n: _decide(
+        {**PREDICATE, "instructions": [{"type": "input_text", "text": "a"}] * n}
+    ),
+    (DECISIONS, "safety_identifier", "characters"): lambda n: _decide(safety_identifier="u" * n),
+    (DECISIONS, "cache_salt", "characters"): lambda n: _decide(cache_salt="u" * n),
+    (DECISIONS, "prompt_cache_key", "characters"): lambda n: _decide(prompt_cache_key="u" * n),
+    (DECISIONS, "adapter_source", "characters"): lambda n: _decide(model="alpha", adapter_source="s" * n),
     (LORAX, "inputs", "bytes of text"): lambda n: _generate("x" * n),
     (LORAX, "adapter_id", "characters"): lambda n: _generate(adapter_id="m" * n),
     (LORAX, "adapter_source", "characters"): lambda n: _generate(adapter_id="alpha", adapter_source="s" * n),
@@ -143,6 +225,10 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
 ELSEWHERE = {
     (OPENAI, "model", "characters"): "200",  # an adapter's name is shorter
     (OPENAI, "adapter_source", "characters"): "not configured",
+    (VECTORS, "model", "characters"): "200",
+    (DECISIONS, "model", "characters of a name"): "200",
+    (DECISIONS, "adapter_source", "characters"): "not configured",
+    (VECTORS, "adapter_source", "characters"): "not configured",
     (OPENAI, "logit_bias", "tokens"): "is outside",  # the vocabulary
     (CHAT, "reasoning_effort", "characters"): "chat template",
     (LORAX, "adapter_id", "characters"): "200",

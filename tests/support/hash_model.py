@@ -53,6 +53,19 @@ def choose_token(
     return FIRST_WORD + (value >> 16) % NUM_WORDS
 
 
+def vector_of(digests: Sequence[int]) -> bytes:
+    """What a request for numbers is answered, which depends on all of these rows."""
+    return repr(hash(tuple(digests))).encode()
+
+
+def expected_vector(prompt: Sequence[int], adapter: str | None, *, all_rows: bool, window: int | None = None) -> bytes:
+    """The oracle: the vector of one prompt alone."""
+    digests: list[int] = []
+    for token in prompt:
+        digests.append(next_digest(digests, token, adapter_digest(adapter), window))
+    return vector_of(digests if all_rows else digests[-1:])
+
+
 def expected_tokens(
     prompt: Sequence[int],
     adapter: str | None,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.core.block_pool import NULL_BLOCK
@@ -26,7 +26,6 @@ from engine.core.plan import (
     NO_LORA,
     AdapterEvict,
     AdapterLoad,
-    LoraSegment,
     RowOutput,
     Sample,
     SequenceSlice,
@@ -34,8 +33,10 @@ from engine.core.plan import (
     StepPlan,
     StepResult,
     TokenRef,
+    Vector,
 )
-from tests.support.hash_model import PLAIN, Habits, adapter_digest, choose_token, next_digest
+from tests.support.hash_model import PLAIN, Habits, adapter_digest, choose_token, next_digest, vector_of
+from tests.support.plan_rules import check_rows
 
 _ADAPTER = -1  # who wrote a page
 
@@ -57,20 +58,24 @@ class HostImage(Protocol):
 class _SamplerState:
     start: SequenceStart
     outputs: list[int]
+    rows: list[int] = field(default_factory=list)  # that have come for a pooled vector
+
+
+Came = tuple[tuple[Sample, ...], tuple[Vector, ...]]
 
 
 class FinishedStep:
     """A plan whose result can be had."""
 
-    def __init__(self, runner: KVCheckingRunner, plan: StepPlan, samples: tuple[Sample, ...]) -> None:
+    def __init__(self, runner: KVCheckingRunner, plan: StepPlan, came: Came) -> None:
         self._runner = runner
         self._plan = plan
-        self._samples = samples
+        self._samples, self._vectors = came
 
     def result(self) -> StepResult:
         oldest = self._runner.in_flight.popleft()
         assert oldest is self._plan, f"result of plan {self._plan.plan_id} taken before that of plan {oldest.plan_id}"
-        return StepResult(plan_id=self._plan.plan_id, samples=self._samples, copied=self._runner.copied())
+        return StepResult(self._plan.plan_id, self._samples, self._runner.copied(), vectors=self._vectors)
 
 
 class KVCheckingRunner:
@@ -124,14 +129,14 @@ class KVCheckingRunner:
         try:
             self._bookkeeping(plan)
             self._check_floor(plan)
-            self._check_rows(plan)
-            samples = self._forward(plan)
+            check_rows(plan, self.config)
+            came = self._forward(plan)
         except (AssertionError, KeyError) as error:
             raise AssertionError(f"{error!r} in {plan}") from error
         self.in_flight.append(plan)
         self._repeated_ends.clear()
         self._repeated_evictions.clear()
-        return FinishedStep(self, plan, samples)
+        return FinishedStep(self, plan, came)
 
     def abandon(self, plans: list[StepPlan]) -> None:
         """The host gave these up, oldest first, submitted or not: the next plan may repeat what they did."""
@@ -253,25 +258,7 @@ class KVCheckingRunner:
 
     # --- step 5: rows ----------------------------------------------------------------------------------------------
 
-    def _check_rows(self, plan: StepPlan) -> None:
-        row = 0
-        for piece in plan.slices:
-            assert piece.row_start == row, f"row {row} is in no slice"
-            assert piece.num_rows, f"the slice of sequence {piece.seq_id} has no rows"
-            row = piece.row_end
-        assert row <= self.config.max_num_batched_tokens, f"{row} rows"
-        ids = [piece.seq_id for piece in plan.slices]
-        assert len(set(ids)) == len(ids) <= self.config.max_num_seqs, f"slices of {ids}"
-        expected: list[LoraSegment] = []
-        for piece in plan.slices:
-            if expected and piece.lora_slot == expected[-1].slot and expected[-1].row_end == piece.row_start:
-                expected[-1] = LoraSegment(expected[-1].row_start, piece.row_end, piece.lora_slot)
-            elif piece.lora_slot != NO_LORA:
-                expected.append(LoraSegment(piece.row_start, piece.row_end, piece.lora_slot))
-        assert plan.lora_segments == tuple(expected), f"segments should be {expected}"
-        assert len({segment.slot for segment in expected}) == len(expected), "an adapter's rows are not neighbours"
-
-    def _forward(self, plan: StepPlan) -> tuple[Sample, ...]:
+    def _forward(self, plan: StepPlan) -> Came:
         written: set[int] = set()
         tokens_of: list[tuple[int, ...]] = []
         for piece in plan.slices:  # all slices look at the KV as it was before this forward, but for their own rows
@@ -280,12 +267,26 @@ class KVCheckingRunner:
             tokens_of.append(tokens)
             written |= self._check_slots(piece, written)
         before = dict(self._kv)
-        samples = []
+        samples, vectors = [], []
         for piece, tokens in zip(plan.slices, tokens_of, strict=True):
             digests = self._attend(piece, tokens, before)
             if piece.output is RowOutput.SAMPLE:
                 samples.append(self._sample(plan.plan_id, piece, tokens, digests))
-        return tuple(samples)
+            elif piece.output is not RowOutput.NONE:
+                vectors += self._numbers(piece, digests[-piece.num_rows :])
+        return tuple(samples), tuple(vectors)
+
+    def _numbers(self, piece: SequenceSlice, digests: list[int]) -> list[Vector]:
+        state = self.sequences[piece.seq_id]
+        numbers = state.start.numbers  # `digests` are of the rows of the slice
+        assert numbers is not None, f"sequence {piece.seq_id} samples, and is asked for a vector"
+        if numbers.needs_all_rows:
+            assert len(state.rows) == piece.position, f"{piece.position} rows should have come, {len(state.rows)} have"
+            state.rows += digests
+        if piece.output is RowOutput.PART:
+            return []
+        assert piece.position + piece.num_rows == len(state.start.prompt_token_ids), "a vector of half a prompt"
+        return [Vector(piece.seq_id, vector_of(state.rows or digests[-1:]))]
 
     def _check_slots(self, piece: SequenceSlice, written: set[int]) -> set[int]:
         size = self.config.block_size

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 from engine.core.limits import SchedulerConfig
+from engine.pooling import NextToken, Numbers, Pool, Pooling
 from engine.request import Request, SamplingParams
 from tests.support.hash_model import EOS, STOP, Habits, expected_tokens
 
@@ -145,6 +146,21 @@ def _longer(rng: random.Random, request: Request, window: int, habits: Habits) -
         return longer
     resumed = expected_output(longer, len(request.resumed_output_token_ids), habits, window=window)
     return Request(**{**_fields(longer), "resumed_output_token_ids": tuple(resumed)})
+
+
+NUMBERS: tuple[Numbers, ...] = (*(Pooling(pool=pool) for pool in Pool), NextToken(token_ids=(0, 1)))
+
+
+def with_numbers(workload: Workload) -> Workload:
+    """Half of the requests are answered by numbers."""
+    rng = random.Random(workload.seed)
+    requests = []
+    for step, request in workload.requests:
+        if rng.random() < 0.5:
+            changes = {"numbers": rng.choice(NUMBERS), "params": SamplingParams(), "resumed_output_token_ids": ()}
+            request = Request(**{**_fields(request), **changes})
+        requests.append((step, request))
+    return replace(workload, requests=tuple(requests), error_seeds=frozenset())
 
 
 def random_workload(seed: int) -> Workload:

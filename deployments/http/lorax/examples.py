@@ -15,5 +15,7 @@ EVENTS = (
 )
 TOKENIZE_REQUEST: dict[str, Any] = {"inputs": "One base"}
 TOKENIZE_ANSWER = [{"id": 79, "text": "O", "start": 0, "stop": 1}]
+EMBED_REQUEST: dict[str, Any] = {"inputs": "One base", "parameters": {"adapter_id": "upper"}}
+EMBED_ANSWER: dict[str, Any] = {"embeddings": [0.0123, -0.0456]}
 CLASSIFY_REQUEST: dict[str, Any] = {"inputs": "One base"}
 CLASSIFY_BATCH_REQUEST: dict[str, Any] = {"inputs": ["One base", "many voices"]}

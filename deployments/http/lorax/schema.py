@@ -104,6 +104,15 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = None  # None: true
 
 
+class EmbedRequest(Body):
+    """Body of POST /embed."""
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.EMBED_REQUEST})
+
+    inputs: Annotated[str, Field(min_length=1)]
+    parameters: AdapterChoice | None = None
+
+
 class ClassifyRequest(Body):
     """Body of POST /classify."""
 

@@ -12,11 +12,13 @@ from deployments.asks import Ask
 from deployments.calls import Fault, Refused
 from deployments.http.documented import answers
 from deployments.http.lorax import examples
-from deployments.http.lorax.schema import ClassifyBatchRequest, ClassifyRequest, TokenizeRequest
+from deployments.http.lorax.schema import ClassifyBatchRequest, ClassifyRequest, EmbedRequest, TokenizeRequest
 from deployments.http.lorax.tokens import tokens
-from deployments.http.responses import closing
+from deployments.http.lorax.translate import embed_ask
+from deployments.http.responses import closing, inert_header
 from deployments.http.versions import own_version
 from deployments.router.gateway import Gateway
+from engine.pooling import as_floats
 from engine.request import MAX_N, MAX_STOP_STRINGS, SamplingParams
 
 _NO_CLASSES = (
@@ -56,6 +58,14 @@ def add(router: APIRouter, gateway: Gateway) -> None:
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """The tokens of `inputs`: the base's, which every adapter shares."""
         return JSONResponse(await tokens(gateway.prompts, body.inputs, body.add_special_tokens is not False))
+
+    @router.post("/embed", responses=answers(examples.EMBED_ANSWER))
+    async def embed(body: EmbedRequest, request: Request) -> Response:
+        """The vector of `inputs`, as /v1/embeddings makes it."""
+        asked = embed_ask(body, gateway.model_id, gateway.sources, gateway.pooling.pooling())
+        vectors = await gateway.vectors(asked, request.state.caller.tenant)
+        headers = inert_header(request.state.inert)
+        return JSONResponse({"embeddings": list(as_floats(vectors.answers[0].vector))}, headers=headers)
 
     @router.post("/classify")
     async def classify(body: ClassifyRequest, request: Request) -> Response:

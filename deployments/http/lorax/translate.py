@@ -16,12 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 from deployments.asks import Ask, Chat, Prompt
 from deployments.calls import Part, Refused
 from deployments.http.limits import MAX_MESSAGES, MAX_OTHER_VALUES
-from deployments.http.lorax.schema import AdapterChoice, GenerateRequest, Parameters, ResponseFormat
+from deployments.http.lorax.schema import AdapterChoice, EmbedRequest, GenerateRequest, Parameters, ResponseFormat
 from deployments.http.openai.formats import json_spec
 from deployments.http.openai.messages import Message, as_template_takes_it
 from deployments.http.reading import read_json
 from engine.errors import InvalidRequest
 from engine.grammar.spec import GrammarSpec
+from engine.pooling import Pooling
 from engine.request import MAX_LOGPROBS, SamplingParams
 
 _OUR_NAMES = {"max_tokens": "max_new_tokens", "n": "best_of", "logprobs": "return_k_alternatives"}
@@ -45,15 +46,36 @@ def generate_ask(
         params = _params(asked, stream, defaults)
     except InvalidRequest as error:
         raise InvalidRequest(_OUR_NAMES.get(error.param, error.param), error.message) from error
+    prompt = _conversation(body.inputs) if asked.apply_chat_template else body.inputs
+    return _ask(prompt, params, asked, model_id, sources, truncate=asked.truncate)
+
+
+def embed_ask(body: EmbedRequest, model_id: str, sources: Mapping[str, str], pooling: Pooling) -> Ask:
+    """As `generate_ask`."""
+    params = SamplingParams(max_tokens=1)
+    return _ask(body.inputs, params, body.parameters or AdapterChoice(), model_id, sources, numbers=pooling)
+
+
+def _ask(
+    prompt: Prompt,
+    params: SamplingParams,
+    asked: AdapterChoice,
+    model_id: str,
+    sources: Mapping[str, str],
+    *,
+    truncate: int | None = None,
+    numbers: Pooling | None = None,
+) -> Ask:
     parts = parts_of(asked, model_id, sources)
     merged = asked.merged_adapters is not None
     return Ask(
-        prompts=(_conversation(body.inputs) if asked.apply_chat_template else body.inputs,),
+        prompts=(prompt,),
         params=params,
         adapter=None if merged or not parts else parts[0].name,
         adapter_source=None if merged or not parts else parts[0].source,
         parts=parts if merged else (),
-        truncate=asked.truncate,
+        numbers=numbers,
+        truncate=truncate,
         prompt_param="inputs",
         model_param="merged_adapters" if merged else "adapter_id",
     )

@@ -84,6 +84,8 @@ _PROMPTS: dict[str, Any] = {"anyOf": [*_STRINGS["anyOf"], _IDS, {"type": "array"
 
 Stop = Annotated[tuple[str, ...] | None, PlainValidator(_stop), WithJsonSchema(_STRINGS)]
 
+Prompts = Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+
 
 class StreamOptions(Body):
     """`stream_options`."""
@@ -147,7 +149,7 @@ class CompletionRequest(Sampling, ForeignCompletion):
 
     model_config = ConfigDict(json_schema_extra={"example": examples.COMPLETION_REQUEST})
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+    prompt: Prompts
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Count = None
