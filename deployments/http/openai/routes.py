@@ -35,7 +35,8 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. `model` is the base's id or an adapter's name. Fields are honoured or refused."""
         asked = chat_ask(gateway, body)
-        return await _serve(gateway, "chat", body, asked.ask, request, asked.inert, reading=asked.reading)
+        inert = tuple(dict.fromkeys((*request.state.inert, *asked.inert)))
+        return await _serve(gateway, "chat", body, asked.ask, request, inert, reading=asked.reading)
 
     @router.post("/completions", responses=answers(examples.COMPLETION_ANSWER, examples.COMPLETION_EVENTS))
     async def completions(body: CompletionRequest, request: Request) -> Response:
