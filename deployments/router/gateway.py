@@ -15,6 +15,7 @@ from adapter_store.errors import AdapterNameInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
 from deployments.asks import Ask
 from deployments.calls import Call, Fault, Refused, merge_name, prefix_hints
+from deployments.dialects.dialect import PLAIN, Dialect
 from deployments.kept.answers import Answers, Kept, OwnAnswers
 from deployments.router.prompts import Prompts
 from deployments.router.streams import Backend, Primed, all_primed, answer
@@ -88,6 +89,7 @@ class Gateway:
     )  # answers that clients refer to
     pooling: PoolingDefaults = field(default_factory=PoolingDefaults)
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
+    dialect: Dialect = PLAIN  # how the model writes reasoning and calls of tools
 
     def check_adapter(self, name: str, param: str) -> None:
         """Raises: InvalidRequest for the base's id, which means no adapter in any request; Refused for what is no name
