@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.calls import Part
@@ -16,6 +16,7 @@ class Chat:
     """A conversation, as the model's chat template takes it."""
 
     messages: tuple[Mapping[str, Any], ...]
+    args: Mapping[str, Any] = field(default_factory=dict)  # what the template gets beside them: tools, its variables
 
 
 Prompt = str | tuple[int, ...] | Chat

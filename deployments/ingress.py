@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.dialects.dialect import find_dialect
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
 from deployments.kept.actor import SharedAnswers
@@ -52,6 +53,7 @@ async def front(args: AppArgs, backend: Backend) -> FastAPI:
         max_resumes=0 if args.direct else args.max_resumes,  # the only replica that it knows is its own process
         defaults=sampling_defaults(args.model, args.generation_config, logger),
         kept=_kept(args),
+        dialect=find_dialect(prompts.chat_template, args.tool_parser, args.reasoning_parser),
         pooling=pooling_defaults(args.model),
     )
     return create_api(gateway, keys, args.limits, args.cors)

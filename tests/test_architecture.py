@@ -94,16 +94,17 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "deployments.losses": (),
     "deployments.reports": (),
     "deployments.listener": (),
+    "deployments.dialects": ("deployments.dialects",),
     "deployments.kept": (*SEAMS, "deployments.calls", "deployments.kept"),
-    "deployments.settings": (*SEAMS, "adapter_store", "deployments.settings"),
+    "deployments.settings": (*SEAMS, "adapter_store", "deployments.dialects", "deployments.settings"),
     "deployments.store": ("adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store"),
     "deployments.router": (
         *SEAMS, "engine.text", "engine.output", *STORE_SEAMS,
-        *SERVE_SEAMS, "deployments.settings", "deployments.kept", "deployments.router",
+        *SERVE_SEAMS, "deployments.settings", "deployments.kept", "deployments.dialects", "deployments.router",
     ),
     "deployments.http": (
         *SEAMS, *STORE_SEAMS,
-        *SERVE_SEAMS, "deployments.settings", "deployments.router", "deployments.http",
+        *SERVE_SEAMS, "deployments.settings", "deployments.dialects", "deployments.router", "deployments.http",
     ),
     "deployments.replica": (
         "engine", "adapter_store", *SERVE_SEAMS, "deployments.settings", "deployments.store", "deployments.replica",

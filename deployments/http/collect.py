@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deployments.router.gateway import Opened
@@ -58,11 +59,18 @@ def usage_of(opened: Opened) -> Usage:
     return Usage(sum(len(ids) for ids in opened.prompts))
 
 
-async def collect(opened: Opened) -> tuple[list[dict[int, Sample]], Usage]:
-    """Waits for all samples: for each prompt its samples by index, and what they cost. Raises: Refused."""
+async def collect(
+    opened: Opened, read: Callable[[OutputDelta], object] | None = None
+) -> tuple[list[dict[int, Sample]], Usage]:
+    """Waits for all samples: for each prompt its samples by index, and what they cost. `read` sees each delta first.
+
+    Raises: Refused.
+    """
     samples: list[dict[int, Sample]] = [{} for _ in opened.prompts]
     usage = usage_of(opened)
     async for prompt, delta in merge(opened.streams):
+        if read is not None:
+            read(delta)
         samples[prompt].setdefault(delta.sample_index, Sample()).add(delta)
         usage.add(prompt, delta)
     return samples, usage

@@ -27,6 +27,9 @@ MAX_LABEL_CHARS = 200  # name, user, safety_identifier, cache_salt
 MAX_MODEL_CHARS = 400  # the base's id or an adapter's name
 MAX_REQUEST_ID_CHARS = 128
 MAX_HINT_CHARS = 400  # prompt_cache_key
+MAX_TOOLS = 256
+MAX_TOOL_NAME_CHARS = 128
+MAX_TOOL_CALLS = 256  # of one message
 MAX_SOURCE_CHARS = 64
 MAX_ROWS = 1_000
 MAX_LOCATION_CHARS = 1_000
@@ -67,6 +70,12 @@ LIMITS: tuple[Limit, ...] = (
     Limit(CHAT, "messages", "bytes of text", 2**20, "max_prompt_bytes"),
     Limit(CHAT, "messages[].content", "parts", MAX_PARTS),
     Limit(CHAT, "messages[].name", "characters", MAX_LABEL_CHARS),
+    Limit(CHAT, "messages[].tool_calls", "calls", MAX_TOOL_CALLS),
+    Limit(CHAT, "messages[].tool_calls[].id", "characters", MAX_LABEL_CHARS),
+    Limit(CHAT, "messages[].tool_call_id", "characters", MAX_LABEL_CHARS),
+    Limit(CHAT, "tools", "tools", MAX_TOOLS),
+    Limit(CHAT, "tools[].function.name", "characters", MAX_TOOL_NAME_CHARS),
+    Limit(CHAT, "reasoning_effort", "characters", MAX_LABEL_CHARS),
     Limit(CHAT, "top_logprobs", "tokens", MAX_LOGPROBS),
     Limit(COMPLETIONS, "prompt", "prompts", 64, "max_prompts"),
     Limit(COMPLETIONS, "prompt", "bytes of text in one prompt", 2**20, "max_prompt_bytes"),

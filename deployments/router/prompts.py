@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 from deployments.asks import Ask, Chat, Prompt
@@ -127,7 +128,7 @@ class Prompts:
             ids = prompt
         elif isinstance(prompt, Chat):
             self._check_size(_num_bytes(prompt), param)
-            ids = self._tokenizer.apply_chat_template(prompt.messages)
+            ids = self._tokenizer.apply_chat_template(prompt.messages, **prompt.args)
         else:
             self._check_size(len(prompt.encode(errors="replace")), param)
             ids = self._tokenizer.encode(_valid(prompt, param))
@@ -145,6 +146,17 @@ class Prompts:
         if num_bytes > limit:
             message = f"{param} has {num_bytes} bytes, the limit is {limit}; send a shorter one"
             raise Refused(Fault(code="prompt_too_large", message=message, param=param))
+
+    @property
+    def chat_template(self) -> str:
+        """The program that writes conversations; "" when there is none."""
+        return self._tokenizer.chat_template
+
+    @cached_property
+    def special_names(self) -> frozenset[str]:
+        """What special tokens are called in a text that shows them."""
+        names = (self._tokenizer.id_to_token(token_id) for token_id in self._pieces.special_ids)
+        return frozenset(name for name in names if name)
 
     def template_names(self, *fields: str) -> bool:
         """Whether the chat template names one of `fields` of a message: what it does not name, it does not write."""
@@ -179,7 +191,7 @@ def _is_small(prompt: Prompt) -> bool:
     """Whether it costs the event loop less than to wait for a thread."""
     if isinstance(prompt, Chat):
         texts = [text for message in prompt.messages[: INLINE_MESSAGES + 1] for text in message.values()]
-        if len(prompt.messages) > INLINE_MESSAGES or not all(isinstance(text, str) for text in texts):
+        if prompt.args or len(prompt.messages) > INLINE_MESSAGES or not all(isinstance(text, str) for text in texts):
             return False
         return sum(map(len, texts)) <= INLINE_CHARS
     return len(prompt) <= INLINE_CHARS
@@ -201,7 +213,8 @@ def _valid(text: str, param: str) -> str:
 
 def _num_bytes(chat: Chat) -> int:
     """Of the texts as JSON: a little more than the template writes of them."""
-    return sum(len(json.dumps(message, ensure_ascii=False).encode(errors="replace")) for message in chat.messages)
+    written = [*chat.messages, chat.args] if chat.args else chat.messages
+    return sum(len(json.dumps(told, ensure_ascii=False).encode(errors="replace")) for told in written)
 
 
 def _vocab_size(model: str) -> int:

@@ -18,6 +18,7 @@ from pydantic import model_validator as check
 
 from adapter_store.errors import AdapterNameInvalid
 from adapter_store.records import check_name
+from deployments.dialects.dialect import REASONING_PARSERS, TOOL_PARSERS
 from deployments.settings.sources import CATALOG, Settings, Source, VariableName
 from engine.config import MIB, EngineConfig
 from engine.errors import ConfigError
@@ -164,6 +165,9 @@ class AppArgs(Settings):
     admin_keys_env: VariableName | None = None
     open: bool = False  # without api_keys_env: listen where others reach the port all the same
     replica_wait_s: PositiveFloat = 60.0  # a request waits so long for a replica to take it, then 503
+    # How the model writes calls of tools and reasoning; auto: what its chat template says. docs/tools.md lists them.
+    tool_parser: Literal[TOOL_PARSERS] = "auto"  # type: ignore[valid-type]
+    reasoning_parser: Literal[REASONING_PARSERS] = "auto"  # type: ignore[valid-type]
     max_resumes: int = Field(default=8, ge=0)  # an answer moves so often; replicas that were stopped are not counted
     drain_s: PositiveFloat = 300.0  # a stopping replica finishes its streams within
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from adapter_store.errors import AdapterNotFound, PinRefused, RegistrationInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus
 from deployments.calls import Call, Fault, Refused, StreamItem
+from deployments.dialects.dialect import PLAIN, Dialect
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
 from deployments.kept.answers import Answers, Kept, OwnAnswers
@@ -267,6 +268,8 @@ def serve(
     cors: tuple[str, ...] | None = None,
     defaults: dict[str, float] | None = None,
     kept: Kept | None = None,
+    prompts: Prompts | None = None,
+    dialect: Dialect = PLAIN,
     pooling: PoolingDefaults | None = None,
 ) -> Served:
     backend = backend or FakeBackend()
@@ -275,7 +278,8 @@ def serve(
     gateway = Gateway(
         backend=backend,
         adapters=adapters,
-        prompts=make_prompts(limits),
+        prompts=prompts or make_prompts(limits),
+        dialect=dialect,
         model_id="demo",
         sources={"local": "file", "s3": "s3"},
         allowed=allowed,

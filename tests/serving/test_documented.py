@@ -98,8 +98,8 @@ def test_the_answer_to_a_wrong_field_is_one_of_those_told():
 
 def test_a_field_that_is_not_served_shows_the_values_that_ask_for_nothing():
     fields = SCHEMA["components"]["schemas"]["ChatRequest"]["properties"]
-    assert fields["tools"]["enum"] == [None, []]
-    assert fields["tools"]["description"].startswith("Not supported")
-    for value in fields["tool_choice"]["enum"]:
-        body = {**openai.CHAT_REQUEST, "tool_choice": value}
+    assert fields["functions"]["enum"] == [None, []]
+    assert fields["functions"]["description"].startswith("Not supported")
+    for value in fields["function_call"]["enum"]:
+        body = {**openai.CHAT_REQUEST, "function_call": value}
         assert asyncio.run(serve().client.post("/v1/chat/completions", json=body)).status_code == 200

@@ -20,7 +20,7 @@ from engine.aio.owners import AdapterNews
 from engine.errors import AdapterTooLarge, QueueFull
 from tests.support.lora_images import linear_sites, pack_parts, random_weights, spec_of
 from tests.support.store_world import turns
-from tests.support.waiting import within
+from tests.support.waiting import until_async, within
 
 SPEC = spec_of(linear_sites((16, 24)))
 RANKS = {"a": 2, "b": 3, "c": 4}
@@ -205,20 +205,14 @@ def test_many_who_ask_at_once_get_one_and_one_that_leaves_stops_nobody(monkeypat
 def test_one_that_nobody_waits_for_any_more_gives_everything_back(monkeypatch: pytest.MonkeyPatch):
     async def test(rig: Rig) -> None:
         task = asyncio.ensure_future(rig.use(A, B))
-        while not rig.made:
-            await asyncio.sleep(0)
+        await until_async(lambda: rig.made, "the merge to begin", poll_s=0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await within(_until(lambda: not rig.held.versions), "the merge to be given up")
+        await until_async(lambda: not rig.held.versions, "the merge to be given up")
         await turns()
         assert sorted(rig.store.released) == ["a@1", "b@1"]
 
     _run(test, monkeypatch)
-
-
-async def _until(is_so: Callable[[], bool]) -> None:
-    while not is_so():
-        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize(

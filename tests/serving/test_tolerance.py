@@ -54,6 +54,8 @@ INERT: list[tuple[str, dict[str, Any], list[str]]] = [
     (COMPLETIONS, {"length_penalty": 1.0, "priority": 0.0}, ["length_penalty", "priority"]),
     (CHAT, {"best_of": 1, "priority": 0}, ["best_of", "priority"]),
     (CHAT, {"parallel_tool_calls": True}, ["parallel_tool_calls"]),
+    (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}, ["chat_template_kwargs.enable_thinking"]),
+    (CHAT, {"reasoning_effort": "none", "stream_reasoning": False}, ["reasoning_effort", "stream_reasoning"]),
     (CHAT, {"parallel_tool_calls": False, "tools": []}, ["parallel_tool_calls", "tools"]),
     (CHAT, {"lora_path": "demo"}, ["lora_path"]),
     (COMPLETIONS, {"model": "alpha", "lora_path": "alpha"}, ["lora_path"]),
@@ -91,7 +93,9 @@ PLAIN: list[tuple[str, dict[str, Any]]] = [
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"guided_json": {}}, "guided_json", "structured_outputs"),
     (COMPLETIONS, {"guided_choice": ["a"]}, "guided_choice", "structured_outputs"),
-    (CHAT, {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "not supported"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "not the caller's"),
+    (CHAT, {"documents": [{"text": "x"}]}, "documents", "write them into a message"),
+    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort", "chat template"),
     (CHAT, {"enable_thinking": False}, "enable_thinking", "chat_template_kwargs"),
     (CHAT, {"skip_special_tokens": "no"}, "skip_special_tokens", "boolean"),
     (
@@ -121,7 +125,27 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"max_output_tokens": 1}, "max_output_tokens", "did you mean 'max"),
     (CHAT, {"request_id": "a b"}, "request_id", "pattern"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
-    (CHAT, _said(tool_calls=[{"id": "1"}]), "messages[1].tool_calls", "tools"),
+    (CHAT, _said(tool_calls=[{"id": "1"}]), "messages[1].tool_calls[0].function", "missing"),
+    (
+        CHAT,
+        _said(tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "{"}}]),
+        "messages[1].tool_calls[0].function.arguments",
+        "not JSON",
+    ),
+    (
+        CHAT,
+        _said(tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "[1]"}}]),
+        "messages[1].tool_calls[0].function.arguments",
+        "not an object",
+    ),
+    (CHAT, {"messages": [HELLO, {"role": "tool", "content": "x"}]}, "messages[1]", "tool_call_id"),
+    (CHAT, {"messages": [{**HELLO, "tool_call_id": "1"}]}, "messages[0]", "tool_call_id"),
+    (
+        CHAT,
+        {"messages": [{**HELLO, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}]}]},
+        "messages[0]",
+        "assistant",
+    ),
     (CHAT, _said(mystery=1), "messages[1].mystery", "leave it out"),
     (GENERATE, {"mystery": 1}, "mystery", "leave it out"),
 ]

@@ -39,9 +39,8 @@ def _object(rng: random.Random, depth: int) -> Schema:
 
 def _inner(rng: random.Random, depth: int) -> Schema:
     """Definitions are looked up from the root, so they stay there."""
-    while "$defs" in (schema := random_schema(rng, depth - 1)) or "$ref" in str(schema):
-        pass
-    return schema
+    schema = random_schema(rng, depth - 1)
+    return _inner(rng, depth) if "$defs" in str(schema) else schema
 
 
 def _array(rng: random.Random, depth: int) -> Schema:

@@ -43,7 +43,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
     @router.post("/count_tokens", responses=answers(examples.COUNT_ANSWER))
     async def count_tokens(body: CountRequest, request: Request) -> Response:
         """How many tokens the model would read."""
-        ask = chat_ask(gateway, chat_request(translate.chat_fields(body)))
+        ask = chat_ask(gateway, chat_request(translate.chat_fields(body))).ask
         if ask.adapter is not None:
             gateway.check_adapter(ask.adapter, ask.model_param)
         (ids,) = await gateway.prompts.encode(ask)

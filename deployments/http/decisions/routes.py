@@ -26,7 +26,8 @@ from engine.errors import InvalidRequest
 from engine.pooling import NextToken, as_floats
 from engine.request import SamplingParams
 
-WAVE = 256  # prompts that are made at a time: each is as long as the text
+WAVE = 256  # prompts that are made at a time
+WAVE_TOKENS = 1 << 20  # of them all together, but for a few: each is as long as the text
 SHARED_TOKENS = 64  # a text of more is read once before all questions but the first are put
 
 
@@ -70,7 +71,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
             parts = f"{len(names)} models times {len(questions)} questions and the places where their answers part"
             raise InvalidRequest("questions", f"{len(prompts)} prompts ({parts}), the limit is {MAX_BRANCHES}")
         found: dict[_Prompt, Answered] = {}
-        for number, wave in enumerate(_waves(prompts, is_long=len(text) > SHARED_TOKENS)):
+        for number, wave in enumerate(_waves(prompts, len(text))):
             asked = [_asked(asks, questions, text, prompt) for prompt in wave]
             got = await gateway.vectors_of(asked, tenant, f"{ids[0]}.{number}")
             found |= zip(wave, got, strict=True)
@@ -130,14 +131,15 @@ def _question(wording: Wording, tokens: Tokens, given: Sequence[Tokens], end: To
     return _Question(tokens, told, branches(told))
 
 
-def _waves(prompts: Sequence[_Prompt], *, is_long: bool) -> list[list[_Prompt]]:
+def _waves(prompts: Sequence[_Prompt], text_tokens: int) -> list[list[_Prompt]]:
     """In an order in which what prompts share is read once: the text by each model's first question, a question by
     its first place."""
+    is_long = text_tokens > SHARED_TOKENS
     first = [prompt for prompt in prompts if is_long and (prompt.question, prompt.place) == (0, 0)]
     roots = [prompt for prompt in prompts if prompt.place == 0 and not (is_long and prompt.question == 0)]
     rest = [prompt for prompt in prompts if prompt.place]
-    parts = (first, roots, rest)
-    return [part[at : at + WAVE] for part in parts for at in range(0, len(part), WAVE)]
+    size = max(8, min(WAVE, WAVE_TOKENS // max(1, text_tokens)))
+    return [part[at : at + size] for part in (first, roots, rest) for at in range(0, len(part), size)]
 
 
 def _asked(asks: Sequence[Ask], questions: Sequence[_Question], text: Tokens, prompt: _Prompt) -> tuple[Ask, Tokens]:

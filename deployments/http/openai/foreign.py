@@ -56,15 +56,11 @@ class Foreign(Formats):
 class ForeignChat(Foreign):
     """Of /v1/chat/completions."""
 
-    tools: Annotated[Any, refused("tools", [])] = None
-    tool_choice: Annotated[Any, refused("tools", "none")] = None
-    parallel_tool_calls: Annotated[bool | None, inert("there are no tools to call")] = None
     functions: Annotated[Any, refused("functions", [])] = None
     function_call: Annotated[Any, refused("functions", "none")] = None
     modalities: Annotated[Any, refused("text only", ["text"])] = None
     audio: Annotated[Any, refused("text only")] = None
     prediction: Annotated[Any, refused("predicted outputs; prompt_lookup_num_tokens guesses from the prompt")] = None
-    reasoning_effort: Annotated[Any, refused("reasoning models", "none")] = None
     verbosity: Annotated[Any, refused("reasoning models", "medium")] = None
     web_search_options: Annotated[Any, refused("web search")] = None
     # vLLM's and SGLang's.
@@ -74,12 +70,7 @@ class ForeignChat(Foreign):
     continue_final_message: Annotated[Any, refused("send the text to /v1/completions", False)] = None
     add_special_tokens: Annotated[Any, refused("the chat template writes them", False)] = None
     chat_template: Annotated[Any, refused("templates in requests; the model has one")] = None
-    chat_template_kwargs: Annotated[Any, refused("arguments of the chat template, yet", {})] = None
-    documents: Annotated[Any, refused("documents; write them into a message", [])] = None
     enable_thinking: Annotated[Any, refused("an argument of chat templates, in chat_template_kwargs elsewhere")] = None
-    include_reasoning: Annotated[Any, refused("reasoning is part of the text", True)] = None
-    separate_reasoning: Annotated[Any, refused("reasoning is part of the text", False)] = None
-    stream_reasoning: Annotated[Any, refused("reasoning is part of the text", True)] = None
 
 
 class ForeignCompletion(Foreign):

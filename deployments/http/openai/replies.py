@@ -10,6 +10,7 @@ from deployments.calls import Fault
 from deployments.errors import answer_for
 from deployments.http.collect import Sample, Usage
 from deployments.http.openai.logprobs import LogprobWriter
+from deployments.http.openai.said import Said
 from deployments.router.prompts import Prompts
 from engine.request import OutputDelta
 
@@ -51,28 +52,38 @@ def whole(
     prompts: Prompts,
     prompt_ids: Sequence[Ids],
     echoes: Sequence[str],
+    said: Sequence[Said] = (),
 ) -> dict[str, Any]:
-    """The reply of a request that does not stream. `echoes`: text in front of each prompt's samples."""
+    """The reply of a request that does not stream. `echoes`: text in front of each prompt's samples.
+
+    `said`: of a chat, a reader for each choice.
+    """
     choices: list[dict[str, Any]] = []
     for prompt, by_index in enumerate(samples):
         for _, sample in sorted(by_index.items()):
             writer = LogprobWriter(prompts, prompt_ids[prompt], len(echoes[prompt]))
-            choice = _choice(head.kind, len(choices), sample, writer, echoes[prompt])
+            reader = said[len(choices)] if said else None
+            choice = _choice(head.kind, len(choices), sample, writer, echoes[prompt], reader)
             if head.token_ids:
                 choice["token_ids"] = sample.token_ids
                 if head.kind == "completion":
                     choice["prompt_token_ids"] = list(prompt_ids[prompt])
             choices.append(choice)
-    body = {**head.body(), "choices": choices, "usage": usage_body(usage)}
+    body = {**head.body(), "choices": choices, "usage": usage_body(usage, said)}
     if head.token_ids and head.kind == "chat":
         body["prompt_token_ids"] = list(prompt_ids[0])
     return body
 
 
-def _choice(kind: Kind, index: int, sample: Sample, writer: LogprobWriter, echo: str) -> dict[str, Any]:
+def _choice(
+    kind: Kind, index: int, sample: Sample, writer: LogprobWriter, echo: str, said: Said | None
+) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index, "finish_reason": str(sample.finish_reason), "logprobs": None}
     if kind == "chat":
         choice["message"] = {"role": "assistant", "content": sample.text, "refusal": None}
+        if said is not None and not said.is_plain and sample.finish_reason is not None:
+            choice["message"] = said.message()
+            choice["finish_reason"] = said.finish_reason(sample.finish_reason)
         if sample.logprobs:
             choice["logprobs"] = writer.chat(sample.logprobs)
     else:
@@ -95,20 +106,24 @@ def first_chunks(head: Head, index: int, echo: str, prompt_ids: Ids, usage: Usag
 
 
 def delta_chunks(
-    head: Head, index: int, delta: OutputDelta, writer: LogprobWriter, usage: Usage
+    head: Head, index: int, delta: OutputDelta, writer: LogprobWriter, usage: Usage, said: Said | None = None
 ) -> list[dict[str, Any]]:
     """Chunks of one delta: text, then the end. A delta without either (text is held back) gives none.
 
-    `usage`: so far, this delta included.
+    `usage`: so far, this delta included. `said`: of a chat, the choice's reader.
     """
     chunks: list[dict[str, Any]] = []
     has_news = bool(delta.text or delta.logprobs or (head.token_ids and delta.token_ids))
     finish = None if delta.finish_reason is None else str(delta.finish_reason)
     if head.kind == "chat":
-        if has_news:
-            logprobs = writer.chat(delta.logprobs) if delta.logprobs else None
-            content = {"content": delta.text}
-            chunks.append({"index": index, "delta": content, "logprobs": logprobs, "finish_reason": None})
+        told = [{"content": delta.text}] if said is None else said.deltas(delta)
+        if has_news and not told and (delta.logprobs or head.token_ids):
+            told = [{"content": ""}]  # what its tokens say is held back, or part of nothing
+        for at, part in enumerate(told if has_news or delta.finish_reason is not None else ()):
+            logprobs = writer.chat(delta.logprobs) if delta.logprobs and at == 0 else None
+            chunks.append({"index": index, "delta": part, "logprobs": logprobs, "finish_reason": None})
+        if said is not None and delta.finish_reason is not None:
+            finish = said.finish_reason(delta.finish_reason)
         if finish is not None:
             chunks.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": finish})
     elif has_news or finish is not None:
@@ -120,9 +135,9 @@ def delta_chunks(
     return [_chunk(head, chunk, usage) for chunk in chunks]
 
 
-def usage_chunk(head: Head, usage: Usage) -> dict[str, Any]:
+def usage_chunk(head: Head, usage: Usage, said: Sequence[Said] = ()) -> dict[str, Any]:
     """The last chunk, with `stream_options.include_usage`."""
-    return {**head.body(chunk=True), "choices": [], "usage": usage_body(usage)}
+    return {**head.body(chunk=True), "choices": [], "usage": usage_body(usage, said)}
 
 
 def _chunk(head: Head, choice: dict[str, Any], usage: Usage) -> dict[str, Any]:
@@ -134,8 +149,12 @@ def _chunk(head: Head, choice: dict[str, Any], usage: Usage) -> dict[str, Any]:
     return body
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: Usage, said: Sequence[Said] = ()) -> dict[str, Any]:
+    """With the tokens of reasoning among the others, where a model has some."""
+    thought = sum(reader.reasoning_tokens for reader in said)
+    details = {"completion_tokens_details": {"reasoning_tokens": thought}} if thought else {}
     return {
+        **details,
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

@@ -15,12 +15,14 @@ from deployments.http.collect import collect
 from deployments.http.documented import answers, failures
 from deployments.http.limits import MAX_CURSOR_CHARS, MAX_PAGE
 from deployments.http.openai import examples, replies, sse, translate
+from deployments.http.openai.chats import chat_ask, said_of
+from deployments.http.openai.said import reader_of
 from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
+from deployments.http.openai.tools import Reading
 from deployments.http.responses import EventResponse, closing, inert_header
 from deployments.router.gateway import Gateway, Opened
 
 OWNER = "chorus"
-REASONING = ("reasoning_content", "reasoning", "thinking")  # as chat templates name an earlier answer's reasoning
 
 
 def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
@@ -32,16 +34,15 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
     @router.post("/chat/completions", responses=answers(examples.CHAT_ANSWER, examples.CHAT_EVENTS))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. `model` is the base's id or an adapter's name. Fields are honoured or refused."""
-        ask = translate.chat_ask(body, gateway.model_id, gateway.defaults)
-        has_reasoning = any(m.reasoning is not None or m.reasoning_content is not None for m in body.messages)
-        inert = ("reasoning_content",) if has_reasoning and not gateway.prompts.template_names(*REASONING) else ()
-        return await _serve(gateway, "chat", body, ask, request, inert=inert)
+        asked = chat_ask(gateway, body)
+        inert = tuple(dict.fromkeys((*request.state.inert, *asked.inert)))
+        return await _serve(gateway, "chat", body, asked.ask, request, inert, reading=asked.reading)
 
     @router.post("/completions", responses=answers(examples.COMPLETION_ANSWER, examples.COMPLETION_EVENTS))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or several: texts or lists of token ids."""
         ask = translate.completion_ask(body, gateway.model_id, gateway.defaults)
-        return await _serve(gateway, "completion", body, ask, request, echo=bool(body.echo))
+        return await _serve(gateway, "completion", body, ask, request, request.state.inert, echo=bool(body.echo))
 
     @router.get("/models")
     async def models(
@@ -68,13 +69,14 @@ async def _serve(
     body: Sampling,
     ask: Ask,
     request: Request,
+    inert: tuple[str, ...],
     *,
     echo: bool = False,
-    inert: tuple[str, ...] = (),
+    reading: Reading | None = None,
 ) -> Response:
     if body.user is not None and body.safety_identifier not in (None, body.user):
         inert = (*inert, "user")  # the newer name of the two counts
-    headers = inert_header((*request.state.inert, *inert))
+    headers = inert_header(inert)
     opened = await gateway.open(ask, request.state.caller.tenant)
     options = body.stream_options
     head = replies.Head(
@@ -87,11 +89,12 @@ async def _serve(
         token_ids=bool(body.return_token_ids),
     )
     echoes = [_echo(gateway, ask, opened, index) if echo else "" for index in range(len(opened.prompts))]
+    said = said_of(reading, gateway.prompts, opened, ask.params.n) if reading is not None else []
     if body.stream:
-        return EventResponse(sse.events(head, opened, ask.params.n, gateway.prompts, echoes), opened, headers)
+        return EventResponse(sse.events(head, opened, ask.params.n, gateway.prompts, echoes, said), opened, headers)
     async with closing(opened):
-        samples, usage = await collect(opened)
-    whole = replies.whole(head, samples, usage, gateway.prompts, opened.prompts, echoes)
+        samples, usage = await collect(opened, reader_of(said))
+    whole = replies.whole(head, samples, usage, gateway.prompts, opened.prompts, echoes, said)
     return JSONResponse(whole, headers=headers)
 
 

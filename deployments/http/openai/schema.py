@@ -10,6 +10,7 @@ from deployments.http import limits
 from deployments.http.openai import examples
 from deployments.http.openai.foreign import Foreign, ForeignChat, ForeignCompletion
 from deployments.http.openai.messages import Label, Message
+from deployments.http.openai.tools import ToolFields
 from deployments.http.wire import Body, Whole, refused, shown, whole_numbers, wrong
 from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
@@ -132,7 +133,7 @@ class Sampling(Foreign):
     ) = None
 
 
-class ChatRequest(Sampling, ForeignChat):
+class ChatRequest(Sampling, ToolFields, ForeignChat):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(json_schema_extra={"example": examples.CHAT_REQUEST})

@@ -12,6 +12,7 @@ from deployments.errors import fault_of
 from deployments.http.collect import Usage, usage_of
 from deployments.http.openai import replies
 from deployments.http.openai.logprobs import LogprobWriter
+from deployments.http.openai.said import Said
 from deployments.router.gateway import Opened
 from deployments.router.prompts import Prompts
 from deployments.router.streams import merge
@@ -34,13 +35,18 @@ _as_json: Callable[[str], str] = json.encoder.encode_basestring  # `json.dumps(e
 class ChunkWriter:
     """The events of one choice's deltas. Nearly all hold nothing but text: of these only the text is written anew."""
 
-    def __init__(self, head: replies.Head, choice: int, logprobs: LogprobWriter, usage: Usage) -> None:
+    def __init__(
+        self, head: replies.Head, choice: int, logprobs: LogprobWriter, usage: Usage, said: Said | None = None
+    ) -> None:
+        self._said = None if said is None or said.is_plain else said
         self._head = head
         self._choice = choice
         self._logprobs = logprobs
         self._usage = usage
         self._around: tuple[bytes, bytes] | None = None
-        if not (head.token_ids or head.continuous_usage):  # else a chunk says more of its delta than the text
+        if self._said is None and not (
+            head.token_ids or head.continuous_usage
+        ):  # else a chunk says more of its delta than the text
             sample = self._written(OutputDelta("", 0, (0,), _PLACE))
             before, _, after = sample.rpartition(json.dumps(_PLACE).encode())  # a model may be called so too
             self._around = (before, after)
@@ -55,7 +61,10 @@ class ChunkWriter:
         return before + _as_json(delta.text).encode() + after
 
     def _written(self, delta: OutputDelta) -> bytes:
-        return b"".join(map(event, replies.delta_chunks(self._head, self._choice, delta, self._logprobs, self._usage)))
+        return b"".join(map(event, self._chunks(delta)))
+
+    def _chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
+        return replies.delta_chunks(self._head, self._choice, delta, self._logprobs, self._usage, self._said)
 
 
 async def events(
@@ -64,13 +73,20 @@ async def events(
     num_samples: int,
     prompts: Prompts,
     echoes: Sequence[str],
+    said: Sequence[Said] = (),
 ) -> AsyncGenerator[bytes]:
     """The events of `opened`. A failure after the first token becomes an error event: the status is long sent."""
     usage = usage_of(opened)
     num_choices = num_samples * len(opened.prompts)
     prompt_of = [choice // num_samples for choice in range(num_choices)]
     writers = [
-        ChunkWriter(head, choice, LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])), usage)
+        ChunkWriter(
+            head,
+            choice,
+            LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])),
+            usage,
+            said[choice] if said else None,
+        )
         for choice, prompt in enumerate(prompt_of)
     ]
     for choice in range(num_choices):
@@ -89,5 +105,5 @@ async def events(
         yield event(replies.error_body(fault))
         return
     if head.include_usage:
-        yield event(replies.usage_chunk(head, usage))
+        yield event(replies.usage_chunk(head, usage, said))
     yield DONE

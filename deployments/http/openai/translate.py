@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from deployments.asks import Ask, Chat, Prompt
 from deployments.http.openai.formats import grammar_of
 from deployments.http.openai.messages import as_template_takes_it
 from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
+from deployments.http.openai.tools import Reading, forced_grammar
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 
@@ -21,16 +23,31 @@ Defaults = Mapping[str, Any]
 NO_DEFAULTS: Defaults = {}
 
 
-def chat_ask(body: ChatRequest, model_id: str, defaults: Defaults = NO_DEFAULTS) -> Ask:
-    """Raises: InvalidRequest naming the field."""
+def chat_ask(
+    body: ChatRequest,
+    model_id: str,
+    defaults: Defaults = NO_DEFAULTS,
+    reading: Reading | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Ask:
+    """`reading`: how answers are read; `args`: what the template gets. Raises: InvalidRequest naming the field."""
+    reading = reading or Reading()
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise InvalidRequest("max_completion_tokens", "it contradicts max_tokens; send one of the two")
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs", "it needs logprobs=true")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    messages = tuple(map(as_template_takes_it, body.messages))
-    return _ask(body, model_id, (Chat(messages),), _params(body, max_tokens, logprobs, defaults), "messages")
+    short_ids = reading.dialect.short_ids
+    messages = tuple(as_template_takes_it(message, short_ids=short_ids) for message in body.messages)
+    params = _params(body, max_tokens, logprobs, defaults)
+    if (forced := forced_grammar(body, reading)) is not None:
+        if params.grammar is not None:
+            raise InvalidRequest("tool_choice", f"a call is required, and {params.grammar.field} asks for another form")
+        params = replace(params, grammar=forced)
+    if reading.hidden:
+        params = replace(params, skip_special_tokens=False)
+    return _ask(body, model_id, (Chat(messages, args or {}),), params, "messages")
 
 
 def completion_ask(body: CompletionRequest, model_id: str, defaults: Defaults = NO_DEFAULTS) -> Ask:

@@ -44,7 +44,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         before = await shelf.items_of(tenant, body.previous_response_id) if body.previous_response_id else []
         items = [*before, *_items_of(body)]
         chat_body = chat_request(translate.chat_fields(body, _ITEMS.validate_python(items)))
-        params = chat_ask(gateway, chat_body).params
+        params = chat_ask(gateway, chat_body).ask.params
         chat = await open_chat(gateway, chat_body, request)
         inert = (*request.state.inert, *translate.inert_includes(body), *chat.inert)
         head = replies.Head(body, chat.opened.request_id, chat.created, params.temperature, params.top_p)
