@@ -168,7 +168,7 @@ class StoreConfig:
     fetch_timeout_s: float = 120.0  # of one adapter, all retries included
     fetch_retries: int = 3  # of one part, in a row and without a byte gained, after the first try
     retry_base_s: float = 0.2
-    max_parallel_fetches: int = 4  # from each source
+    max_parallel_fetches: int | None = None  # adapters from each source; None: 4 of a folder, 16 of what is far away
     part_bytes: int = 8 << 20  # of one ranged read
     max_parallel_parts: int = 8  # of one adapter
     fetch_bytes_per_s: int | None = None  # of all downloads together; None: as fast as they go

@@ -47,6 +47,8 @@ class AdapterSettings(Settings):
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
     max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as packed; its file may have four times as many
     max_rank: PositiveInt = 512
+    # Adapters fetched at a time from each source; None: 4 of a folder, 16 of a bucket, a web server, a hub.
+    parallel_fetches: PositiveInt | None = None
     fetch_bytes_per_s: PositiveInt | None = None  # of all downloads together; None: as fast as they go
     niceness: int = Field(default=10, ge=0, le=19)  # of the threads that fetch and pack: 19 runs only when all is idle
     traffic_half_life_s: PositiveFloat = 600.0  # what is kept and warmed goes by requests; one counts half after

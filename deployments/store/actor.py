@@ -27,6 +27,7 @@ def store_config(settings: AdapterSettings) -> StoreConfig:
         max_rank=settings.max_rank,
         lease_ttl_s=settings.lease_ttl_s,
         refresh_s=settings.refresh_s / 2,
+        max_parallel_fetches=settings.parallel_fetches,
         fetch_bytes_per_s=settings.fetch_bytes_per_s,
         niceness=settings.niceness,
         disk_path=settings.disk_path,

@@ -86,9 +86,10 @@ def test_secrets_are_in_no_repr_and_no_log(caplog: pytest.LogCaptureFixture):
 def test_the_tiers_of_the_store_are_as_they_were_set():
     fields: dict[str, Any] = {
         "host_bytes": 1000, "max_adapter_bytes": 100, "disk_path": "/cache", "disk_bytes": 2000, "niceness": 19,
-        "fetch_bytes_per_s": 5, "traffic_half_life_s": 60.0, "max_rank": 8, "lease_ttl_s": 9.0,
+        "fetch_bytes_per_s": 5, "parallel_fetches": 7, "traffic_half_life_s": 60.0, "max_rank": 8, "lease_ttl_s": 9.0,
     }  # fmt: skip
     config = store_config(_settings(**fields, refresh_s=4.0))
+    assert config.max_parallel_fetches == fields.pop("parallel_fetches")
     assert {name: getattr(config, name) for name in fields} == fields
     assert config.refresh_s == 2.0
 
