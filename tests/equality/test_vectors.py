@@ -192,6 +192,7 @@ def test_event_loops_get_the_vector_in_one_delta_and_a_first_answer_is_counted(z
     [
         ({"params": SamplingParams(n=2)}, "n: 2 samples, but a request for numbers has one answer"),
         ({"resumed_output_token_ids": (1,)}, "resumed_output_token_ids: a request for numbers has no output"),
+        ({"params": SamplingParams(prompt_lookup_num_tokens=2)}, "prompt_lookup_num_tokens: a request for numbers has"),
         ({"numbers": "mean"}, "numbers: 'mean' is neither a Pooling nor a NextToken"),
     ],
 )
