@@ -192,7 +192,7 @@ def test_event_loops_get_the_vector_in_one_delta_and_a_first_answer_is_counted(z
     [
         ({"params": SamplingParams(n=2)}, "n: 2 samples, but a request for numbers has one answer"),
         ({"resumed_output_token_ids": (1,)}, "resumed_output_token_ids: a request for numbers has no output"),
-        ({"numbers": "mean"}, "numbers: 'mean' is neither a Pooling nor a NextToken"),
+        ({"numbers": "mean"}, "numbers: 'mean' is neither a Pooling, a NextToken nor PromptScores"),
     ],
 )
 def test_a_request_for_numbers_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
