@@ -287,6 +287,9 @@ class Request:
             raise InvalidRequest("numbers", f"{_brief(numbers)} is neither a Pooling, a NextToken nor PromptScores")
         if self.params.n != 1:
             raise InvalidRequest("n", f"{self.params.n} samples, but a request for numbers has one answer; set n to 1")
+        if self.params.prompt_lookup_num_tokens or self.params.grammar is not None:
+            field = "prompt_lookup_num_tokens" if self.params.grammar is None else self.params.grammar.field
+            raise InvalidRequest(field, "a request for numbers has no output tokens; leave it out")
         if self.resumed_output_token_ids:
             raise InvalidRequest("resumed_output_token_ids", "a request for numbers has no output tokens to go on from")
 

@@ -6,15 +6,22 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
 from adapter_store.fetch.download import Downloaded, in_pool
-from adapter_store.fetch.transfer import Downloader
+from adapter_store.fetch.pacing import RoomGate
+from adapter_store.fetch.transfer import Downloader, parallel_fetches
 from adapter_store.fetch.verify import DigestMismatch
-from adapter_store.image.inspect import ADAPTER_FILES, WEIGHTS_FILE, Limits, check_file_names, check_upload
+from adapter_store.image.inspect import (
+    ADAPTER_FILES,
+    UPLOAD_FACTOR,
+    WEIGHTS_FILE,
+    Limits,
+    check_file_names,
+    check_upload,
+)
 from adapter_store.image.packing import PackedImage, pack_checked, plan_image
 from adapter_store.image.peft_config import MAX_CONFIG_BYTES
 from adapter_store.image.spec import Spec
@@ -26,6 +33,7 @@ from adapter_store.sources.threads import nice_pool
 
 _log = logging.getLogger(__name__)
 _NUM_THREADS = 2  # that hash, check and pack: each keeps one core busy
+NUM_LARGEST = 4  # so many of the largest files that are taken may be in memory unpacked, of each source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +45,8 @@ class Fetched:
 
 
 class Fetcher:
-    """At most `max_parallel_fetches` at a time from each source: at most that many adapters are in memory unpacked.
+    """At most `max_parallel_fetches` at a time from each source, and in memory unpacked at most `NUM_LARGEST` times the
+    bytes that the largest may have: many small ones, or a few large.
 
     From each, so that a source that hangs keeps nobody from the others.
     """
@@ -52,7 +61,7 @@ class Fetcher:
         self._config = config
         self._pool = nice_pool(_NUM_THREADS, "adapters-pack", int(config.niceness))
         self._downloader = Downloader(config, clock, sleep, jitter, self._pool)
-        self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.max_parallel_fetches))
+        self._gates: dict[str, RoomGate] = {}  # by source: as many as are configured
         self._limits = Limits(max_rank=config.max_rank, max_bytes=config.max_adapter_bytes)
 
     async def fetch(
@@ -68,7 +77,7 @@ class Fetcher:
         try:
             check_file_names(version.listing.names)
             listing = self._wanted(version.listing)
-            async with self._slots[source.name]:
+            async with self._gate(source).room(listing.num_bytes):
                 downloaded = await self._download(version, listing, source, spec, expected)
                 # In a thread: the loop answers others while numpy works.
                 packed = await in_pool(self._pool, pack_checked, downloaded.files, spec, self._limits)
@@ -83,6 +92,12 @@ class Fetcher:
     def close(self) -> None:
         """Ends the threads, when they have done what they are at."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _gate(self, source: Source) -> RoomGate:
+        if source.name not in self._gates:
+            max_bytes = NUM_LARGEST * UPLOAD_FACTOR * self._config.max_adapter_bytes
+            self._gates[source.name] = RoomGate(parallel_fetches(source, self._config), max_bytes)
+        return self._gates[source.name]
 
     def _wanted(self, listing: SourceListing) -> SourceListing:
         wanted = SourceListing(files=tuple(file for file in listing.files if file.name in ADAPTER_FILES))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 
 class TokenBucket:
@@ -93,3 +95,56 @@ class SourceGate:
         self._num_running -= 1
         self._left.set()  # all who wait look again, in their order
         self._left = asyncio.Event()
+
+
+class RoomGate:
+    """At most `maximum` at once, of `max_bytes` together at most, in the order in which they come; what is larger
+    than that goes alone. For one event loop.
+    """
+
+    def __init__(self, maximum: int, max_bytes: int | None) -> None:
+        self._maximum, self._max_bytes = maximum, max_bytes
+        self._sizes: list[int] = []  # of those inside
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def room(self, num_bytes: int) -> AsyncIterator[None]:
+        """Room for so many bytes."""
+        if self._waiting or not self._has_room(num_bytes):
+            await self._wait(num_bytes)
+        else:
+            self._sizes.append(num_bytes)
+        try:
+            yield
+        finally:
+            self._leave(num_bytes)
+
+    async def _wait(self, num_bytes: int) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((num_bytes, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._leave(num_bytes)  # it was let in, and had just left
+            else:
+                self._waiting.remove((num_bytes, turn))
+                self._let_in()
+            raise
+
+    def _has_room(self, num_bytes: int) -> bool:
+        if not self._sizes:
+            return True
+        fits = self._max_bytes is None or sum(self._sizes) + num_bytes <= self._max_bytes
+        return fits and len(self._sizes) < self._maximum
+
+    def _leave(self, num_bytes: int) -> None:
+        self._sizes.remove(num_bytes)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and self._has_room(self._waiting[0][0]):
+            num_bytes, turn = self._waiting.popleft()
+            if not turn.done():
+                self._sizes.append(num_bytes)
+                turn.set_result(None)

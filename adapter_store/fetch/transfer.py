@@ -17,6 +17,14 @@ from adapter_store.records import StoreConfig
 from adapter_store.sources.base import Source, SourceFile, SourceListing
 
 _log = logging.getLogger(__name__)
+NUM_NEAR, NUM_FAR = 4, 16  # fetches at a time: a folder keeps the packing threads busy, what is far away is waited for
+
+
+def parallel_fetches(source: Source, config: StoreConfig) -> int:
+    """How many adapters of `source` are fetched at a time. A registered one may lie anywhere."""
+    if config.max_parallel_fetches is not None:
+        return config.max_parallel_fetches
+    return NUM_NEAR if source.kind == "local" else NUM_FAR
 
 
 class Downloader:
@@ -80,5 +88,6 @@ class Downloader:
 
     def _gate(self, source: Source) -> SourceGate:
         if source.name not in self._gates:
-            self._gates[source.name] = SourceGate(self._config.max_parallel_parts * self._config.max_parallel_fetches)
+            num_fetches = parallel_fetches(source, self._config)
+            self._gates[source.name] = SourceGate(self._config.max_parallel_parts * num_fetches)
         return self._gates[source.name]

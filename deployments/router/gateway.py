@@ -29,7 +29,7 @@ from engine.request import OutputDelta
 logger = logging.getLogger("ray.serve")
 
 FIRST_CURSOR = "0:"  # of the store's listing
-MAX_CALLS = 64  # of one request for numbers at the same time: a queue has room for others too
+MAX_CALLS = 32  # of one request for numbers at the same time: a queue has room for others too
 MAX_STORE_PAGES = 8  # that one page of ours is made of: sources may give short ones
 
 
@@ -215,13 +215,15 @@ class Gateway:
     ) -> list[Answered]:
         """As `vectors`, of asks that were admitted, each with a prompt that is tokens already. `request_id`: of these
         calls and no others that may run."""
-        calls = [
-            call
-            for index, (ask, ids) in enumerate(asked)
-            for call in self._calls(ask, [ids], tenant, f"{request_id}-{index}")
+        jobs = [
+            partial(self._vector, ask, ids, tenant, f"{request_id}-{index}") for index, (ask, ids) in enumerate(asked)
         ]
-        jobs = [partial(vector_of, self.backend, call, self.max_resumes, self.suspects) for call in calls]
         return await at_once(jobs, MAX_CALLS)
+
+    async def _vector(self, ask: Ask, ids: tuple[int, ...], tenant: str, request_id: str) -> Answered:
+        # Made when its turn comes: hints cost a little, and other streams go on between two calls.
+        (call,) = self._calls(ask, [ids], tenant, request_id)
+        return await vector_of(self.backend, call, self.max_resumes, self.suspects)
 
     def admit(self, ask: Ask, tenant: str) -> str:
         """An id for `ask`, whose adapters may be asked for; the store is told that they are. Raises: as `open`."""

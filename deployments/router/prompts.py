@@ -23,6 +23,7 @@ from engine.text.tokenizer import Tokenizer
 NUM_THREADS = 2
 INLINE_CHARS = 1024  # a thread would cost more than a prompt of this length
 INLINE_MESSAGES = 8
+MAX_ENDINGS = 4  # tokens that a tokenizer writes behind a text
 
 
 class Prompts:
@@ -112,15 +113,19 @@ class Prompts:
         encode = self._tokenizer.encode
         plain = encode(before, False)
         whole = encode(before, True) if add_special_tokens else plain
-        while whole and whole[-len(plain) :] != plain:  # what is written behind a whole text is not behind this one
+        for _ in range(MAX_ENDINGS):  # what is written behind a whole text is not behind this one
+            if whole[len(whole) - len(plain) :] == plain:
+                break
             whole = whole[:-1]
+        else:
+            whole = plain
         line = encode("\n", False)
         found = []
         for piece in pieces:
             behind = encode("\n" + piece, False)  # some tokenizers write a space before the first word of any text
             is_behind = behind[: len(line)] == line
             found.append(tuple(behind[len(line) :] if is_behind else encode(piece, False)))
-        return tuple(whole or plain), found
+        return tuple(whole), found
 
     def _encode_one(self, prompt: Prompt, ask: Ask) -> tuple[int, ...]:
         """In a thread of the pool if it is long, as is all that grows with the prompt."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +14,10 @@ from deployments.router.streams import Backend, answer
 from deployments.router.suspects import Suspects
 
 T = TypeVar("T")
+
+FULL_CODE = "queue_full"
+FULL_PAUSE_S = 0.1
+MAX_WAITS = 100  # in a row, for a queue that others keep full
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +59,38 @@ async def vector_of(backend: Backend, call: Call, max_resumes: int, suspects: Su
 
 
 async def at_once(jobs: Sequence[Callable[[], Awaitable[T]]], most: int) -> list[T]:
-    """What all jobs return, in their order; at most `most` run at a time. The first exception ends the others."""
+    """What all jobs return, in their order; at most `most` run at a time. The first exception ends the others.
+
+    A job that finds a full queue comes again when there is room, as long as others of these have got through or are on
+    their way: who asks for much fills queues, and should not fail by that. From then on fewer run at a time.
+    """
     results: dict[int, T] = {}
-    waiting = iter(enumerate(jobs))
-    tasks = [asyncio.ensure_future(_work(waiting, results)) for _ in range(min(most, len(jobs)))]
+    waiting = deque(range(len(jobs)))
+    running: dict[asyncio.Future[T], int] = {}
+    limit, num_waits = float(most), 0
     try:
-        await asyncio.gather(*tasks)
+        while waiting or running:
+            while waiting and len(running) < int(limit):
+                index = waiting.popleft()
+                running[asyncio.ensure_future(jobs[index]())] = index
+            was_full = False
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = running.pop(task)
+                try:
+                    results[index] = task.result()
+                except Refused as error:
+                    if error.fault.code != FULL_CODE or not (running or results) or num_waits >= MAX_WAITS:
+                        raise
+                    waiting.appendleft(index)
+                    limit, was_full = max(1.0, min(limit, len(running))), True
+                else:
+                    limit, num_waits = min(float(most), limit + 1 / limit), 0
+            if was_full and not running:
+                num_waits += 1
+                await asyncio.sleep(FULL_PAUSE_S)
     finally:
-        for task in tasks:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
     return [results[index] for index in range(len(jobs))]
-
-
-async def _work(waiting: Iterator[tuple[int, Callable[[], Awaitable[T]]]], results: dict[int, T]) -> None:
-    for index, job in waiting:
-        results[index] = await job()

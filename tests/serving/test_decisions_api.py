@@ -9,10 +9,12 @@ from typing import Any
 
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import Decision
 
 from deployments.calls import Call
-from deployments.http.decisions.likelihoods import branches, probabilities, told_apart
+from deployments.http.decisions.likelihoods import Answers, TooManyPlaces
 from engine.pooling import NextToken
 from engine.text.tokenizer import Tokenizer
 from tests.serving.fakes import EOS, FakeBackend, Served, serve
@@ -256,19 +258,58 @@ def test_fields_without_effect_are_named() -> None:
 
 
 def test_places_are_where_answers_part_and_go_on() -> None:
-    answers = ((5, 1, 2), (5, 1, 3), (5, 4))
-    places = branches(answers)
-    assert [(place.path, place.token_ids) for place in places] == [((5,), (1, 4)), ((5, 1), (2, 3))]
+    tree = Answers(((5, 1, 2), (5, 1, 3), (5, 4)), (9,), 100)
+    assert [(place.path, place.token_ids) for place in tree.places()] == [((5,), (1, 4)), ((5, 1), (2, 3))]
     logs = [[math.log(0.6), math.log(0.2)], [math.log(0.5), math.log(0.25)]]
-    assert probabilities(answers, places, logs) == pytest.approx([0.3 / 0.65, 0.15 / 0.65, 0.2 / 0.65])
-    assert [place.path for place in branches(((1,), (2,), (3,)))] == [()]
-    assert told_apart(((1,), (1, 2)), (9,)) == ((1, 9), (1, 2, 9))
-    assert told_apart(((1, 3), (1, 2)), (9,)) == ((1, 3), (1, 2))
+    assert tree.probabilities(logs) == pytest.approx([0.3 / 0.65, 0.15 / 0.65, 0.2 / 0.65])
+    assert [place.path for place in Answers(((1,), (2,), (3,)), (9,), 100).places()] == [()]
+    ended = Answers(((1,), (1, 2)), (9,), 100).places()
+    assert [(place.path, place.token_ids) for place in ended] == [((1,), (9, 2)), ((1, 2), (9,))]
     for wrong in (((1,), (1,)), ((), (1,)), ((1,), (1, 9))):
         with pytest.raises(ValueError, match="word them otherwise"):
-            told_apart(wrong, (9,))
+            Answers(wrong, (9,), 100)
 
 
 def test_answers_of_no_likelihood_still_come_to_one() -> None:
-    places = branches(((1,), (2,)))
-    assert sum(probabilities(((1,), (2,)), places, [[-4000.0, -4001.0]])) == pytest.approx(1)
+    assert sum(Answers(((1,), (2,)), (9,), 100).probabilities([[-4000.0, -4001.0]])) == pytest.approx(1)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), min_size=2, max_size=8, unique=True),
+    st.randoms(use_true_random=False),
+)
+def test_probabilities_by_places_are_those_answer_by_answer(answers: list[tuple[int, ...]], rng: Any) -> None:
+    """For any answers, and any log-probability of a token behind any path."""
+    known: dict[tuple[int, ...], float] = {}
+    tree = Answers(answers, (7,), 1000)
+    is_ended = any(a != b and b[: len(a)] == a for a in answers for b in answers)
+    whole = [(*answer, 7) if is_ended else answer for answer in answers]
+    for path in {answer[:length] for answer in whole for length in range(1, 1 + len(answer))}:
+        known[path] = -rng.random() * 5
+    found = tree.probabilities([[known[*p.path, i] for i in p.token_ids] for p in tree.places()])
+    sums = [sum(known[answer[: length + 1]] for length in range(len(answer))) for answer in whole]
+    weights = [math.exp(value - max(sums)) for value in sums]
+    assert found == pytest.approx([weight / sum(weights) for weight in weights])
+
+
+def test_answers_that_part_at_too_many_places_are_refused_before_they_are_all_looked_at() -> None:
+    looked_at = 0
+
+    class Counted(tuple[int, ...]):
+        def __iter__(self) -> Any:
+            nonlocal looked_at
+            for token_id in tuple.__iter__(self):
+                looked_at += 1
+                yield token_id
+
+    answers = [Counted((i, *range(100, 500))) for i in range(100)]
+    with pytest.raises(TooManyPlaces):
+        Answers(answers, (9,), 1000)
+    assert looked_at < 3000
+
+
+def test_too_many_prompts_are_refused_with_the_question_that_is_too_much() -> None:
+    long = {"type": "choice", "instructions": "x", "choices": [{"value": "a" * 400}, {"value": "b" * 400}]}
+    response = post({"model": ["demo", "alpha"], "input": "x", "questions": [long] * 6})
+    assert response.status_code == 400
+    assert "up to the 6th they need more than 4096 prompts of each model" in response.json()["error"]["message"]

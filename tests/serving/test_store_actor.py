@@ -15,7 +15,7 @@ from adapter_store.errors import StoreConfigInvalid
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceConfig
 from deployments.settings.app import AdapterSettings
-from deployments.store.actor import connector, source_config, store_config
+from deployments.store.actor import connectors, source_config, store_config
 
 SECRETS = {"KEY_ID": "AKIDEXAMPLE", "SECRET": "s3cr3t-value", "SESSION": "s3ssion-value", "TOKEN": "t0ken-value"}
 SOURCES: list[dict[str, Any]] = [
@@ -71,7 +71,7 @@ def test_a_missing_secret_is_named_at_start(missing: str, value: str | None, mon
     else:
         monkeypatch.setenv(missing, value)
     with pytest.raises(ValueError, match=f"'{missing}'") as caught:
-        connector(_settings())
+        connectors(_settings())
     assert not any(secret in str(caught.value) for secret in SECRETS.values())
 
 
@@ -86,16 +86,17 @@ def test_secrets_are_in_no_repr_and_no_log(caplog: pytest.LogCaptureFixture):
 def test_the_tiers_of_the_store_are_as_they_were_set():
     fields: dict[str, Any] = {
         "host_bytes": 1000, "max_adapter_bytes": 100, "disk_path": "/cache", "disk_bytes": 2000, "niceness": 19,
-        "fetch_bytes_per_s": 5, "traffic_half_life_s": 60.0, "max_rank": 8, "lease_ttl_s": 9.0,
+        "fetch_bytes_per_s": 5, "parallel_fetches": 7, "traffic_half_life_s": 60.0, "max_rank": 8, "lease_ttl_s": 9.0,
     }  # fmt: skip
     config = store_config(_settings(**fields, refresh_s=4.0))
+    assert config.max_parallel_fetches == fields.pop("parallel_fetches")
     assert {name: getattr(config, name) for name in fields} == fields
     assert config.refresh_s == 2.0
 
 
 def test_a_store_that_could_hold_no_adapter_is_refused_at_start():
     with pytest.raises(StoreConfigInvalid):
-        connector(_settings(sources=[], host_bytes=10))
+        connectors(_settings(sources=[], host_bytes=10))
 
 
 def test_a_secret_is_in_the_name_of_the_store_only_behind_a_slow_digest(monkeypatch: pytest.MonkeyPatch):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import math
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import openai
 import pytest
 
-from deployments.calls import Fault
+from deployments.calls import Call, Fault, StreamItem
+from deployments.http.vectors import replies
+from deployments.router import vectors
+from deployments.router.vectors import Answered, Vectors
 from engine.pooling import Pool, Pooling, PoolingDefaults
 from tests.serving.fakes import FakeBackend, Served, counted, serve
 
@@ -71,7 +75,7 @@ def test_many_inputs_keep_their_order_and_only_so_many_run_at_a_time() -> None:
     texts = ["x" * (1 + i % 7) for i in range(200)]
     data = post("/v1/embeddings", {"model": "demo", "input": texts}, served).json()["data"]
     assert [item["embedding"] for item in data] == [[float(len(text))] for text in texts]
-    assert 1 < most <= 64
+    assert 1 < most <= 32
     assert served.backend.open_streams == 0
 
 
@@ -88,6 +92,63 @@ def test_one_that_fails_fails_the_request_and_leaves_nothing_running() -> None:
     status, _, message = refusal("/v1/embeddings", {"model": "demo", "input": ["x"] * 99}, served)
     assert (status, message) == (400, "the prompt has 9 tokens")
     assert served.backend.open_streams == 0
+
+
+FULL = Fault(code="queue_full", message="4 requests wait and max_queued_requests is 4; try again later")
+
+
+class Queue(FakeBackend):
+    """A replica whose queue has room for so many, of which others take a part for a while."""
+
+    room = 4
+    taken = 0  # by others
+    most = 0
+    turned_away = 0
+
+    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
+        if self.open_streams + self.taken >= self.room:
+            self.turned_away += 1
+            self.taken -= self.taken > 0 and self.turned_away % 3 == 0
+            yield StreamItem(replica="replica-1", fault=FULL)
+            return
+        self.most = max(self.most, self.open_streams + 1)
+        async for item in super().stream(call):
+            yield item
+
+
+def test_a_request_for_more_than_a_queue_holds_takes_what_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "FULL_PAUSE_S", 0.0)
+    queue = Queue(pause_s=0.001)
+    texts = ["x" * (1 + i % 7) for i in range(150)]
+    data = post("/v1/embeddings", {"model": "demo", "input": texts, "normalize": False}, serve(queue)).json()["data"]
+    assert [sum(item["embedding"]) for item in data] == [len(text) for text in texts]
+    assert queue.turned_away > 0
+    assert queue.most == queue.room
+
+
+def test_a_request_that_finds_no_room_at_all_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "FULL_PAUSE_S", 0.0)
+    queue = Queue()
+    queue.taken = 4000
+    status, _, message = refusal("/v1/embeddings", {"model": "demo", "input": ["x"] * 5}, serve(queue))
+    assert (status, message) == (429, FULL.message)
+    assert queue.turned_away < 20
+
+
+@pytest.mark.parametrize(("num_others", "status"), [(10, 200), (4000, 429)])
+def test_a_queue_that_others_fill_on_the_way_is_waited_for_and_not_for_ever(
+    num_others: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "FULL_PAUSE_S", 0.0)
+
+    def fill(call: Call) -> list[float]:
+        queue.taken = num_others
+        return [1.0]
+
+    queue = Queue(numbers=fill)
+    queue.room = 1
+    response = post("/v1/embeddings", {"model": "demo", "input": ["x"] * 3}, serve(queue))
+    assert response.status_code == status, response.text
 
 
 def test_a_lost_replica_is_not_noticed() -> None:
@@ -218,9 +279,44 @@ def test_lorax_embed_is_for_the_base_an_adapter_or_a_merge() -> None:
     merge = {"ids": ["alpha", "beta"], "weights": [0.5, 0.5]}
     merged = post("/embed", {"inputs": "abc", "parameters": {"merged_adapters": merge}}, served).json()
     expected = post("/v1/embeddings", {"model": "demo", "input": "abc"}).json()["data"][0]["embedding"]
-    assert plain == {"embeddings": expected}
-    assert named["embeddings"] == merged["embeddings"] == expected[::-1]
+    assert plain == {"embeddings": pytest.approx(expected)}
+    assert named["embeddings"] == merged["embeddings"] == pytest.approx(expected[::-1])
     assert [part.name for part in served.backend.calls[-1].parts] == ["alpha", "beta"]
     response = post("/embed", {"inputs": "abc", "parameters": {"temperature": 1}}, served)
     assert response.status_code == 422
     assert "temperature" in response.json()["error"]
+
+
+def test_a_long_list_is_written_with_room_for_others_and_to_the_last_bit() -> None:
+    vector = [(-1.0) ** i * 2.0**-i * (1 + 2.0**-23 * i) for i in range(100)] + [0.1, 3e38, 1e-38, 0.0] * 5000
+    exact = struct.unpack(f"<{len(vector)}f", struct.pack(f"<{len(vector)}f", *vector))
+    served = serve(FakeBackend(numbers=lambda call: vector))
+    turns = 0
+
+    async def run() -> Any:
+        async def beat() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        answers = tuple(Answered(struct.pack(f"<{len(vector)}f", *vector), 1, 0) for _ in range(6))
+        beating = asyncio.ensure_future(beat())
+        await asyncio.sleep(0)
+        before = turns
+        body = await replies.listed({"id": "x"}, Vectors(request_id="r", answers=answers), None, "embedding")
+        beating.cancel()
+        return json.loads(body), turns - before
+
+    body, num_turns = asyncio.run(run())
+    assert num_turns >= 3
+    for item in body["data"]:
+        assert struct.pack(f"<{len(vector)}f", *item["embedding"]) == struct.pack(f"<{len(vector)}f", *exact)
+    data = post("/v1/embeddings", {"model": "demo", "input": ["x"], "encoding_format": "base64"}, served).json()["data"]
+    assert base64.b64decode(data[0]["embedding"]) == struct.pack(f"<{len(vector)}f", *vector)
+
+
+def test_a_vector_of_zeros_is_like_nothing() -> None:
+    served = serve(FakeBackend(numbers=lambda call: [0.0, 0.0] if len(call.prompt_token_ids) == 1 else [3.0, 4.0]))
+    data = post("/score", {"text_1": "ab", "text_2": ["c", "de"]}, served).json()["data"]
+    assert [item["score"] for item in data] == [0.0, 1.0]

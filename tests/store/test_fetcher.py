@@ -14,6 +14,7 @@ import adapter_store.fetch.fetcher
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable
 from adapter_store.fetch.fetcher import Fetcher
 from adapter_store.fetch.pacing import Pacer
+from adapter_store.fetch.transfer import NUM_FAR, NUM_NEAR
 from adapter_store.image.packing import pack, pack_checked
 from adapter_store.image.spec import read_spec
 from adapter_store.names.asking import ask
@@ -164,6 +165,28 @@ def test_a_source_that_hangs_keeps_nobody_from_another():
 
     assert np.array_equal(asyncio.run(main()).packed.data, pack(healthy.files, SPEC).data)
     assert hanging.most_running <= 4  # the header and the configuration of two
+
+
+@pytest.mark.parametrize(("kind", "most"), [("local", NUM_NEAR), ("http", NUM_FAR)])
+def test_more_adapters_are_fetched_at_a_time_from_a_source_that_is_far_away(kind, most):
+    source = ScriptedSource(small_adapter(), [Fault("hang")] * 100)
+    source.kind = kind
+    begun = []
+
+    async def main():
+        fetcher = Fetcher(StoreConfig(), time.monotonic)
+        real = fetcher._download
+        fetcher._download = lambda *call: begun.append(call) or real(*call)
+        tasks = [asyncio.create_task(fetcher.fetch(version_of(source), source, read_spec(SPEC))) for _ in range(40)]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        fetcher.close()
+
+    asyncio.run(main())
+    assert len(begun) == most
 
 
 def test_an_answer_that_breaks_its_sources_parser_is_a_source_out_of_order():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_store.fetch.pacing import Aimd, Pacer, SourceGate, TokenBucket
+from adapter_store.fetch.pacing import Aimd, Pacer, RoomGate, SourceGate, TokenBucket
 from tests.support.fake_sources import FakeClock
 
 TAKES = st.lists(st.tuples(st.floats(0, 3), st.integers(1, 500)), min_size=1, max_size=30)
@@ -126,5 +126,49 @@ def test_a_gate_lets_in_as_many_as_its_limit_says_and_the_next_when_one_leaves()
         await asyncio.gather(*waiting, return_exceptions=True)
         assert max(most) == 2
         assert len(most) == 19
+
+    asyncio.run(main())
+
+
+def test_a_gate_of_room_lets_in_many_small_ones_or_few_large_ones_in_the_order_in_which_they_came():
+    gate, inside, seen, order = RoomGate(4, 100), [], [], []
+
+    async def visit(name, size):
+        async with gate.room(size):
+            inside.append(size)
+            order.append(name)
+            seen.append(tuple(inside))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            inside.remove(size)
+
+    async def main():
+        sizes = [10] * 6 + [90, 5, 300, 1, 1]
+        tasks = [asyncio.create_task(visit(name, size)) for name, size in enumerate(sizes)]
+        await asyncio.sleep(0)
+        tasks[5].cancel()  # one that waits leaves no gap behind
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert order == [number for number in range(len(sizes)) if number != 5]
+        assert max(map(len, seen)) == 4
+        assert all(sum(sizes) <= 100 or sizes == (300,) for sizes in seen)
+
+    asyncio.run(main())
+
+
+def test_a_gate_of_room_takes_back_what_it_gave_to_one_that_had_just_left():
+    async def main():
+        gate = RoomGate(1, None)
+
+        async def visit():
+            async with gate.room(1):
+                await asyncio.sleep(0)
+
+        first, second = asyncio.create_task(visit()), asyncio.create_task(visit())
+        await asyncio.sleep(0)  # the first is in, the second waits
+        first.cancel()
+        await asyncio.sleep(0)  # the first has left: the second was let in, but has not run
+        second.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        await asyncio.wait_for(visit(), 10)
 
     asyncio.run(main())

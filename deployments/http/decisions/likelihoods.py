@@ -14,54 +14,79 @@ from dataclasses import dataclass
 Tokens = tuple[int, ...]
 
 
+class TooManyPlaces(Exception):
+    """Answers part at more places than were allowed."""
+
+
 @dataclass(frozen=True, slots=True)
-class Branch:
+class Place:
     """A place behind the prompt, and the tokens with which answers go on there."""
 
     path: Tokens
     token_ids: Tokens
 
 
-def told_apart(answers: Sequence[Tokens], end: Tokens) -> tuple[Tokens, ...]:
-    """`answers`, each with `end` behind it where one of them is the beginning of another: it would always be likelier.
+class Answers:
+    """The answers of one question: a tree of their tokens, root first; no answer is the beginning of another."""
 
-    Raises: ValueError if two are the same to the model, or one is nothing.
-    """
-    if not all(answers) or len(set(answers)) < len(answers):
-        raise ValueError("two answers are the same tokens to this model; word them otherwise")
-    known = set(answers)
-    clash = any(answer[:length] in known for answer in answers for length in range(1, len(answer)))
-    ended = tuple(answer + end for answer in answers) if clash else tuple(answers)
-    if clash and any(answer[:length] in set(ended) for answer in ended for length in range(1, len(answer))):
-        raise ValueError("one answer goes on where another ends; word them otherwise")
-    return ended
+    def __init__(self, answers: Sequence[Tokens], end: Tokens, most: int) -> None:
+        """Each has `end` behind it where one of them is the beginning of another: it would always be likelier.
 
+        Raises: ValueError if two are the same to the model, or one is nothing; TooManyPlaces if there are more than
+        `most`, before they are all looked at.
+        """
+        if not all(answers) or len(set(answers)) < len(answers):
+            raise ValueError("two answers are the same tokens to this model; word them otherwise")
+        self._answers = tuple(answers)
+        self._grow(most)
+        if any(node in self._children for node in self._ends):
+            self._answers = tuple(answer + end for answer in answers)
+            self._grow(most)
+            if any(node in self._children for node in self._ends):
+                raise ValueError("one answer goes on where another ends; word them otherwise")
+        self._start, self._shared = 0, 0  # the node where they part first, and how many tokens lead there
+        while len(self._children[self._start]) == 1:
+            (self._start,) = self._children[self._start].values()
+            self._shared += 1
 
-def branches(answers: Sequence[Tokens]) -> tuple[Branch, ...]:
-    """The places of a question, the first before those behind it. No answer is the beginning of another."""
-    shared = 0
-    while len({answer[: shared + 1] for answer in answers}) == 1:
-        shared += 1
-    found: dict[Tokens, dict[int, None]] = {}
-    for answer in answers:
-        for length in range(shared, len(answer)):
-            found.setdefault(answer[:length], {})[answer[length]] = None
-    ordered = sorted(found, key=len)
-    return tuple(Branch(path, tuple(found[path])) for path in ordered)
+    def _grow(self, most: int) -> None:
+        self._children: dict[int, dict[int, int]] = {}  # of each node that has some, by token
+        self._ends: list[int] = []  # the node of each answer
+        num_nodes = 0
+        for answer in self._answers:
+            node = 0
+            for token_id in answer:
+                children = self._children.get(node)
+                if children is None:
+                    if len(self._children) - len(answer) > most:  # a beginning that all share makes no places
+                        raise TooManyPlaces
+                    children = self._children[node] = {}
+                if token_id not in children:
+                    num_nodes += 1
+                    children[token_id] = num_nodes
+                node = children[token_id]
+            self._ends.append(node)
 
+    def places(self) -> tuple[Place, ...]:
+        """The first before those behind it."""
+        found, waiting = [], [(self._start, self._answers[0][: self._shared])]
+        for node, path in waiting:
+            children = self._children[node]
+            found.append(Place(path, tuple(children)))
+            waiting += [(child, (*path, token_id)) for token_id, child in children.items() if child in self._children]
+        return tuple(found)
 
-def probabilities(
-    answers: Sequence[Tokens], places: Sequence[Branch], logprobs: Sequence[Sequence[float]]
-) -> tuple[float, ...]:
-    """Of each answer, that it is this one of them. `logprobs`: of the tokens of each place."""
-    known = {
-        (*place.path, token_id): value
-        for place, values in zip(places, logprobs, strict=True)
-        for token_id, value in zip(place.token_ids, values, strict=True)
-    }
-    shared = len(places[0].path)
-    sums = [math.fsum(known[answer[: length + 1]] for length in range(shared, len(answer))) for answer in answers]
-    best = max(sums)
-    weights = [math.exp(value - best) for value in sums]
-    total = math.fsum(weights)
-    return tuple(weight / total for weight in weights)
+    def probabilities(self, logprobs: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """Of each answer, that it is this one of them. `logprobs`: of the tokens of each place, in their order."""
+        sums = {self._start: 0.0}
+        waiting = [self._start]
+        for node, values in zip(waiting, logprobs, strict=False):
+            for child, value in zip(self._children[node].values(), values, strict=True):
+                sums[child] = sums[node] + value
+                if child in self._children:
+                    waiting.append(child)
+        found = [sums[node] for node in self._ends]
+        best = max(found)
+        weights = [math.exp(value - best) for value in found]
+        total = math.fsum(weights)
+        return tuple(weight / total for weight in weights)

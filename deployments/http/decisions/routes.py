@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ from fastapi.routing import APIRoute
 
 from deployments.asks import Ask, Chat, adapter_of
 from deployments.http.decisions import examples, replies
-from deployments.http.decisions.likelihoods import Branch, Tokens, branches, probabilities, told_apart
+from deployments.http.decisions.likelihoods import Answers, Place, Tokens, TooManyPlaces
 from deployments.http.decisions.schema import DecisionRequest
-from deployments.http.decisions.wording import BREAK, Wording, messages_of, plain_text, worded
+from deployments.http.decisions.wording import BREAK, messages_of, plain_text, worded
 from deployments.http.documented import answers, failures
 from deployments.http.limits import MAX_BRANCHES
 from deployments.http.openai.replies import error_body
@@ -26,15 +27,16 @@ from engine.errors import InvalidRequest
 from engine.pooling import NextToken, as_floats
 from engine.request import SamplingParams
 
-WAVE = 256  # prompts that are made at a time: each is as long as the text
+WAVE = 256  # prompts that are made at a time
+WAVE_TOKENS = 1 << 20  # of them all together, but for a few: each is as long as the text
 SHARED_TOKENS = 64  # a text of more is read once before all questions but the first are put
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
     tokens: Tokens  # behind the text
-    answers: tuple[Tokens, ...]
-    places: tuple[Branch, ...]
+    answers: Answers
+    places: tuple[Place, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +61,15 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         asks = [_ask(body, name, gateway.model_id) for name in names]
         tenant = request.state.caller.tenant
         ids = [gateway.admit(ask, tenant) for ask in asks]
-        text, questions = await _read(gateway, body)
+        text, questions = await _read(gateway, body, MAX_BRANCHES // len(asks))
         prompts = [
             _Prompt(model, index, place)
             for model in range(len(asks))
             for index, question in enumerate(questions)
             for place in range(len(question.places))
         ]
-        if len(prompts) > MAX_BRANCHES:
-            parts = f"{len(names)} models times {len(questions)} questions and the places where their answers part"
-            raise InvalidRequest("questions", f"{len(prompts)} prompts ({parts}), the limit is {MAX_BRANCHES}")
         found: dict[_Prompt, Answered] = {}
-        for number, wave in enumerate(_waves(prompts, is_long=len(text) > SHARED_TOKENS)):
+        for number, wave in enumerate(_waves(prompts, len(text))):
             asked = [_asked(asks, questions, text, prompt) for prompt in wave]
             got = await gateway.vectors_of(asked, tenant, f"{ids[0]}.{number}")
             found |= zip(wave, got, strict=True)
@@ -100,8 +99,11 @@ def _ask(body: DecisionRequest, name: str, model_id: str) -> Ask:
     )
 
 
-async def _read(gateway: Gateway, body: DecisionRequest) -> tuple[Tokens, list[_Question]]:
-    """Tokens of the text and of the questions, for all models. Raises: InvalidRequest; Refused."""
+async def _read(gateway: Gateway, body: DecisionRequest, most: int) -> tuple[Tokens, list[_Question]]:
+    """Tokens of the text and of the questions, for all models; places for at most `most` prompts of each of them.
+
+    Raises: InvalidRequest; Refused.
+    """
     wordings = [worded(question, f"questions[{index}]") for index, question in enumerate(body.questions)]
     prompts = gateway.prompts
     is_chat = prompts.has_chat_template
@@ -116,28 +118,40 @@ async def _read(gateway: Gateway, body: DecisionRequest) -> tuple[Tokens, list[_
     text, tokens = await prompts.forked(before, pieces, "input", add_special_tokens=not is_chat)
     ending = tokens[-1] if end is None else (end,)
     known = dict(zip(texts, tokens[len(wordings) : -1], strict=True))
-    return text, [
-        _question(wording, tokens[index], [known[lead + answer] for answer in wording.answers], ending, index)
-        for index, wording in enumerate(wordings)
-    ]
+    given = [[known[lead + answer] for answer in wording.answers] for wording in wordings]
+    # Beside the event loop: as long as the body.
+    return text, await asyncio.to_thread(_questions, tokens[: len(wordings)], given, ending, most)
 
 
-def _question(wording: Wording, tokens: Tokens, given: Sequence[Tokens], end: Tokens, index: int) -> _Question:
-    try:
-        told = told_apart(given, end)
-    except ValueError as error:
-        raise InvalidRequest(f"questions[{index}]", str(error)) from error
-    return _Question(tokens, told, branches(told))
+def _questions(tokens: Sequence[Tokens], given: Sequence[Sequence[Tokens]], end: Tokens, most: int) -> list[_Question]:
+    """Raises: InvalidRequest."""
+    questions: list[_Question] = []
+    num_places = 0
+    for index, (asked, told) in enumerate(zip(tokens, given, strict=True)):
+        try:
+            tree = Answers(told, end, most)
+            places = tree.places()
+            num_places += len(places)
+            if num_places > most:
+                raise TooManyPlaces
+        except TooManyPlaces:
+            says = f"up to the {index + 1}th they need more than {most} prompts of each model, of {MAX_BRANCHES} in all"
+            raise InvalidRequest("questions", f"{says}; ask fewer, of fewer models, or with shorter answers") from None
+        except ValueError as error:
+            raise InvalidRequest(f"questions[{index}]", str(error)) from error
+        questions.append(_Question(asked, tree, places))
+    return questions
 
 
-def _waves(prompts: Sequence[_Prompt], *, is_long: bool) -> list[list[_Prompt]]:
+def _waves(prompts: Sequence[_Prompt], text_tokens: int) -> list[list[_Prompt]]:
     """In an order in which what prompts share is read once: the text by each model's first question, a question by
     its first place."""
+    is_long = text_tokens > SHARED_TOKENS
     first = [prompt for prompt in prompts if is_long and (prompt.question, prompt.place) == (0, 0)]
     roots = [prompt for prompt in prompts if prompt.place == 0 and not (is_long and prompt.question == 0)]
     rest = [prompt for prompt in prompts if prompt.place]
-    parts = (first, roots, rest)
-    return [part[at : at + WAVE] for part in parts for at in range(0, len(part), WAVE)]
+    size = max(8, min(WAVE, WAVE_TOKENS // max(1, text_tokens)))
+    return [part[at : at + size] for part in (first, roots, rest) for at in range(0, len(part), size)]
 
 
 def _asked(asks: Sequence[Ask], questions: Sequence[_Question], text: Tokens, prompt: _Prompt) -> tuple[Ask, Tokens]:
@@ -154,5 +168,5 @@ def _body(
     told = []
     for index, (asked, question) in enumerate(zip(body.questions, questions, strict=True)):
         logprobs = [as_floats(mine[_Prompt(model, index, place)].vector) for place in range(len(question.places))]
-        told.append(replies.answer(asked, probabilities(question.answers, question.places, logprobs)))
+        told.append(replies.answer(asked, question.answers.probabilities(logprobs)))
     return {"answers": told, "model": name, "usage": replies.usage(list(mine.values()))}

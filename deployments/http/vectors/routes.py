@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from deployments.asks import Ask, Prompt, adapter_of
-from deployments.http.documented import answers, failures
+from deployments.http.documented import JSON, answers, failures
 from deployments.http.openai.replies import error_body
 from deployments.http.responses import inert_header
 from deployments.http.vectors import examples, replies
@@ -42,15 +42,16 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         """Vectors of texts, or of lists of token ids, by the base or an adapter: hidden states, pooled as the model's
         folder says, else the last token's, normalised."""
         vectors = await _inputs(gateway, body, request)
-        whole = replies.embeddings(_head("embd", body.model, vectors), vectors, body.encoding_format)
-        return JSONResponse(whole, headers=_headers(body, request))
+        head = _head("embd", body.model, vectors)
+        whole = await replies.listed(head, vectors, body.encoding_format, "embedding")
+        return Response(whole, media_type=JSON, headers=_headers(body, request))
 
     @router.post("/pooling", responses=answers(examples.POOLING_ANSWER))
     async def pooling(body: PoolingRequest, request: Request) -> Response:
         """As /v1/embeddings, in the form of vLLM's pooling API."""
         vectors = await _inputs(gateway, body, request)
-        whole = replies.pooled(_head("pool", body.model, vectors), vectors, body.encoding_format)
-        return JSONResponse(whole, headers=_headers(body, request))
+        whole = await replies.listed(_head("pool", body.model, vectors), vectors, body.encoding_format, "pooling")
+        return Response(whole, media_type=JSON, headers=_headers(body, request))
 
     @router.post("/v1/score", responses=answers(examples.SCORE_ANSWER))
     @router.post("/score", responses=answers(examples.SCORE_ANSWER))
@@ -59,9 +60,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         first, second, param = _pairs(body)
         vectors = await gateway.vectors(_ask(gateway, body, body.model, (*first, *second), param), _tenant(request))
         data = [one.vector for one in vectors.answers]
-        left, right = data[: len(first)], data[len(first) :]
-        left = left * len(right) if len(left) == 1 else left
-        values = [replies.cosine(a, b) for a, b in zip(left, right, strict=True)]
+        values = replies.cosines(data[: len(first)], data[len(first) :])
         head = _head("score", body.model or gateway.model_id, vectors)
         return JSONResponse(replies.scores(head, vectors, values), headers=_headers(body, request))
 
@@ -73,7 +72,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
         texts = (body.query, *body.documents)
         vectors = await gateway.vectors(_ask(gateway, body, body.model, texts, "documents"), _tenant(request))
         query, *others = [one.vector for one in vectors.answers]
-        values = [replies.cosine(query, other) for other in others]
+        values = replies.cosines([query], others)
         name = body.model or gateway.model_id
         head = {"id": f"rerank-{vectors.request_id}", "model": name}
         documents = None if body.return_documents is False else body.documents
