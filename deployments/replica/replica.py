@@ -285,6 +285,7 @@ def _request(call: Call, version: str | None) -> Request:
         adapter=version,
         tenant=call.tenant,
         cache_salt=call.cache_salt,
+        priority=call.priority,
         sample_index=call.sample_index,
         resumed_output_token_ids=call.resumed_output_token_ids,
         numbers=call.numbers,
