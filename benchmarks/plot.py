@@ -54,6 +54,32 @@ def draw_lora_cost(rows: list[dict[str, Any]], out: Path) -> None:
     save(figure, out / "lora_cost.svg")
 
 
+KINDS = {"engine": "#1d4ed8", "replica": "#60a5fa", "router": "#0891b2", "haproxy": "#14b8a6", "serve": "#a3a3a3",
+         "ray": "#d4d4d4", "store": "#fbbf24", "peer": PEER}  # fmt: skip
+
+
+def draw_serving(rows: list[dict[str, Any]], out: Path) -> None:
+    """Of each case requests a second, beside the peer's, and the CPU of a request by kind of process."""
+    if not rows:
+        return
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, panels = plt.subplots(1, 2, figsize=(2.1 * len(cases) + 4, 3.6))
+    for row in rows:
+        is_ours = row["server"] == "chorus"
+        x = cases.index(row["case"]) + (-0.2 if is_ours else 0.2)
+        panels[0].bar(x, row["requests_per_s"]["median"], 0.38, color=OURS if is_ours else PEER)
+        bottom = 0.0
+        for kind, color in KINDS.items():
+            if (figures := row.get(f"cpu_ms_per_request_{kind}")) is not None:
+                panels[1].bar(x, figures["median"], 0.38, bottom=bottom, color=color)
+                bottom += figures["median"]
+    for axes, label in zip(panels, ("requests / s", "ms of CPU a request, all processes"), strict=True):
+        axes.set_xticks(range(len(cases)), [case.replace(":", "\n") for case in cases])
+        axes.set_ylabel(label)
+    panels[1].legend([plt.Rectangle((0, 0), 1, 1, color=color) for color in KINDS.values()], KINDS, frameon=False)
+    save(figure, out / "serving.svg")
+
+
 def save(figure: Any, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -76,6 +102,7 @@ def main() -> None:
     plt.rcParams["svg.hashsalt"] = "chorus"  # the same bytes for the same data
     draw_comparisons([row for row in rows if "median_ratio" in row], args.out)
     draw_lora_cost([row for row in rows if "share_of_base" in row], args.out)
+    draw_serving([row for row in rows if "server" in row], args.out)
     for key, file, draw in FIGURES:
         if chosen := [row for row in rows if key in row]:
             save(draw(chosen), args.out / file)

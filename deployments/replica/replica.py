@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -49,6 +50,9 @@ logger = logging.getLogger("ray.serve")
 LAST_WORDS_S = 0.5
 SWEEP_S = 1.0
 EXIT_CODE = 70  # EX_SOFTWARE
+# A thread that wants the interpreter waits so long for the one that has it, and a call passes several of them before
+# the engine's thread hears of it. Python's own 5 ms made first tokens late while others were being written.
+SWITCH_S = 0.001
 
 
 class Replica:
@@ -57,6 +61,7 @@ class Replica:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         """Raises: ConfigError, ModelNotSupported; ValueError when a secret is missing; Refused without a store."""
         take_calls_at_this_node_only()
+        sys.setswitchinterval(SWITCH_S)
         self._id = serve.get_replica_context().replica_id.unique_id
         config = args.engine_config()
         engine = await asyncio.to_thread(Engine, config, neighbours=await asyncio.to_thread(neighbours_here, args))
