@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,6 +121,24 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Submissions that travel together, in `packed`: pickled here, as Serve's own way to do it knows no tuples of
+    plain data and takes a look at each part. `aim` is the first one's.
+    """
+
+    aim: tuple[str, ...]
+    packed: bytes
+
+    @classmethod
+    def of(cls, submissions: Sequence[Submission]) -> Batch:
+        return cls(submissions[0].aim, pickle.dumps(tuple(submissions), protocol=pickle.HIGHEST_PROTOCOL))
+
+    def submissions(self) -> tuple[Submission, ...]:
+        found: tuple[Submission, ...] = pickle.loads(self.packed)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """What a replica says to a submission: `fault` set, it takes no part in it. `load`: calls it has in hand now.
 
@@ -130,6 +149,16 @@ class Receipt:
     load: int
     fault: Fault | None = None
     reading: int = 0
+
+    @staticmethod
+    def write(receipts: Sequence[Receipt]) -> bytes:
+        """Of a batch, in its order."""
+        return pickle.dumps(tuple(receipts), protocol=pickle.HIGHEST_PROTOCOL)
+
+    @staticmethod
+    def read(written: bytes) -> tuple[Receipt, ...]:
+        receipts: tuple[Receipt, ...] = pickle.loads(written)
+        return receipts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import pytest
 
 from adapter_store.store import AdapterStore
 from tests.support.native import native_or_skip
+from tests.support.web_server import Answer, Ask, web_server
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--requests", "2", "--prompt-tokens", "4", "--new-tokens", "4", "--num-adapters", "2"]
@@ -37,6 +38,35 @@ def test_two_programs_are_asked_in_turns_and_their_ratios_told() -> None:
     for row in rows:
         assert row["ratios"] == [pytest.approx(a / b, rel=0.2) for a, b in zip(row["ours"], row["peer"], strict=True)]
         assert {"cpu", "torch", "commit"} <= set(row["provenance"])
+
+
+def test_a_server_is_measured_beside_a_peer_with_the_cpu_of_its_processes() -> None:
+    events = b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choices": [], "usage": {"completion_tokens": 3}}\n\n'
+
+    def answer(ask: Ask) -> Answer:
+        return Answer(200, {"Content-Type": "text/event-stream"}, events)
+
+    with web_server(answer) as ours, web_server(answer) as peer:
+        rows = run("serving", "--url", ours.address, "--peer", peer.address, "--peer-name", "other", "--rounds", "2",
+                   "--requests", "6", "--new-tokens", "3", "--cases", "closed:2:stream,poisson:500:whole")  # fmt: skip
+    assert [(row["case"], row.get("server", row.get("peer"))) for row in rows] == [
+        (case, who) for case in ("closed:2:stream", "poisson:500:whole") for who in ("chorus", "other", "other")
+    ]
+    assert len(ours.asked) == len(peer.asked) == 16 + 2 * 2 * 6
+    ratio = rows[0]["tokens_per_s"]["median"] / rows[1]["tokens_per_s"]["median"]
+    assert rows[2]["ratios"]["tokens_per_s"] == pytest.approx(ratio, rel=0.9)
+    assert any(key.startswith("cpu_us_per_token_") for key in rows[0])
+
+
+def test_a_server_that_answers_less_than_was_asked_for_is_not_measured() -> None:
+    with web_server(lambda _: Answer(200, {}, b'{"usage": {"completion_tokens": 2}}')) as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.serving", "--url", server.address, "--requests", "1",
+             "--new-tokens", "3", "--cases", "closed:1:whole"],
+            cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert "16 of 16 requests failed; the first: no 3 tokens" in done.stderr
 
 
 def test_the_host_s_share_of_a_step_is_measured_without_a_model() -> None:

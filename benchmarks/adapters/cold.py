@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapter_store.errors import SourceUnavailable
 from benchmarks import workload
 from benchmarks.adapters.stores import WAIT_S, running_ray, write_adapters
 from deployments.settings.app import AdapterSettings
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=240)
-    parser.add_argument("--at-once", type=int, default=128, help="leases that are waited for at a time")
+    parser.add_argument("--at-once", type=int, default=96, help="leases that are waited for at a time")
     parser.add_argument("--latency-ms", type=float, default=100.0)
     parser.add_argument("--shards", default="1,4")
     parser.add_argument("--sources", default="file,http")
@@ -91,8 +92,13 @@ async def _lease_all(
 
     async def lease(name: str) -> None:
         async with turns:
-            leased, _ = await client.lease(name, None, None)
-            await client.release(leased)
+            while True:
+                try:
+                    leased, _ = await client.lease(name, None, None)
+                except SourceUnavailable:  # too many look-ups at a time: an HTTP client is told to come again
+                    await asyncio.sleep(0.2)
+                else:
+                    return await client.release(leased)
 
     before_s, start_s = sum(map(_cpu_s, pids)), time.perf_counter()
     await asyncio.gather(*(lease(name) for name in names))

@@ -19,6 +19,7 @@ from deployments.calls import (
     RESERVED_CODE,
     STOPPED_CODE,
     Aim,
+    Batch,
     Call,
     Fault,
     Receipt,
@@ -116,8 +117,13 @@ class Replica:
             self._subscribers.closed(subscriber)
             self._reporter.forget(router)
 
-    async def submit(self, submission: Submission) -> Receipt:
-        """Begins to answer into the frames of the router that asks, or says why not. The same one again is no news."""
+    async def submit(self, batch: Batch) -> bytes:
+        """Begins to answer into the frames of the router that asks, or says why not: receipts, written, in the order of
+        the batch. The same submission again is no news.
+        """
+        return Receipt.write([self._accept(submission) for submission in batch.submissions()])
+
+    def _accept(self, submission: Submission) -> Receipt:
         call, subscriber = submission.call, self._subscribers.of(submission.router)
         if submission.number not in subscriber.runs:
             if (fault := self._turned_away(call)) is not None:

@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -20,6 +19,7 @@ from deployments.losses import LOST, Meaning, actor_of, fate, meaning
 from deployments.router import members
 from deployments.router.fleet import Fleet
 from deployments.router.streams import ReplicaLost
+from deployments.router.submissions import Submissions
 from deployments.router.subscriptions import Mailbox, Subscriptions
 from engine.errors import EngineError
 
@@ -42,6 +42,7 @@ class ServeBackend:
         self._subscriptions = Subscriptions(
             handle, explain=_explained, known_replicas=self._replica_ids, fleet=self._fleet
         )
+        self._submissions = Submissions(handle, self._subscriptions.cancel)
         self._stop_listening: Callable[[], None] | None = None
 
     def start(self) -> None:
@@ -94,22 +95,18 @@ class ServeBackend:
 
     async def _receipt(self, call: Call, box: Mailbox, aim: tuple[str, ...]) -> Receipt:
         """What the replica says that has it. Raises: as `stream`."""
-        submission = Submission(call, self._subscriptions.router, box.number, aim)
-        # In a context of its own: calls made within one HTTP request would share its internal id, by which Serve tells
-        # waiting calls apart, and all but the first would wait for ever.
-        response: Any = contextvars.Context().run(self._handle.submit.remote, submission)
-        asking: asyncio.Future[Receipt] = asyncio.ensure_future(response)
+        ticket = self._submissions.send(Submission(call, self._subscriptions.router, box.number, aim))
         try:
-            receipt = await asyncio.wait_for(asyncio.shield(asking), self._wait_s)
+            receipt = await asyncio.wait_for(asyncio.shield(ticket.receipt), self._wait_s)
         except TimeoutError as error:
-            if asking.done():
+            if ticket.receipt.done():
                 raise await _explained(error, call.request_id) from error  # one of Ray's own
-            self._take_back(asking, response, box)
+            self._submissions.take_back(ticket)
             message = f"no replica took the request within {self._wait_s:g} s; try again later"
             raise Refused(Fault(code="no_replica", message=message)) from error
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
-                self._take_back(asking, response, box)
+                self._submissions.take_back(ticket)
                 raise
             raise Refused(_CANCELLED) from error  # Serve's word for a call that was cancelled over there
         except Exception as error:
@@ -120,16 +117,6 @@ class ServeBackend:
         if receipt.fault is None:
             self._subscriptions.bind(box, receipt.replica, receipt.reading)
         return receipt
-
-    def _take_back(self, asking: asyncio.Future[Receipt], response: Any, box: Mailbox) -> None:
-        """Nobody waits for the receipt: if a replica has taken the call all the same, it is told."""
-
-        def told(done: asyncio.Future[Receipt]) -> None:
-            if not done.cancelled() and done.exception() is None and done.result().fault is None:
-                self._subscriptions.cancel(done.result().replica, box.number)
-
-        asking.add_done_callback(told)
-        response.cancel()
 
     async def close(self) -> None:
         """Reads no more: what runs is given up, and replicas that are to stop need not wait."""

@@ -10,14 +10,14 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.calls import Aim, Submission
+from deployments.calls import Aim, Batch
 from deployments.router import members
 
 MAX_LEAVING = 64  # replicas without new calls that are remembered: their streams may run on for long
 
 
 class AdapterRequestRouter(RequestRouter):
-    """Tries the replicas that a submission is aimed at in their order; what is for one replica goes there or nowhere.
+    """Tries the replicas that a batch is aimed at in their order; what is for one replica goes there or nowhere.
 
     One that Serve has taken off still serves its streams: what is for it alone reaches it, so that it is told who is
     there and who has left. New calls do not.
@@ -42,7 +42,7 @@ class AdapterRequestRouter(RequestRouter):
         if isinstance(asked, Aim):
             leaving = self._leaving.get(asked.replica)
             return [[leaving]] if leaving is not None else [[each] for each in self._running((asked.replica,))]
-        aimed = self._running(asked.aim) if isinstance(asked, Submission) else []
+        aimed = self._running(asked.aim) if isinstance(asked, Batch) else []
         return [[replica] for replica in aimed] or [candidate_replicas]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -24,6 +24,7 @@ from weakref import WeakSet
 from engine.aio.commands import Abort, Add, Command, Finish, Pin, Preload, Turn, Unpin
 from engine.aio.owners import AdapterNews, ImageOwner
 from engine.aio.streams import Stream, wake_all
+from engine.aio.threads import named
 from engine.engine import Engine
 from engine.errors import EngineDead, QueueFull
 from engine.output import OutputProcessor
@@ -88,7 +89,7 @@ class AsyncEngine:
                 ("chorus-output", self._run_output),
                 ("chorus-watchdog", self._run_watchdog),
             ):
-                self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+                self._threads.append(threading.Thread(target=named, args=(name, target), name=name, daemon=True))
             for thread in self._threads:
                 thread.start()
 

@@ -22,7 +22,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments import frames
-from deployments.calls import Aim, Call, Receipt, Refused, StreamItem, Submission
+from deployments.calls import Aim, Batch, Call, Receipt, Refused, StreamItem
 from deployments.losses import MEANINGS
 from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
@@ -67,7 +67,7 @@ class FakeHandle:
 
     def __init__(self, first: StreamItem | BaseException | None, *later: StreamItem | BaseException | None) -> None:
         receipt = Receipt(first.replica, 1, first.fault) if isinstance(first, StreamItem) else first
-        self.response = FakeResponse([receipt])
+        self.response = FakeResponse([Receipt.write([receipt]) if isinstance(receipt, Receipt) else receipt])
         self._later = later
         self.cancelled: list[int] = []
         self.submit = SimpleNamespace(remote=self._submitted)
@@ -78,8 +78,9 @@ class FakeHandle:
         assert stream
         return self
 
-    def _submitted(self, submission: Submission) -> FakeResponse:
-        assert submission.call is CALL
+    def _submitted(self, batch: Batch) -> FakeResponse:
+        (submission,) = batch.submissions()
+        assert submission.call == CALL
         self.number = submission.number
         return self.response
 

@@ -12,7 +12,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.request_router import PendingRequest
 
 from deployments import frames
-from deployments.calls import Aim, Submission
+from deployments.calls import Aim, Batch, Submission
 from deployments.reports import Report, pack
 from deployments.router import members
 from deployments.router.fleet import Fleet
@@ -59,10 +59,10 @@ def router_of(*replicas: Running) -> AdapterRequestRouter:
 @pytest.mark.parametrize(
     ("asked", "groups"),
     [
-        (Submission(call(), "router", 1, ("b", "a")), [["b"], ["a"]]),
-        (Submission(call(), "router", 1, ("gone", "c")), [["c"]]),
-        (Submission(call(), "router", 1, ("gone",)), [["a", "b", "c"]]),
-        (Submission(call(), "router", 1), [["a", "b", "c"]]),
+        (Batch.of([Submission(call(), "router", 1, ("b", "a"))]), [["b"], ["a"]]),
+        (Batch.of([Submission(call(), "router", 1, ("gone", "c"))]), [["c"]]),
+        (Batch.of([Submission(call(), "router", 1, ("gone",))]), [["a", "b", "c"]]),
+        (Batch.of([Submission(call(), "router", 1)]), [["a", "b", "c"]]),
         (Aim("c"), [["c"]]),
         (Aim("gone"), []),
         ("something", [["a", "b", "c"]]),
@@ -121,8 +121,8 @@ def test_a_replica_that_serve_has_taken_off_is_told_who_is_there_and_gets_no_cal
             return await within(router._choose_replica_for_request(asked), "a choice", DEADLINE_S)
 
         assert await chosen(Aim("a")) is first
-        assert await chosen(Submission(call(), "router", 1, ("a",))) is second
-        assert await chosen(Submission(call(), "router", 2)) is second
+        assert await chosen(Batch.of([Submission(call(), "router", 1, ("a",))])) is second
+        assert await chosen(Batch.of([Submission(call(), "router", 2)])) is second
         router.on_replica_actor_died(first.replica_id)
         router.update_replicas([second])  # type: ignore[list-item]
         assert await router.choose_replicas([second], pending(Aim("a"))) == []  # type: ignore[list-item]

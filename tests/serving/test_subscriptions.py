@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments.calls import Call, StreamItem, Submission
+from deployments.calls import Batch, Call, Receipt, StreamItem, Submission
 from deployments.replica.subscribers import SILENT_S
 from deployments.router.replicas import ServeBackend
 from deployments.router.streams import ReplicaLost
@@ -130,7 +130,7 @@ def test_a_call_that_is_given_up_before_its_first_turn_is_not_counted_for_ever()
         replica = make_replica("a")
         subscriber = replica._subscribers.opened("router")
         call = Call(request_id="q", prompt_token_ids=(1,), params=SamplingParams(max_tokens=3), seed=0, alone_tokens=5)
-        receipt = await replica.submit(Submission(call, "router", 1))
+        (receipt,) = Receipt.read(await replica.submit(Batch.of([Submission(call, "router", 1)])))
         assert receipt.fault is None
         replica._subscribers.closed(subscriber)
         await turns(5)
@@ -145,11 +145,11 @@ def test_a_number_that_is_submitted_again_as_its_first_call_ends_is_given_up_wit
         replica = make_replica("a")
         subscriber = replica._subscribers.opened("router")
         call = Call(request_id="q", prompt_token_ids=(1,), params=SamplingParams(max_tokens=1), seed=0)
-        await replica.submit(Submission(call, "router", 1))
+        await replica.submit(Batch.of([Submission(call, "router", 1)]))
         await turns(3)
         replica._engine.step()  # type: ignore[attr-defined]
         await subscriber.frame(lambda: 0, bytes)  # the first has ended, and its task has not heard of it
-        await replica.submit(Submission(call, "router", 1))
+        await replica.submit(Batch.of([Submission(call, "router", 1)]))
         await turns(5)
         replica._subscribers.closed(subscriber)
         await turns(5)

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from deployments.calls import Aim, Submission
+from deployments.calls import Aim, Batch
 from deployments.replica.alone import Door
 from deployments.replica.replica import Replica
 from deployments.replica.reporter import Reporter
@@ -152,7 +152,7 @@ class Wire:
     def options(self, *, stream: bool) -> Wire:
         return self
 
-    def _submitted(self, submission: Submission) -> Answer:
+    def _submitted(self, batch: Batch) -> Answer:
         answer = Answer()
         name = self.rng.choice(NAMES)
         names = [name]
@@ -161,7 +161,7 @@ class Wire:
 
         def run(name: str, is_last: bool) -> None:
             async def submitted() -> None:
-                receipt = await self.replicas[name].submit(submission)
+                receipt = await self.replicas[name].submit(batch)
                 if is_last:
                     self.later.append(lambda: answer.put(receipt))
 

@@ -52,6 +52,7 @@ def web_server(answer: Callable[[Ask], Answer], certificate: Certificate | None 
         protocol_version = "HTTP/1.1"
 
         def _handle(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             parts = urlsplit(self.path)
             headers = {name.lower(): value for name, value in self.headers.items()}
             ask = Ask(self.command, parts.path, parts.query, headers, self.client_address[1])
@@ -68,7 +69,7 @@ def web_server(answer: Callable[[Ask], Answer], certificate: Certificate | None 
                 body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(given.body), given.body) if chunked else given.body
                 self.wfile.write(body)
 
-        do_GET = do_HEAD = _handle
+        do_GET = do_HEAD = do_POST = _handle
 
         def log_message(self, *_: object) -> None:
             pass
