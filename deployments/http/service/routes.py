@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /tokenizer_info, /version, /load, /ping."""
+"""/tokenize, /detokenize, /tokenizer_info, /version, /load, /ping, /metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from deployments.asks import Ask, Chat, adapter_of
 from deployments.http.documented import answers, failures
@@ -16,6 +17,7 @@ from deployments.http.openai.messages import as_template_takes_it
 from deployments.http.openai.replies import error_body
 from deployments.http.openai.tools import ToolFields, reading_of, template_args
 from deployments.http.service import examples
+from deployments.http.service.metrics import exposition
 from deployments.http.service.schema import DetokenizeRequest, TokenizeRequest
 from deployments.http.versions import own_version
 from deployments.router.gateway import Gateway
@@ -51,6 +53,11 @@ def routes(gateway: Gateway, route_class: type[APIRoute], in_flight: InFlight) -
     async def version() -> dict[str, str]:
         """The release that runs."""
         return {"version": own_version()}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Of each replica, for Prometheus, with vLLM's names where others read them."""
+        return Response(exposition(gateway.model_id, await gateway.backend.stats()), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/load")
     async def load() -> dict[str, int]:
