@@ -6,27 +6,20 @@ A field that is ignored fails its row; a field without a row fails the walk over
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from deployments.calls import Call, StreamItem
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
 from deployments.router.gateway import Gateway
-from deployments.router.prompts import Prompts
 from deployments.settings.app import LimitSettings
-from engine.aio.async_engine import AsyncEngine
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.request import Request
 from tests.serving.fakes import FakeAdapters, serve
+from tests.support.one_engine import OneEngine
 
-MODEL = str(Path(__file__).parents[2] / "demo" / "base")
 CHAT, TEXT = "chat", "completions"
 WAIT_S = 60.0
 # What can be said of any of the two: of the demo's base, which repeats the last line.
@@ -41,38 +34,6 @@ TOWN = {
     "additionalProperties": False,
 }
 ROME = '{"city": "Rome"}'
-
-
-class OneEngine:
-    """A backend of one engine in this process."""
-
-    def __init__(self) -> None:
-        settings: dict[str, Any] = {
-            "kv_cache_bytes": 1 << 24,
-            "adapter_bytes": 1 << 20,
-            "num_threads": 1,
-            "block_size": 16,
-        }
-        self.engine = AsyncEngine(Engine(EngineConfig(model=MODEL, dtype="float32", **settings)))
-        self.prompts = Prompts.load(MODEL, None, LimitSettings())
-
-    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        request = Request(
-            request_id=call.request_id,
-            prompt_token_ids=call.prompt_token_ids,
-            params=call.params,
-            seed=call.seed,
-            sample_index=call.sample_index,
-            cache_salt=call.cache_salt,
-            numbers=call.numbers,
-        )
-        async for delta in self.engine.generate(request):
-            yield StreamItem(replica="one", deltas=(delta,))
-
-    async def ping(self) -> None: ...
-
-    async def stats(self) -> list[dict[str, object]]:
-        return []
 
 
 @pytest.fixture(scope="module")
