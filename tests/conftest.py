@@ -53,6 +53,7 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("equality",), 80),
     (("demo",), 60),
     (("serving",), 25),
+    (("conformance",), 15),
     (("soak",), 15),
     (("e2e",), 120),
 )
