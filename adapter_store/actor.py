@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,12 +29,20 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from adapter_store.cluster import RayBlobs, RayShelf, get_value, put_value
-from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreConfig, StoreStatus
+from adapter_store.records import (
+    NUM_BUCKETS,
+    AdapterPage,
+    AdapterRecord,
+    Lease,
+    Registration,
+    StoreConfig,
+    StoreStatus,
+)
 from adapter_store.sources.base import SourceConfig
 from adapter_store.sources.opening import open_source
 from adapter_store.store import AdapterStore
 
-PROTOCOL_VERSION = 3  # rises with every change to what the actor's methods take and return
+PROTOCOL_VERSION = 4  # rises with every change to what the actor's methods take and return
 NAMESPACE = "chorus"
 NAME = "adapter-store"
 IDLE_EXIT_S = 300.0
@@ -117,6 +125,14 @@ class AdapterStoreActor:
     async def unpin(self, name: str, source: str | None = None) -> AdapterRecord:
         """See `AdapterStore.unpin`."""
         return await self._answer(self._store.unpin(name, source))
+
+    async def note_pin(self, name: str, source: str | None, is_pinned: bool) -> None:
+        """See `AdapterStore.note_pin`."""
+        await self._answer(self._store.note_pin(name, source, is_pinned))
+
+    async def described(self, keys: tuple[tuple[str, str], ...]) -> tuple[AdapterRecord, ...]:
+        """See `AdapterStore.described`."""
+        return await self._answer(self._store.described(keys))
 
     async def warm_set(self, spec_digest: str, budget_bytes: int) -> tuple[AdapterRecord, ...]:
         """See `AdapterStore.warm_set`."""
@@ -217,10 +233,15 @@ def store_name(sources: tuple[SourceConfig, ...], config: StoreConfig, name: str
     first call with a configuration that has any.
     """
     described = repr((sources, config, base, code_digest())).encode()  # which leaves out secrets
+    name = _shard_name(name, config.shard)
     secrets = tuple(tuple(getattr(source, secret) for secret in _SECRETS) for source in sources)
     has_secrets = any(any(each) for each in secrets)
     digest = _slow_digest(repr(secrets).encode(), described) if has_secrets else hashlib.sha256(described).digest()
     return f"{name}.v{PROTOCOL_VERSION}.{digest.hex()[:12]}"
+
+
+def _shard_name(name: str, shard: int) -> str:
+    return f"{name}-{shard}" if shard else name
 
 
 @cache
@@ -250,6 +271,7 @@ def get_or_create_store(
 ) -> Any:
     """A handle of the cluster's store that serves this; the first caller starts it, all others share it.
 
+    Of several shards `config` says which. They share what is registered; each has a name and successors of its own.
     `app` is the application that asks: if it had another store before, that one is closed and this one follows, unless
     `takes_over` is False: a part of an application that was replaced gets the store of its successor.
     A handle outlives a crash of the actor (it is restarted), but not its idle exit: on ActorDiedError get a new one.
@@ -260,8 +282,12 @@ def get_or_create_store(
     config = config or StoreConfig()
     full_name = store_name(sources, config, name, base)
     shown = tuple(source.without_secrets() for source in sources)
-    if app is not None and (current := _succession(full_name, namespace, name, app, takes_over)) != full_name:
-        return ray.get_actor(current, namespace=namespace)
+    if app is not None:
+        own = _shard_name(name, config.shard)
+        if (current := _succession(full_name, namespace, own, app, takes_over)) != full_name:
+            return ray.get_actor(current, namespace=namespace)
+        if takes_over and not config.shard:
+            _retire_more(namespace, name, app, config.num_shards)
     on_ray: Any = ray.remote  # its declared types know no concurrency groups
     actor = on_ray(concurrency_groups=_GROUPS)(AdapterStoreActor).options(
         name=full_name,
@@ -275,7 +301,8 @@ def get_or_create_store(
         # Its disk is on this node; without the node it begins elsewhere.
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     )
-    owner = f"{namespace}/{name}/{app}" if app is not None else f"{namespace}/{full_name}"
+    leader = full_name if not config.shard else store_name(sources, replace(config, shard=0), name, base)
+    owner = f"{namespace}/{name}/{app}" if app is not None else f"{namespace}/{leader}"
     handle = actor.remote(shown, config, idle_exit_s, owner)
     if app is not None:
         handle.attach.remote(app)
@@ -295,6 +322,20 @@ def _succession(full_name: str, namespace: str, name: str, app: str, takes_over:
     put_value(key, full_name.encode())  # first: whoever loses the store before finds this one
     if current:
         _log.info("the adapter store %s follows %s", full_name, current)
-        with suppress(ValueError, RayActorError):  # it is gone, or goes now
-            ray.get(ray.get_actor(current, namespace=namespace).retire.remote(app), timeout=HANDOVER_S)
+        _retire(namespace, current, app)
     return full_name
+
+
+def _retire(namespace: str, full_name: str, app: str) -> None:
+    with suppress(ValueError, RayActorError):  # it is gone, or goes now
+        ray.get(ray.get_actor(full_name, namespace=namespace).retire.remote(app), timeout=HANDOVER_S)
+
+
+def _retire_more(namespace: str, name: str, app: str, num_shards: int) -> None:
+    """The shards that `app` had before and has no more."""
+    for shard in range(num_shards, NUM_BUCKETS):
+        key = f"{namespace}/{_shard_name(name, shard)}/{app}/store"
+        if not (current := (get_value(key) or b"").decode()):
+            return
+        put_value(key, b"")
+        _retire(namespace, current, app)

@@ -12,6 +12,7 @@ from typing import Any
 from adapter_store.errors import AdapterNameInvalid, StoreConfigInvalid
 
 MAX_NAME_CHARS = 200
+NUM_BUCKETS = 256
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -33,6 +34,16 @@ def check_name(name: str) -> str:
                 f"the part {part!r} must begin with a letter or digit and hold only letters, digits, '.', '_', '-'",
             )
     return name
+
+
+def bucket_of(name: str) -> int:
+    """One of `NUM_BUCKETS` that `name` belongs to, for good."""
+    return hashlib.blake2b(name.encode(), digest_size=1).digest()[0]
+
+
+def shard_of(name: str, num_shards: int) -> int:
+    """Which of a store's shards has `name`. Whole buckets belong to a shard."""
+    return bucket_of(name) % num_shards
 
 
 def version_digest(source: str, name: str, etags: Iterable[tuple[str, str]]) -> str:
@@ -176,6 +187,8 @@ class StoreConfig:
     disk_path: str | None = None  # folder of the disk tier and of the index; None: neither survives a restart
     disk_bytes: int = 8 << 30  # budget of the disk tier
     traffic_half_life_s: float = 600.0  # a request counts half after this
+    shard: int = 0  # this store is that one of `num_shards`; 0 leads: it writes down what is registered and pinned
+    num_shards: int = 1  # that the names are spread over
     url_key_env: str | None = None  # variable with the key under which registered URLs are kept; None: in memory only
 
     def __post_init__(self) -> None:
@@ -185,11 +198,17 @@ class StoreConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise StoreConfigInvalid(item.name, f"{value!r} is not a number")
-            minimum = 0 if item.name in ("fetch_retries", "retry_base_s", "refresh_s", "niceness") else None
+            minimum = 0 if item.name in ("fetch_retries", "retry_base_s", "refresh_s", "niceness", "shard") else None
             if (minimum is None and not value > 0) or (minimum is not None and not value >= minimum):
                 raise StoreConfigInvalid(item.name, f"{value!r} must be {'at least 0' if minimum == 0 else 'positive'}")
+        if not self.shard < self.num_shards <= NUM_BUCKETS:
+            raise StoreConfigInvalid("shard", f"{self.shard} of {self.num_shards}: at most {NUM_BUCKETS}, from 0")
         if self.max_adapter_bytes > self.host_bytes:
             raise StoreConfigInvalid(
                 "max_adapter_bytes",
                 f"{self.max_adapter_bytes} is more than host_bytes ({self.host_bytes}); no such adapter could be held",
             )
+
+    def has(self, name: str) -> bool:
+        """Whether `name` belongs to this shard."""
+        return self.num_shards == 1 or shard_of(name, self.num_shards) == self.shard

@@ -17,7 +17,7 @@ from typing import Any
 
 from adapter_store.errors import AdapterRejected, AdapterTooLarge, SourceUnavailable, StoreError
 from adapter_store.image.spec import Spec, read_spec
-from adapter_store.names.catalog import ImageKey
+from adapter_store.names.catalog import ImageKey, NameKey
 from adapter_store.names.mirror import Shelf
 from adapter_store.records import (
     AdapterPage,
@@ -111,6 +111,7 @@ class AdapterStore:
         They come before the same names in any source. A call may be repeated. Raises: RegistrationInvalid, having
         written nothing; SourceUnavailable (of "catalog") when only some rows may have been written, if any.
         """
+        await self._begin()
         await self._registry.register(rows)
 
     async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -118,7 +119,13 @@ class AdapterStore:
 
         Raises: SourceUnavailable (of "catalog"), as `register`.
         """
+        await self._begin()
         return await self._registry.unregister(names)
+
+    async def note_pin(self, name: str, source: str | None, is_pinned: bool) -> None:
+        """Writes down what another shard has pinned or unpinned. Raises: SourceUnavailable (of "catalog")."""
+        await self._begin()
+        await self._registry.note_pin(name, source, is_pinned)
 
     # Bringing images to the host
 
@@ -258,6 +265,11 @@ class AdapterStore:
         A page may be short. A source that is away is named and left out. Raises: SourceUnavailable when all are.
         """
         return await self._reports.page(cursor, limit)
+
+    async def described(self, keys: Sequence[tuple[str, str]]) -> tuple[AdapterRecord, ...]:
+        """What is known of each (source, name), without asking the sources."""
+        await self._begin()
+        return tuple(self._reports.named(NameKey(*key)) for key in keys)
 
     async def status(self) -> StoreStatus:
         """Sizes and counters."""

@@ -93,6 +93,7 @@ class Call:
     sample_index: int = 0
     resumed_output_token_ids: tuple[int, ...] = ()
     prefix_hints: tuple[int, ...] = ()
+    priority: int = 0  # within its tenant
     avoid: tuple[str, ...] = ()  # replicas that just failed this request
     numbers: Numbers | None = None  # what it is answered by in the place of tokens
     alone_tokens: int = 0  # a replica serves nothing else until this call has produced so many
@@ -141,12 +142,18 @@ class StreamItem:
     fault: Fault | None = None
 
 
-def prefix_hints(adapter: str | None, cache_salt: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+def prefix_hints(
+    adapter: str | None, cache_salt: str, token_ids: tuple[int, ...], cache_key: str = ""
+) -> tuple[int, ...]:
     """Stable 64-bit digests of (adapter, salt, first k tokens) for each k of `PREFIX_TOKENS` that the prompt reaches.
 
-    Two prompts with equal hints share at least k tokens of prefix cache if they meet on one replica.
+    Two prompts with equal hints share at least k tokens of prefix cache if they meet on one replica. `cache_key`: what
+    the caller says prompts have in common; a digest of it comes first.
     """
     hints = []
+    if cache_key:
+        told = repr((adapter, cache_salt, cache_key)).encode()
+        hints.append(int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big"))
     for length in PREFIX_TOKENS:
         if len(token_ids) < length:
             break

@@ -22,7 +22,7 @@ from deployments.router.prompts import Prompts
 from deployments.router.replicas import ServeBackend
 from deployments.router.streams import Backend
 from deployments.settings.app import AppArgs
-from deployments.store.actor import connector, current_app
+from deployments.store.actor import connectors, current_app
 from deployments.store.client import StoreClient
 from engine.checkpoint.generation import sampling_defaults
 from engine.checkpoint.pooling import pooling_defaults
@@ -39,8 +39,8 @@ async def front(args: AppArgs, backend: Backend) -> FastAPI:
     keys = ApiKeys.from_env(args.api_keys_env, args.admin_keys_env, host=host, is_open=args.open)
     tokenizer = args.engine_config().tokenizer
     prompts = await asyncio.to_thread(Prompts.load, args.model, tokenizer, args.limits)
-    connect = connector(args.adapters, f"{args.model_id} {args.model}", current_app())
-    store = StoreClient(connect, wait_s=args.adapters.store_wait_s)
+    shards = connectors(args.adapters, f"{args.model_id} {args.model}", current_app())
+    store = StoreClient(shards, wait_s=args.adapters.store_wait_s)
     await store.start()
     gateway = Gateway(
         backend=backend,

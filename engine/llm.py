@@ -27,7 +27,7 @@ from engine.errors import AdapterError, RequestFailed
 from engine.model_folder import locate
 from engine.offline import EmbeddingOutput, GenerationOutput, Job, Prompt, listed, per_prompt
 from engine.output import OutputProcessor
-from engine.pooling import NextToken, Numbers, Pool, PoolingDefaults
+from engine.pooling import NextToken, Numbers, Pool, PoolingDefaults, PromptScores, PromptToken, prompt_tokens
 from engine.request import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -180,6 +180,20 @@ class LLM:
             if error is not None:
                 raise RequestFailed(error.message)
         return [logprobs for logprobs, _ in found]
+
+    def prompt_logprobs(
+        self, prompts: Prompt | Sequence[Prompt], top: int = 0, adapters: str | Sequence[str | None] | None = None
+    ) -> list[tuple[PromptToken, ...]]:
+        """Of each prompt what the model says of each of its tokens but the first, with the `top` likeliest instead.
+
+        Raises: as `generate`; RequestFailed when the model's output was not finite.
+        """
+        prompt_list = listed(prompts)
+        names = per_prompt("adapters", adapters, len(prompt_list), str | None)
+        asked = PromptScores(top=top)
+        jobs = [self._job(prompt, _NO_SAMPLES, name, asked) for prompt, name in zip(prompt_list, names, strict=True)]
+        self._run(jobs, use_tqdm=False)
+        return [prompt_tokens(job.raw_vector(), asked, job.request.prompt_token_ids) for job in jobs]
 
     def chat(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, RequestFailed
 from engine.output import merge
 from engine.pooling import as_floats
 from engine.request import FinishReason, OutputDelta, OutputError, Request, TokenLogprobs
@@ -91,6 +91,13 @@ class Job:
     def add(self, delta: OutputDelta) -> None:
         self.deltas.setdefault(delta.sample_index, []).append(delta)
         self.num_ended += delta.finish_reason is not None
+
+    def raw_vector(self) -> bytes:
+        """Of a job that is answered by numbers. Raises: RequestFailed."""
+        (delta,) = self.deltas[self.request.sample_index]
+        if delta.error is not None:
+            raise RequestFailed(delta.error.message)
+        return delta.vector or b""
 
     def vector(self) -> tuple[tuple[float, ...], OutputError | None]:
         """Of a job that is answered by numbers."""

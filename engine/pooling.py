@@ -6,12 +6,15 @@ Frozen data, standard library only. A vector travels as bytes: float32, little-e
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from engine.errors import InvalidRequest
 
 MAX_SCORED_TOKENS = 4096  # of one NextToken
+MAX_TOP = 20  # of PromptScores; ids are float32 numbers, exact below 2^24
 
 
 class Pool(StrEnum):
@@ -104,10 +107,57 @@ class NextToken:
         return False
 
 
-Numbers = Pooling | NextToken
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """What the model says of each token of the prompt but the first: `width` numbers each, one token behind the other.
+
+    Its log-probability (natural), its rank (1: the likeliest), then the ids of the `top` likeliest tokens and their
+    log-probabilities, the likeliest first. Of the model itself: before temperature, penalties and filters.
+    Raises: InvalidRequest (`prompt_logprobs`).
+    """
+
+    top: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.top) is not int or not 0 <= self.top <= MAX_TOP:
+            raise InvalidRequest("prompt_logprobs", f"{self.top!r} is not a whole number from 0 to {MAX_TOP}")
+
+    @property
+    def needs_all_rows(self) -> bool:
+        return True
+
+    @property
+    def width(self) -> int:
+        return 2 + 2 * self.top
+
+
+Numbers = Pooling | NextToken | PromptScores
 """What a request may ask for in the place of tokens."""
 
 
 def as_floats(vector: bytes) -> tuple[float, ...]:
     """The numbers of a vector as it travels."""
     return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
+class PromptToken(NamedTuple):
+    """What the model says of one token of a prompt."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the likeliest
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability) of the likeliest, best first
+
+
+def prompt_tokens(vector: bytes, asked: PromptScores, token_ids: Sequence[int]) -> tuple[PromptToken, ...]:
+    """The answer to `asked` of a prompt of `token_ids`, whose first token nothing is said of."""
+    numbers, width = as_floats(vector), asked.width
+    if len(numbers) != width * max(0, len(token_ids) - 1):
+        raise ValueError(f"{len(numbers)} numbers are none for {len(token_ids)} tokens of {width}")
+    found = []
+    for index, token_id in enumerate(token_ids[1:]):
+        logprob, rank, *rest = numbers[index * width : (index + 1) * width]
+        ids, values = rest[: asked.top], rest[asked.top :]
+        top = tuple((int(i), value) for i, value in zip(ids, values, strict=True))
+        found.append(PromptToken(token_id, logprob, int(rank), top))
+    return tuple(found)

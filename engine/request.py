@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import InvalidRequest
 from engine.grammar.spec import GrammarSpec
-from engine.pooling import NextToken, Numbers, Pooling
+from engine.pooling import Numbers
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -27,6 +27,7 @@ MAX_BAD_WORD_TOKENS = 64  # of one
 MAX_NAME_CHARS = 1024  # of request ids, tenants, salts and adapter keys
 MAX_TOP_K = 2**31 - 1  # more than any vocabulary
 MAX_SEED = 2**64 - 1
+MAX_PRIORITY = 2**31 - 1  # either way
 MAX_LOOKUP_TOKENS = 64
 MAX_REPETITION_PENALTY = 1e6  # a float32 logit times it is finite
 
@@ -256,6 +257,7 @@ class Request:
     adapter: str | None = None  # key of an adapter version (never a name); None: the base model
     tenant: str = ""  # fairness is between tenants; "" falls back to the adapter
     cache_salt: str = ""  # prefix blocks are shared only between equal salts
+    priority: int = 0  # of those of one tenant that wait, the lowest is first; it changes nothing between tenants
     sample_index: int = 0  # of the first sample; the others follow
     resumed_output_token_ids: tuple[int, ...] = ()  # only with params.n == 1
     numbers: Numbers | None = None  # what it is answered by in the place of tokens; then params.n is 1
@@ -270,6 +272,7 @@ class Request:
             self._check_numbers(self.numbers)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("sample_index", self.sample_index, 0, 2**32 - 1)
+        _whole("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         for name in ("request_id", "tenant", "cache_salt"):
             _name(name, getattr(self, name))
         if self.adapter is not None:
@@ -280,8 +283,8 @@ class Request:
             _name("adapter", self.adapter)
 
     def _check_numbers(self, numbers: object) -> None:
-        if not isinstance(numbers, Pooling | NextToken):
-            raise InvalidRequest("numbers", f"{_brief(numbers)} is neither a Pooling nor a NextToken")
+        if not isinstance(numbers, Numbers):
+            raise InvalidRequest("numbers", f"{_brief(numbers)} is neither a Pooling, a NextToken nor PromptScores")
         if self.params.n != 1:
             raise InvalidRequest("n", f"{self.params.n} samples, but a request for numbers has one answer; set n to 1")
         if self.params.prompt_lookup_num_tokens or self.params.grammar is not None:

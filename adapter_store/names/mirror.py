@@ -8,7 +8,6 @@ with each change says who is behind: the index that was left on a node, or this.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import zlib
@@ -18,10 +17,10 @@ from typing import Any, Protocol
 
 from adapter_store.names.catalog import NameKey
 from adapter_store.names.index import Index
+from adapter_store.records import NUM_BUCKETS, StoreConfig, bucket_of
 
 _log = logging.getLogger(__name__)
 
-NUM_BUCKETS = 256
 _PAGE_ROWS = 2_000
 
 
@@ -69,7 +68,7 @@ class Mirror:
                 for name in names:
                     by_bucket[_bucket(name)].append(name)
                 for bucket, of_it in by_bucket.items():
-                    rows = {row[0]: row for row in await self._read(bucket)}
+                    rows = {row[0]: row for row in await _read(self._shelf, bucket)}
                     for name in of_it:
                         rows.pop(name, None)
                     rows |= {row[0]: row for row in await self._index.rows(of_it)}
@@ -83,15 +82,10 @@ class Mirror:
         if self.is_behind:
             await self.begin()
 
-    async def _read(self, bucket: str) -> list[list[Any]]:
-        assert self._shelf is not None
-        value = await self._shelf.get(bucket)
-        rows: list[list[Any]] = json.loads(zlib.decompress(value)) if value else []
-        return rows
-
     async def _pull(self, number: int) -> None:
-        rows = [row for bucket in range(NUM_BUCKETS) for row in await self._read(f"names-{bucket}")]
-        pins = [NameKey(*key) for key in await self._read("pins")]
+        assert self._shelf is not None
+        rows = [row for bucket in range(NUM_BUCKETS) for row in await _read(self._shelf, f"names-{bucket}")]
+        pins = [NameKey(*key) for key in await _read(self._shelf, "pins")]
         await self._index.replace_all([tuple(row) for row in rows], pins, number)
         _log.warning("%d registered and %d pinned names were taken from the Ray head node", len(rows), len(pins))
 
@@ -119,8 +113,52 @@ class Mirror:
         self.is_behind = True
 
 
+class Follower:
+    """The mirror of a shard that does not lead: it begins with what the leader has put on the shelf of its names, and
+    hears of every change beside the leader. It writes nothing there.
+    """
+
+    def __init__(self, index: Index, shelf: Shelf | None, config: StoreConfig) -> None:
+        self._index, self._shelf, self._config = index, shelf, config
+        self._has_begun = False
+        self.is_behind = False
+
+    async def begin(self) -> None:
+        """What the leader's last number says takes the place of what was here. Raises: IndexUnavailable."""
+        if self._shelf is None or self._has_begun:
+            return
+        try:
+            number = int(await self._shelf.get("number") or 0)
+            if number:  # else the leader has put down nothing yet
+                config, rows = self._config, []
+                for bucket in range(config.shard, NUM_BUCKETS, config.num_shards):
+                    rows += await _read(self._shelf, f"names-{bucket}")
+                pins = [NameKey(*key) for key in await _read(self._shelf, "pins")]
+                mine = [key for key in pins if config.has(key.name)]
+                await self._index.replace_all([tuple(row) for row in rows], mine, number)
+        except OSError as error:
+            if not self.is_behind:
+                _log.error("what is registered and pinned is as this shard knew it last, until this works: %s", error)
+            self.is_behind = True
+        else:
+            self._has_begun, self.is_behind = True, False
+
+    async def changed(self, names: Iterable[str]) -> None:
+        """Nothing: the leader writes it down."""
+
+    async def retry(self) -> None:
+        """Now and then."""
+        await self.begin()
+
+
+async def _read(shelf: Shelf, bucket: str) -> list[list[Any]]:
+    value = await shelf.get(bucket)
+    rows: list[list[Any]] = json.loads(zlib.decompress(value)) if value else []
+    return rows
+
+
 def _bucket(name: str) -> str:
-    return f"names-{hashlib.blake2b(name.encode(), digest_size=1).digest()[0] % NUM_BUCKETS}"
+    return f"names-{bucket_of(name)}"
 
 
 def _packed(rows: list[Any]) -> bytes:

@@ -10,7 +10,7 @@ from adapter_store.errors import SourceUnavailable
 from adapter_store.names.catalog import NameKey
 from adapter_store.names.database import IndexUnavailable
 from adapter_store.names.index import CATALOG, Index
-from adapter_store.names.mirror import Mirror
+from adapter_store.names.mirror import Follower, Mirror
 from adapter_store.names.registered import check_rows, origin
 from adapter_store.names.resolver import Resolver
 from adapter_store.records import Registration
@@ -21,7 +21,7 @@ T = TypeVar("T")
 class Registry:
     """All methods raise SourceUnavailable (of "catalog") when the index cannot be written now."""
 
-    def __init__(self, index: Index, resolver: Resolver, mirror: Mirror) -> None:
+    def __init__(self, index: Index, resolver: Resolver, mirror: Mirror | Follower) -> None:
         self._index, self._resolver, self._mirror = index, resolver, mirror
 
     async def register(self, rows: tuple[Registration, ...]) -> None:
@@ -45,6 +45,16 @@ class Registry:
         """Pins or unpins a name, over restarts."""
         await self._written(self._index.set_pin(key, is_pinned))
         await self._written(self._mirror.changed(()))
+
+    async def note_pin(self, name: str, source: str | None, is_pinned: bool) -> None:
+        """Writes down the pin of another shard's `name`; `source` None unpins it wherever it lies."""
+        keys = (
+            [NameKey(source, name)]
+            if source is not None
+            else [key for key in await self._written(self._index.pins()) if key.name == name]
+        )
+        for key in keys:
+            await self.set_pin(key, is_pinned)
 
     async def forget_digests(self, key: NameKey) -> None:
         """What the files of `key` were when they were read last does not count any more."""

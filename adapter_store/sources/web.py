@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import httpx
@@ -25,6 +25,7 @@ MAX_REPLY_BYTES = 8 << 20  # of an answer that is read whole
 # Where hubs keep the files themselves.
 _KNOWN_REDIRECTS = {"huggingface.co": ("*.huggingface.co", "*.hf.co")}
 _PAUSE_S = 0.1
+_SHORT_BYTES = 4096  # a body that is read to its end although nobody wants it
 _BUSY = (502, 503, 504)  # tried again
 
 
@@ -39,6 +40,7 @@ class WebClient:
         self._name = name
         self._token = config.token
         self._redirect_hosts = (*config.redirect_hosts, *_KNOWN_REDIRECTS.get(self.base.host, ()))
+        self._is_closed = False
         self._max_attempts = max(1, config.max_attempts)
         self._client = httpx.Client(
             verify=_tls(config.verify_tls),
@@ -50,6 +52,7 @@ class WebClient:
 
     def close(self) -> None:
         """Closes all connections."""
+        self._is_closed = True
         self._client.close()
 
     def is_own(self, url: httpx.URL) -> bool:
@@ -66,6 +69,8 @@ class WebClient:
             try:
                 yield response
             finally:
+                if not self._is_closed:  # nobody would close what comes back to a pool that was
+                    _finish(response)
                 response.close()  # of a body that was not read to its end this closes the connection
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise SourceUnavailable(self._name, f"{type(error).__name__}: {error} ({shown(url)})") from error
@@ -155,12 +160,23 @@ def content_length(response: httpx.Response) -> int | None:
 
 
 def _receive(response: httpx.Response, skip: int, part: RangeRead) -> None:
+    ends_with_part = content_length(response) == skip + part.num_missing
     for chunk in response.iter_raw():  # as it arrives: what came before a break counts
         fresh = memoryview(chunk)[skip:]
         skip -= len(chunk) - len(fresh)
         part.write(fresh[: part.num_missing])
-        if not part.num_missing:
+        if not part.num_missing and not ends_with_part:
             return
+
+
+def _finish(response: httpx.Response) -> None:
+    """Reads a short body that nobody wanted: its connection is worth more than its bytes."""
+    num_bytes = content_length(response)
+    if response.is_stream_consumed or num_bytes is None or num_bytes > _SHORT_BYTES:
+        return
+    with suppress(httpx.HTTPError, OSError):
+        for _ in response.iter_raw():
+            pass
 
 
 def _tls(verify: bool | str) -> ssl.SSLContext | bool:

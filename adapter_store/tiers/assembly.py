@@ -13,7 +13,7 @@ from adapter_store.fetch.fetcher import Fetcher
 from adapter_store.names.catalog import Catalog, ImageKey, NameKey
 from adapter_store.names.database import IndexUnavailable
 from adapter_store.names.index import CATALOG, FILE_NAME, Index
-from adapter_store.names.mirror import Mirror, Shelf
+from adapter_store.names.mirror import Follower, Mirror, Shelf
 from adapter_store.names.pins import Pins
 from adapter_store.names.registered import CatalogSource
 from adapter_store.names.registry import Registry
@@ -55,7 +55,7 @@ class Tiers:
         if any(source.name == CATALOG for source in sources):
             raise StoreConfigInvalid("sources", f"the name {CATALOG!r} is taken by registered adapters; choose another")
         self._lock: FolderLock | None = None
-        folder = None if config.disk_path is None else _open_folder(config.disk_path)
+        folder = None if config.disk_path is None else _open_folder(config.disk_path, config.shard)
         if folder is not None:
             self._lock = FolderLock(folder / LOCK_NAME, owner)
             _try_lock(self._lock)
@@ -68,7 +68,8 @@ class Tiers:
             niceness=config.niceness,
             sealer=from_environment(config.url_key_env, os.environ),
         )
-        self.mirror = Mirror(self.index, shelf)
+        leads = config.shard == 0
+        self.mirror: Mirror | Follower = Mirror(self.index, shelf) if leads else Follower(self.index, shelf, config)
         self.catalog = Catalog()
         self.pins = Pins(config.host_bytes)
         self._files = ImageFiles(folder, blobs.node)
@@ -165,8 +166,8 @@ class Tiers:
         self.host.evict(self.catalog.unwanted(version))
 
 
-def _open_folder(path: str) -> Path:
-    folder = Path(path)
+def _open_folder(path: str, shard: int) -> Path:
+    folder = Path(path) / f"shard-{shard}" if shard else Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -58,6 +58,7 @@ class Warmth:
         self.traffic: Traffic[NameKey] = Traffic(config.traffic_half_life_s)
         self._catalog, self._host, self._disk, self._index = catalog, host, disk, index
         self._flights, self._resolver, self._pins = flights, resolver, pins
+        self._config = config
         self._forget_s = _FORGET_HALF_LIVES * config.traffic_half_life_s
         self._wall = wall
         self._told: dict[tuple[NameKey, str], str] = {}  # (pinned name, spec) -> why it could not be loaded last
@@ -72,9 +73,10 @@ class Warmth:
 
     async def restore(self) -> None:
         """Reads back what was written down. Raises: IndexUnavailable."""
-        self._pins.names.update(await self._index.pins())
+        self._pins.names.update(key for key in await self._index.pins() if self._config.has(key.name))
         for key, value, at in await self._index.traffic(MAX_KEYS // 2):
-            self.traffic.restore(key, value, at)
+            if self._config.has(key.name):
+                self.traffic.restore(key, value, at)
 
     async def write_down(self) -> None:
         """Writes traffic, uses, and what sources have said since the last time. Raises: IndexUnavailable."""

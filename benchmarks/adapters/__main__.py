@@ -5,6 +5,7 @@
     python -m benchmarks.adapters traffic                               hit rates, beside plain LRU
     python -m benchmarks.adapters lookup --names 1000,1000000           what a registered name costs
     python -m benchmarks.adapters singleflight                          how often one adapter is read for many requests
+    python -m benchmarks.adapters cold --shards 1,4                     new adapters a second, and the CPU of each
     python -m benchmarks.adapters hostile                               what a hostile adapter costs others
 
 Each prints JSON lines: figures, configuration, hardware, versions and commit.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from benchmarks.programs import run_one
 
-PROGRAMS = ("ttft", "interference", "traffic", "lookup", "singleflight", "hostile")
+PROGRAMS = ("ttft", "interference", "traffic", "lookup", "singleflight", "cold", "hostile")
 
 if __name__ == "__main__":
     run_one("benchmarks.adapters", __doc__, PROGRAMS)

@@ -117,7 +117,7 @@ async def ray_station(engine: Engine, source: SourceConfig, config: StoreConfig)
     name = f"benchmark-{uuid.uuid4().hex}"
     connect = functools.partial(get_or_create_store, (source,), config, namespace=NAMESPACE, name=name)
     spec = engine.image_spec
-    client = StoreClient(connect, wait_s=WAIT_S, owner="replica", spec=spec.to_dict(), digest=spec.digest)
+    client = StoreClient([connect], wait_s=WAIT_S, owner="replica", spec=spec.to_dict(), digest=spec.digest)
     await client.start()
     parts = ReplicaParts(engine, client)
     actor = connect()

@@ -31,10 +31,12 @@ from adapter_store.errors import StoreError
 from deployments.calls import Fault, Refused
 from deployments.errors import answer_for, fault_of
 from deployments.http.auth import ApiKeys
-from deployments.http.gate import DOCS_FILES, Gate
+from deployments.http.gate import DOCS_FILES, Gate, InFlight
+from deployments.http.invocations import Invocations
 from deployments.http.methods import HeadAsGet, allowed_methods, check_query
 from deployments.http.origin import LOOPBACK_PAGES
 from deployments.http.reading import route_class
+from deployments.http.service import routes as service_routes
 from deployments.http.validation import cut, fault_of_validation
 from deployments.http.versions import own_version
 from deployments.http.wire import INERT_HEADER
@@ -68,13 +70,16 @@ def create_api(gateway: Gateway, keys: ApiKeys, limits: LimitSettings, cors: Seq
     apis = (*openai, anthropic_routes, lorax_routes, adapters_routes)
     for routes in apis:
         app.include_router(routes.routes(gateway, bodies))
+    in_flight = InFlight()
+    app.include_router(service_routes.routes(gateway, bodies, in_flight))
     _add_operation(app, gateway)
     for kind in (Refused, EngineError, StoreError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(Exception, _on_surprise)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond)
+    app.add_middleware(Gate, keys=keys, max_body_bytes=limits.max_body_bytes, refuse=respond, in_flight=in_flight)
+    app.add_middleware(Invocations)
     app.add_middleware(HeadAsGet)
     if cors is None or cors:
         # Around the gate: a browser's first question carries no key, and a page must be able to read a refusal.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from deployments.router.gateway import Opened
@@ -74,3 +74,11 @@ async def collect(
         samples[prompt].setdefault(delta.sample_index, Sample()).add(delta)
         usage.add(prompt, delta)
     return samples, usage
+
+
+def likeliest(samples: Mapping[int, Sample], count: int, *, with_logprobs: bool) -> dict[int, Sample]:
+    """The `count` samples whose tokens are the likeliest on average, the best first."""
+    best = sorted(samples.values(), key=lambda sample: -sample.mean_logprob)[:count]
+    for sample in best if not with_logprobs else ():
+        sample.logprobs = []
+    return dict(enumerate(best))

@@ -16,12 +16,26 @@ OPEN_PATHS = frozenset({"/health", "/startup", "/docs", "/openapi.json", "/docs/
 DOCS_FILES = "/docs/files"  # what the page at /docs loads: open too
 
 
+class InFlight:
+    """How many requests a router has not answered to their end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class Gate:
     """Middleware. Sets `request.state.caller`."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys, max_body_bytes: int, refuse: Callable[[str, Fault], Response]
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        max_body_bytes: int,
+        refuse: Callable[[str, Fault], Response],
+        in_flight: InFlight | None = None,
     ) -> None:
+        self._in_flight = in_flight or InFlight()
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
@@ -40,7 +54,11 @@ class Gate:
             await self._refuse(scope["path"], error.fault)(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, self._bounded(receive), send)
+        self._in_flight.count += 1
+        try:
+            await self._app(scope, self._bounded(receive), send)
+        finally:
+            self._in_flight.count -= 1
 
     def _check_length(self, content_length: bytes | None) -> None:
         if content_length is not None and content_length.isdigit() and int(content_length) > self._max_body_bytes:

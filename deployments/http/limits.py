@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from adapter_store.records import MAX_NAME_CHARS
 from deployments.calls import MAX_MERGED
 from engine.grammar.spec import MAX_CHOICES, MAX_GRAMMAR_BYTES
-from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from engine.request import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 
 # Of any body, counted before it is parsed.
 MAX_DEPTH = 32
@@ -27,6 +35,8 @@ MAX_LABEL_CHARS = 200  # name, user, safety_identifier, cache_salt
 MAX_MODEL_CHARS = 400  # the base's id or an adapter's name
 MAX_REQUEST_ID_CHARS = 128
 MAX_HINT_CHARS = 400  # prompt_cache_key
+MAX_BAD_WORDS = 128  # each in two forms
+MAX_BAD_WORD_CHARS = 60
 MAX_TOOLS = 256
 MAX_TOOL_NAME_CHARS = 128
 MAX_TOOL_CALLS = 256  # of one message
@@ -47,6 +57,8 @@ MAX_BRANCHES = 8_192
 BODY, OPENAI, CHAT, COMPLETIONS = "every body", "chat and completions", "chat", "completions"
 LORAX, ADAPTERS, QUERY = "LoRAX", "adapters", "query and path"
 VECTORS, DECISIONS = "vectors, scores and rankings", "decisions"
+TOKENS = "tokens"
+MAX_TOKEN_IDS = 2**18  # of /detokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,10 @@ LIMITS: tuple[Limit, ...] = (
     Limit(OPENAI, "stop", "strings", MAX_STOP_STRINGS),
     Limit(OPENAI, "stop", "characters of one", MAX_STOP_CHARS),
     Limit(OPENAI, "stop_token_ids", "token ids", MAX_STOP_TOKEN_IDS),
+    Limit(OPENAI, "prompt_logprobs", "tokens", MAX_LOGPROBS),
+    Limit(OPENAI, "allowed_token_ids", "token ids", MAX_ALLOWED_TOKEN_IDS),
+    Limit(OPENAI, "bad_words", "words", MAX_BAD_WORDS),
+    Limit(OPENAI, "bad_words", "characters of one", MAX_BAD_WORD_CHARS),
     Limit(OPENAI, "logit_bias", "tokens", MAX_LOGIT_BIAS),
     Limit(OPENAI, "response_format", "bytes of a schema", MAX_GRAMMAR_BYTES),
     Limit(OPENAI, "structured_outputs", "bytes of a schema, grammar or expression", MAX_GRAMMAR_BYTES),
@@ -96,6 +112,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(OPENAI, "cache_salt", "characters", MAX_LABEL_CHARS),
     Limit(OPENAI, "prompt_cache_key", "characters", MAX_HINT_CHARS),
     Limit(OPENAI, "request_id", "characters", MAX_REQUEST_ID_CHARS),
+    Limit(OPENAI, "rid", "characters", MAX_REQUEST_ID_CHARS),
     Limit(OPENAI, "adapter_source", "characters", MAX_SOURCE_CHARS),
     Limit(VECTORS, "input", "texts or lists of token ids", 2_048, "max_inputs"),
     Limit(VECTORS, "input", "bytes of one text", 2**20, "max_prompt_bytes"),
@@ -133,6 +150,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(LORAX, "stop", "characters of one", MAX_STOP_CHARS),
     Limit(LORAX, "best_of", "samples", MAX_N),
     Limit(LORAX, "return_k_alternatives", "tokens", MAX_LOGPROBS),
+    Limit(TOKENS, "tokens", "token ids", MAX_TOKEN_IDS),
     Limit(ADAPTERS, "", "adapters registered at once", MAX_ROWS),
     Limit(ADAPTERS, "name", "characters", MAX_NAME_CHARS),
     Limit(ADAPTERS, "source", "characters", MAX_SOURCE_CHARS),

@@ -141,7 +141,7 @@ class HeldAdapters:
         Raises: what `Store.heartbeat` does.
         """
         beating = {version: held for version, held in self._held.items() if held.lease and not held.is_gone}
-        for version in await self._store.heartbeat(tuple(beating)):
+        for version in await self._store.heartbeat(tuple(held.lease for held in beating.values() if held.lease)):
             held = beating.get(version)
             if held is not None and self._held.get(version) is held:  # not given back, nor leased anew, meanwhile
                 await self._lease_again(held)

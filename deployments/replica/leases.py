@@ -23,6 +23,6 @@ class Store(Protocol):
 
     def release(self, lease: Lease) -> Coroutine[Any, Any, None]: ...
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
-        """Keeps the leases on `versions`; returns those that there are none on any more."""
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
+        """Keeps `leases`; returns the versions that there are none on any more."""
         ...

@@ -36,7 +36,7 @@ from deployments.replica.reporter import Reporter
 from deployments.replica.subscribers import Run, Subscribers
 from deployments.replica.warm import Warmer
 from deployments.settings.app import AppArgs
-from deployments.store.actor import connector, current_app
+from deployments.store.actor import connectors, current_app
 from deployments.store.client import StoreClient
 from engine.aio.async_engine import AsyncEngine
 from engine.engine import Engine
@@ -63,7 +63,7 @@ class Replica:
         spec = engine.image_spec
         self._lease_ttl_s = args.adapters.lease_ttl_s
         self._store = StoreClient(
-            connector(args.adapters, f"{args.model_id} {args.model}", current_app()),
+            connectors(args.adapters, f"{args.model_id} {args.model}", current_app()),
             wait_s=args.adapters.store_wait_s,
             owner=self._id,
             spec=spec.to_dict(),
@@ -279,6 +279,7 @@ def _request(call: Call, version: str | None) -> Request:
         adapter=version,
         tenant=call.tenant,
         cache_salt=call.cache_salt,
+        priority=call.priority,
         sample_index=call.sample_index,
         resumed_output_token_ids=call.resumed_output_token_ids,
         numbers=call.numbers,

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapter_store.errors import AdapterNameInvalid
 from adapter_store.records import AdapterPage, AdapterRecord, Registration, StoreStatus, check_name
@@ -91,6 +91,14 @@ class Gateway:
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request gives none
     dialect: Dialect = PLAIN  # how the model writes reasoning and calls of tools
 
+    async def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer, as the replica that says it first has it; None: none says it now."""
+        for said in await self.backend.stats():
+            engine: Any = said.get("engine")
+            if isinstance(engine, dict) and engine.get("sizes"):
+                return int(engine["sizes"]["max_model_len"])
+        return None
+
     def check_adapter(self, name: str, param: str) -> None:
         """Raises: InvalidRequest for the base's id, which means no adapter in any request; Refused for what is no name
         (`adapter_name_invalid`), or is not on the allow-list (`model_not_found`)."""
@@ -155,18 +163,20 @@ class Gateway:
         # Between keys nothing is shared, not even the time that a cached prefix saves.
         salt = f"{tenant}/{ask.cache_salt}" if tenant or ask.cache_salt else ""
         adapter = merge_name(ask.parts) if ask.parts else ask.adapter
+        params = self.prompts.params_of(ask)
         return [
             Call(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
                 prompt_token_ids=ids,
-                params=ask.params,
+                params=params,
                 seed=secrets.randbits(63) if given is None else given,
                 adapter=adapter,
                 adapter_source=ask.adapter_source,
                 parts=ask.parts,
                 tenant=tenant or ask.user,
                 cache_salt=salt,
-                prefix_hints=prefix_hints(adapter, salt, ids),
+                prefix_hints=prefix_hints(adapter, salt, ids, ask.cache_key),
+                priority=ask.priority,
                 numbers=ask.numbers,
             )
             for index, ids in enumerate(prompts)

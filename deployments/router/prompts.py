@@ -7,13 +7,16 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from deployments.asks import Ask, Chat, Prompt
 from deployments.calls import Fault, Refused
 from deployments.settings.app import LimitSettings
 from engine.errors import ConfigError, InvalidRequest
+from engine.request import SamplingParams
 from engine.text.detokenizer import Detokenizer, DetokenizerFactory
 from engine.text.tokenizer import Tokenizer
 
@@ -54,7 +57,7 @@ class Prompts:
             raise Refused(
                 Fault(code="prompt_too_large", message=f"{ask.prompt_param}: {message}", param=ask.prompt_param)
             )
-        self._check_ids("logit_bias", ask.params.logit_bias)
+        self.check_ids("logit_bias", ask.params.logit_bias)
         if len(ask.prompts) == 1 and _is_small(ask.prompts[0]):
             return [self._encode_one(ask.prompts[0], ask)]
         run = asyncio.get_running_loop().run_in_executor
@@ -129,19 +132,22 @@ class Prompts:
         param = ask.prompt_param
         ids: Sequence[int]
         if isinstance(prompt, tuple):
-            self._check_ids(param, prompt)
+            self.check_ids(param, prompt)
             ids = prompt
         elif isinstance(prompt, Chat):
             self._check_size(_num_bytes(prompt), param)
-            ids = self._tokenizer.apply_chat_template(prompt.messages, **prompt.args)
+            special = bool(ask.add_special_tokens)
+            text = self._tokenizer.render_chat(prompt.messages, **prompt.args)
+            ids = self._tokenizer.encode(text, add_special_tokens=special)
         else:
             self._check_size(len(prompt.encode(errors="replace")), param)
-            ids = self._tokenizer.encode(_valid(prompt, param))
+            ids = self._tokenizer.encode(_valid(prompt, param), ask.add_special_tokens is not False)
         if not ids:
             raise InvalidRequest(param, "the prompt has no tokens; send at least one")
         return tuple(ids[-ask.truncate :] if ask.truncate else ids)
 
-    def _check_ids(self, param: str, token_ids: Collection[int]) -> None:
+    def check_ids(self, param: str, token_ids: Collection[int]) -> None:
+        """Raises: InvalidRequest naming `param` for one that the model does not have."""
         for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequest(param, f"token id {_shown(token_id)} is outside [0, {self._vocab_size})")
@@ -151,6 +157,23 @@ class Prompts:
         if num_bytes > limit:
             message = f"{param} has {num_bytes} bytes, the limit is {limit}; send a shorter one"
             raise Refused(Fault(code="prompt_too_large", message=message, param=param))
+
+    def params_of(self, ask: Ask) -> SamplingParams:
+        """The parameters of `ask`, with its bad words as tokens: each as a text begins with it, and behind a space.
+
+        Raises: InvalidRequest naming a field.
+        """
+        if not ask.bad_words:
+            return ask.params
+        words: list[tuple[int, ...]] = []
+        for word in ask.bad_words:
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                ids = tuple(self._tokenizer.encode(_valid(text, "bad_words"), add_special_tokens=False))
+                words += [ids] if ids else []
+        try:
+            return replace(ask.params, bad_words_token_ids=tuple(words))
+        except InvalidRequest as error:
+            raise InvalidRequest(error.param.removesuffix("_token_ids"), error.message) from error
 
     @property
     def chat_template(self) -> str:
@@ -162,6 +185,14 @@ class Prompts:
         """What special tokens are called in a text that shows them."""
         names = (self._tokenizer.id_to_token(token_id) for token_id in self._pieces.special_ids)
         return frozenset(name for name in names if name)
+
+    def names(self, token_ids: Sequence[int]) -> list[str | None]:
+        """The vocabulary's words for tokens."""
+        return [self._tokenizer.id_to_token(token_id) for token_id in token_ids]
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """As transformers' tokenizer_config.json says it."""
+        return self._tokenizer.info()
 
     def template_names(self, *fields: str) -> bool:
         """Whether the chat template names one of `fields` of a message: what it does not name, it does not write."""

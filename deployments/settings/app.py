@@ -44,6 +44,8 @@ class AdapterSettings(Settings):
     host_bytes: PositiveInt | Literal["auto"] = "auto"
     # Folder of packed adapters and of what was registered; None: those are packed again, that is on the head node only.
     disk_path: str | None = None
+    # Processes that the names are spread over, when one fetches too slowly; each has its part of the budgets.
+    shards: int = Field(default=1, ge=1, le=64)
     disk_bytes: PositiveInt = 8 * GIB  # packed adapters on disk
     max_adapter_bytes: PositiveInt = 256 * MIB  # of one adapter, as packed; its file may have four times as many
     max_rank: PositiveInt = 512
@@ -69,6 +71,15 @@ class AdapterSettings(Settings):
             raise ValueError(f"{CATALOG!r} is the name of what is registered by POST /adapters; choose another")
         return sources
 
+    @check(mode="after")
+    def _shards_hold_an_adapter(self) -> Self:
+        if self.shards > 1 and self.host_bytes != "auto" and self.host_bytes < self.shards * self.max_adapter_bytes:
+            raise ValueError(
+                f"host_bytes: {self.host_bytes} is too little for {self.shards} shards, each of which has room for an "
+                f"adapter of max_adapter_bytes ({self.max_adapter_bytes}); give more, or fewer shards"
+            )
+        return self
+
     @field_validator("disk_path")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
@@ -89,7 +100,7 @@ class AdapterSettings(Settings):
         """host_bytes, on a node of so much memory."""
         if self.host_bytes != "auto":
             return self.host_bytes
-        return max(self.max_adapter_bytes, min(GIB, memory_bytes // 16))
+        return max(self.shards * self.max_adapter_bytes, min(GIB, memory_bytes // 16))
 
     @property
     def source_kinds(self) -> dict[str, str]:
@@ -226,7 +237,7 @@ class AppArgs(Settings):
     def store_bytes_of_a_replica(self) -> int:
         """What each replica may hold leases on in the store, so that one more adapter still finds room there."""
         largest = self.adapters.max_adapter_bytes
-        return max(largest, (self.host_bytes - largest) // self.num_replicas)
+        return max(largest, (self.host_bytes - self.adapters.shards * largest) // self.num_replicas)
 
     def engine_config(self) -> EngineConfig:
         """The engine's settings, paths absolute."""

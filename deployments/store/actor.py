@@ -19,19 +19,25 @@ from deployments.settings.app import GIB, AdapterSettings
 from deployments.settings.sources import FileSource, HttpSource, S3Source, Source
 
 
-def store_config(settings: AdapterSettings) -> StoreConfig:
-    """The store's settings. It looks at its sources within half of `refresh_s`; replicas ask it in the other half."""
+def store_config(settings: AdapterSettings, shard: int = 0) -> StoreConfig:
+    """The store's settings, or a shard's, which has its part of all budgets.
+
+    It looks at its sources within half of `refresh_s`; replicas ask it in the other half.
+    """
+    shards, rate = settings.shards, settings.fetch_bytes_per_s
     return StoreConfig(
-        host_bytes=settings.host_bytes_in(16 * GIB),
+        shard=shard,
+        num_shards=shards,
+        host_bytes=settings.host_bytes_in(16 * GIB) // shards,
         max_adapter_bytes=settings.max_adapter_bytes,
         max_rank=settings.max_rank,
         lease_ttl_s=settings.lease_ttl_s,
         refresh_s=settings.refresh_s / 2,
         max_parallel_fetches=settings.parallel_fetches,
-        fetch_bytes_per_s=settings.fetch_bytes_per_s,
+        fetch_bytes_per_s=None if rate is None else max(1, rate // shards),
         niceness=settings.niceness,
         disk_path=settings.disk_path,
-        disk_bytes=settings.disk_bytes,
+        disk_bytes=max(1, settings.disk_bytes // shards),
         traffic_half_life_s=settings.traffic_half_life_s,
         url_key_env=settings.url_key_env,
     )
@@ -98,17 +104,23 @@ def source_config(source: Source, environment: Mapping[str, str] = os.environ) -
     )
 
 
-def connector(settings: AdapterSettings, base: str = "", app: str | None = None) -> Callable[[], Any]:
-    """Gives a handle of the store's actor, which lives in Ray namespace `settings.namespace`. Blocks for a moment.
+def connectors(settings: AdapterSettings, base: str = "", app: str | None = None) -> tuple[Callable[[], Any], ...]:
+    """Each gives a handle of one of the store's actors, the leading shard's first: they live in Ray namespace
+    `settings.namespace`. Blocks for a moment.
 
     `base` is the base model that is served, `app` the application. The first handle makes its store that of the
     application; later ones follow the application, which may have been replaced meanwhile.
     Secrets are read now, so that a missing one is told at start. Raises: ValueError; StoreConfigInvalid.
     """
     sources = tuple(source_config(source) for source in settings.sources)
-    config = store_config(settings)
+    from_environment(settings.url_key_env, os.environ)
+    shards = [store_config(settings, shard) for shard in range(settings.shards)]
+    return tuple(_connector(settings, sources, config, base, app) for config in shards)
 
-    from_environment(config.url_key_env, os.environ)
+
+def _connector(
+    settings: AdapterSettings, sources: tuple[SourceConfig, ...], config: StoreConfig, base: str, app: str | None
+) -> Callable[[], Any]:
     is_first = True
 
     def connect() -> Any:

@@ -1,118 +1,128 @@
-"""The adapter store's actor, seen from a router or a replica: found or created, waited for, told its specs again.
+"""The adapter store, seen from a router or a replica: one actor, or several that share the names (shards).
 
-The actor may die and come back empty at any time. Calls wait for it up to `wait_s`; an image whose bytes died with
-their owner is leased again.
+This is the place that knows which of them has a name (`shard_of`). The first, which leads, also keeps what is
+registered and pinned of all names, and lists them; the others have it from there when they begin. An image whose bytes
+died with their owner is leased again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError
 
-from adapter_store.errors import SpecUnknown, StoreError
-from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreStatus
+from adapter_store.records import AdapterPage, AdapterRecord, Lease, Registration, StoreStatus, shard_of
 from adapter_store.tiers.blobs import FileImage, map_image
-from deployments.calls import Fault, Refused
-from deployments.losses import LOST, Meaning, meaning
+from deployments.losses import LOST, meaning
+from deployments.store import link
+from deployments.store.link import StoreLink, unavailable
+from deployments.store.shards import merged_status, merged_warm_set
 
 logger = logging.getLogger("ray.serve")
 
-FIRST_PAUSE_S = 0.05
-LAST_PAUSE_S = 1.0
-_AWAY = LOST | {Meaning.OVERLOADED}  # worth another try
 PART_BYTES = 64 << 10  # below what Ray sends with an answer itself, without its object store
 PARALLEL_PARTS = 16
 ALIGNMENT_BYTES = 64  # of an image's first byte
+BEAT_WAIT_S = 5.0  # for a shard, beside others: none of them misses beats because one is away
 
 
 class StoreClient:
-    """`spec` is the image spec of a replica's engine; a router has none."""
+    """`shards` connect to the actors, the leading one first. `spec` is the image spec of a replica's engine; a router
+    has none.
+    """
 
     def __init__(
         self,
-        connect: Callable[[], Any],
+        shards: Sequence[Callable[[], Any]],
         *,
         wait_s: float,
         owner: str = "",
         spec: dict[str, Any] | None = None,
         digest: str = "",
     ) -> None:
-        self._connect = connect
+        self.links = tuple(StoreLink(connect, wait_s, owner, spec) for connect in shards)
+        self._leader = self.links[0]
         self._wait_s = wait_s
         self._owner = owner
-        self._spec = spec
         self._digest = digest
-        self._actor: Any = None
-        self._expected: Counter[tuple[str, str | None]] = Counter()  # requests that the store was not told of yet
-        self._telling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Raises: Refused (`store_unavailable`) when no store could be started in time."""
-        await self._call("status")
-        if self._spec is not None:
-            await self._call("register_spec", self._spec, self._owner)
+        await self._leader.start()  # first: the others begin with what it has written down
+        await asyncio.gather(*(shard.start() for shard in self.links[1:]))
 
     # ---- for routers
 
     def expect(self, name: str, source: str | None) -> None:
         """Tells the store that a request for `name` is on its way, without waiting for anything."""
-        if self._actor is None:
-            return
-        self._expected[name, source] += 1
-        if self._telling is None or self._telling.done():
-            self._telling = asyncio.ensure_future(self._tell())
-
-    async def _tell(self) -> None:
-        """One call at a time; what comes meanwhile goes with the next. What fails is told when a replica leases it."""
-        while self._expected:
-            expected, self._expected = self._expected, Counter()
-            try:
-                await self._call("expect_all", tuple((*key, number) for key, number in expected.items()))
-            except Exception as error:
-                logger.info("the adapter store does not know what is asked for: %s: %s", type(error).__name__, error)
+        self._of(name).expect(name, source)
 
     async def list_adapters(self, cursor: str | None, limit: int) -> AdapterPage:
-        page: AdapterPage = await self._call("list_adapters", cursor, limit)
-        return page
+        """A page of all names as the leader lists them, each as the shard that has it describes it."""
+        page: AdapterPage = await self._leader.call("list_adapters", cursor, limit)
+        if len(self.links) == 1:
+            return page
+        places: dict[int, list[int]] = {}
+        for place, record in enumerate(page.records):
+            if shard := self._shard(record.name):
+                places.setdefault(shard, []).append(place)
+        records = list(page.records)
+
+        async def describe(shard: int, places: list[int]) -> None:
+            keys = tuple((records[place].source, records[place].name) for place in places)
+            for place, record in zip(places, await self.links[shard].call("described", keys), strict=True):
+                records[place] = record
+
+        await asyncio.gather(*(describe(shard, of_shard) for shard, of_shard in places.items()))
+        return dataclasses.replace(page, records=tuple(records))
 
     async def status(self) -> StoreStatus:
-        status: StoreStatus = await self._call("status")
-        return status
+        """Of all shards together."""
+        return merged_status(await asyncio.gather(*(shard.call("status") for shard in self.links)))
 
     async def refresh(self, name: str, source: str | None = None) -> AdapterRecord:
-        record: AdapterRecord = await self._call("refresh", name, source)
+        record: AdapterRecord = await self._of(name).call("refresh", name, source)
         return record
 
     async def prefetch(self, name: str, source: str | None = None) -> None:
-        await self._call("prefetch", name, None, source)
+        await self._of(name).call("prefetch", name, None, source)
 
     async def pin(self, name: str, source: str | None = None) -> AdapterRecord:
-        record: AdapterRecord = await self._call("pin", name, source)
+        record: AdapterRecord = await self._of(name).call("pin", name, source)
+        if self._shard(name):
+            await self._leader.call("note_pin", name, record.source, True)
         return record
 
     async def unpin(self, name: str, source: str | None = None) -> AdapterRecord:
-        record: AdapterRecord = await self._call("unpin", name, source)
+        if self._shard(name):  # first: what is written down counts when a shard begins
+            await self._leader.call("note_pin", name, source, False)
+        record: AdapterRecord = await self._of(name).call("unpin", name, source)
         return record
 
     async def register(self, rows: tuple[Registration, ...]) -> None:
-        await self._call("register", rows)
+        await self._leader.call("register", rows)
+        if len(self.links) > 1:
+            shards = self._split(rows, [row.name for row in rows])
+            await asyncio.gather(*(self.links[shard].call("register", tuple(of)) for shard, of in shards.items()))
 
     async def unregister(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        gone: tuple[str, ...] = await self._call("unregister", names)
+        gone: tuple[str, ...] = await self._leader.call("unregister", names)
+        if len(self.links) > 1:  # also those that are gone at the leader: a call that failed half-way may be repeated
+            shards = self._split(names, names)
+            await asyncio.gather(*(self.links[shard].call("unregister", tuple(of)) for shard, of in shards.items()))
         return gone
 
     # ---- for both
 
     async def resolve(self, name: str, source: str | None = None, *, wait_s: float | None = None) -> AdapterRecord:
-        record: AdapterRecord = await self._call("resolve", name, source, wait_s=wait_s)
+        record: AdapterRecord = await self._of(name).call("resolve", name, source, wait_s=wait_s)
         return record
 
     # ---- for replicas
@@ -120,8 +130,9 @@ class StoreClient:
     async def lease(self, name: str, source: str | None, version: str | None) -> tuple[Lease, object]:
         """A lease and its image's bytes, read in place from shared memory."""
         deadline = time.monotonic() + self._wait_s
+        shard = self._of(name)
         while True:
-            lease: Lease = await self._call("acquire", name, self._digest, self._owner, version, source)
+            lease: Lease = await shard.call("acquire", name, self._digest, self._owner, version, source)
             try:
                 return lease, await self._bytes_of(lease)
             except Exception as error:
@@ -129,69 +140,60 @@ class StoreClient:
                     raise
                 # The store died after it answered: a miss, not an error.
                 if time.monotonic() > deadline:
-                    raise _unavailable(f"the image of {name!r} was lost {self._wait_s:g} s long") from error
+                    raise unavailable(f"the image of {name!r} was lost {self._wait_s:g} s long") from error
                 logger.warning("the image of %r is lost, asking again: %s", name, error)
-                await asyncio.sleep(FIRST_PAUSE_S)
+                await asyncio.sleep(link.FIRST_PAUSE_S)
 
     async def warm_set(self, budget_bytes: int) -> tuple[AdapterRecord, ...]:
         """What a new replica should begin with: pinned adapters, then those with the most requests of late."""
-        records: tuple[AdapterRecord, ...] = await self._call("warm_set", self._digest, budget_bytes)
-        return records
+        sets = await asyncio.gather(*(shard.call("warm_set", self._digest, budget_bytes) for shard in self.links))
+        return merged_warm_set(sets, budget_bytes)
 
     async def lease_again(self, lease: Lease) -> Lease:
-        again: Lease = await self._call("acquire", lease.name, self._digest, self._owner, lease.version, lease.source)
+        again: Lease = await self._of(lease.name).call(
+            "acquire", lease.name, self._digest, self._owner, lease.version, lease.source
+        )
         return again
 
     async def release(self, lease: Lease) -> None:
-        await self._call("release", lease.version, self._owner, lease.number)
+        await self._of(lease.name).call("release", lease.version, self._owner, lease.number)
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
-        lost: tuple[str, ...] = await self._call("heartbeat", self._owner, versions, self._digest)
-        return lost
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
+        """Every shard hears of the replica, also one that it has no lease of: it serves a spec.
 
-    # ---- the actor
+        Raises: as the call, when no shard has answered.
+        """
+        held: list[list[str]] = [[] for _ in self.links]
+        for lease in leases:
+            held[self._shard(lease.name)].append(lease.version)
+        wait_s = None if len(self.links) == 1 else BEAT_WAIT_S
+        beats = (
+            shard.call("heartbeat", self._owner, tuple(versions), self._digest, wait_s=wait_s)
+            for shard, versions in zip(self.links, held, strict=True)
+        )
+        answers = await asyncio.gather(*beats, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if len(failures) == len(answers):
+            raise failures[0]
+        for failure in failures:
+            logger.warning("a shard of the adapter store has heard no heartbeat: %s", failure)
+        return tuple(version for lost in answers if not isinstance(lost, BaseException) for version in lost)
 
-    async def _call(self, method: str, *args: Any, wait_s: float | None = None) -> Any:
-        """Raises: a StoreError of the store's; Refused (`store_unavailable`) after `wait_s`."""
-        limit_s = self._wait_s if wait_s is None else wait_s
-        deadline = time.monotonic() + limit_s
-        pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                return await self._try(method, args, None if wait_s is None else deadline)
-            except SpecUnknown:
-                if self._spec is None or time.monotonic() > deadline:
-                    raise
-                await self._try("register_spec", (self._spec, self._owner), None)
-            except RayTaskError:
-                raise  # the store is there and has a fault; its class may also be one of those below
-            except Exception as error:
-                # A ValueError: its name is not there, or was taken in the same moment. TimeoutError is an OSError.
-                if not (isinstance(error, ValueError | OSError) or meaning(error) in _AWAY):
-                    raise
-                if time.monotonic() + pause_s > deadline:
-                    raise _unavailable(f"the adapter store did not answer for {limit_s:g} s") from error
-                logger.info("the adapter store is away (%s: %s), asking again", type(error).__name__, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(LAST_PAUSE_S, 2 * pause_s)
+    # ---- which shard
 
-    async def _try(self, method: str, args: tuple[Any, ...], deadline: float | None) -> Any:
-        async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            actor = self._actor
-            if actor is None:
-                self._actor = actor = await asyncio.to_thread(self._connect)
-            try:
-                return await getattr(actor, method).remote(*args)
-            except RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, StoreError):
-                    raise cause from None
-                raise
-            except Exception as error:
-                is_away = isinstance(error, ValueError | TimeoutError) or meaning(error) in _AWAY
-                if is_away and self._actor is actor:  # else somebody has found the next one already
-                    self._actor = None
-                raise
+    def _shard(self, name: str) -> int:
+        return 0 if len(self.links) == 1 else shard_of(name, len(self.links))
+
+    def _of(self, name: str) -> StoreLink:
+        return self.links[self._shard(name)]
+
+    def _split(self, items: Sequence[Any], names: Sequence[str]) -> dict[int, list[Any]]:
+        """By shard, but for the leader's."""
+        shards: dict[int, list[Any]] = {}
+        for item, name in zip(items, names, strict=True):
+            if shard := self._shard(name):
+                shards.setdefault(shard, []).append(item)
+        return shards
 
     # ---- bytes
 
@@ -217,11 +219,12 @@ class StoreClient:
         skip = -raw.ctypes.data % ALIGNMENT_BYTES
         data = raw[skip : skip + lease.num_bytes]
         turns = asyncio.Semaphore(PARALLEL_PARTS)
+        shard = self._of(lease.name)
 
         async def part(start: int) -> None:
             num_bytes = min(PART_BYTES, lease.num_bytes - start)
             async with turns:
-                read = await self._call("read_image", lease.version, lease.spec_digest, start, num_bytes)
+                read = await shard.call("read_image", lease.version, lease.spec_digest, start, num_bytes)
             if read is None or len(read) != num_bytes:
                 raise FileNotFoundError(f"{lease.name!r} is not in the store's files any more")
             data[start : start + num_bytes] = np.frombuffer(read, dtype=np.uint8)
@@ -231,7 +234,3 @@ class StoreClient:
 
     def _node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
-
-
-def _unavailable(message: str) -> Refused:
-    return Refused(Fault(code="store_unavailable", message=f"{message}; try again later"))

@@ -18,7 +18,7 @@ from engine.core.plan import (
     TokenRef,
 )
 from engine.core.sequence import Sequence
-from engine.pooling import Numbers, Pooling
+from engine.pooling import NextToken, Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class PlanDraft:
 
 def _output_of(numbers: Numbers, *, is_last: bool) -> RowOutput:
     if is_last:
-        return RowOutput.POOLED if isinstance(numbers, Pooling) else RowOutput.LOGITS
+        return RowOutput.LOGITS if isinstance(numbers, NextToken) else RowOutput.POOLED
     return RowOutput.PART if numbers.needs_all_rows else RowOutput.NONE
 
 

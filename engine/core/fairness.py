@@ -30,7 +30,7 @@ ADAPTER_BYTES_PER_UNIT = 512 * 1024
 LOAD_BYTES_PER_UNIT = 1024
 _MIN_TENANTS_TO_SWEEP = 64
 
-_arrival = attrgetter("seq_id")
+_place = attrgetter("place")  # in its tenant's queue
 _Turn = tuple[int, int, str]  # the tenant's counter, its first sequence, its name
 
 
@@ -69,7 +69,7 @@ class FairQueue:
 
     def __contains__(self, seq: Sequence) -> bool:
         queue = self._queues.get(seq.tenant, [])
-        index = bisect_left(queue, seq.seq_id, key=_arrival)
+        index = bisect_left(queue, seq.place, key=_place)
         return index < len(queue) and queue[index] is seq
 
     def sequences(self) -> list[Sequence]:
@@ -80,7 +80,7 @@ class FairQueue:
         return self._counters.get(tenant, self._floor)
 
     def push(self, seq: Sequence) -> None:
-        """A sequence arrives, or comes back after preemption (its place is by its arrival all the same)."""
+        """A sequence arrives, or comes back after preemption (its place is by priority and arrival all the same)."""
         queue = self._queues.get(seq.tenant)
         if queue is None:
             self._raise_floor()
@@ -88,13 +88,13 @@ class FairQueue:
             self._counters[seq.tenant] = max(self.counter(seq.tenant), self._floor)
         else:
             self._leave_order(seq.tenant)
-        insort(queue, seq, key=_arrival)
+        insort(queue, seq, key=_place)
         insort(self._order, self._turn(seq.tenant))
         self._num_waiting += 1
 
     def remove(self, seq: Sequence) -> None:
         queue = self._queues[seq.tenant]
-        index = bisect_left(queue, seq.seq_id, key=_arrival)
+        index = bisect_left(queue, seq.place, key=_place)
         assert queue[index] is seq, f"{seq} is not in the queue"
         self._leave_order(seq.tenant)
         del queue[index]
@@ -144,7 +144,7 @@ class FairQueue:
         assert self._order == sorted(map(self._turn, self._queues))
         for tenant, queue in self._queues.items():
             assert queue
-            assert all(a.seq_id < b.seq_id for a, b in itertools.pairwise(queue))
+            assert all(a.place < b.place for a, b in itertools.pairwise(queue))
             assert all(seq.tenant == tenant for seq in queue)
             assert self._counters[tenant] >= self._floor, f"{tenant}: {self._counters[tenant]} < {self._floor}"
 

@@ -90,6 +90,7 @@ class Sequence:
         "num_published_blocks",
         "outputs",
         "overtaken",
+        "place",
         "prompt",
         "recomputes_long",
         "request",
@@ -119,6 +120,7 @@ class Sequence:
         self.seq_id = seq_id
         self.request = request
         self.sample_index = sample_index
+        self.place = (request.priority, seq_id)  # in its tenant's queue: the lowest is first
         self.max_tokens_total = max_tokens_total  # with this many tokens it ends by LENGTH
         self.tenant = request.tenant or request.adapter or "base"
         self.namespace: Namespace = (cache_namespace, request.cache_salt, request.adapter)

@@ -8,7 +8,9 @@ device in every step. `probe.py` proves at load that what the mask would say is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -102,6 +104,36 @@ def forward_both(
     finally:
         hook.remove()
     return seen[-1][0], logits
+
+
+@contextmanager
+def head_of(model: nn.Module, backend: AttentionBackend) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """The model's own way from hidden states (after the final norm) to logits, once a forward has run inside the block.
+
+    The function takes rows [n, hidden] and gives [n, V]: the model runs with these in the place of what its layers
+    would give, so that whatever it does with its logits (a scale, a cap) is done.
+    """
+    inner: Any = inner_model(model)
+    seen: list[Any] = []
+    hook = inner.register_forward_hook(lambda _module, _args, output: seen.append(output) if not seen else None)
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        given = copy(seen[0])
+        given.last_hidden_state = rows[None]
+        some = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
+        usual = inner.forward
+        inner.forward = lambda *_args, **_kwargs: given
+        try:
+            told = {"use_cache": False, "logits_to_keep": 0, "attention_backend": backend}
+            output = model(input_ids=some, position_ids=some, **told)
+        finally:
+            inner.forward = usual
+        return output.logits[0]
+
+    try:
+        yield head
+    finally:
+        hook.remove()
 
 
 def forward_logits(

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import EngineConfig, SizedConfig
-from engine.core.plan import AdapterEvict, AdapterLoad, Sample, StepPlan, StepResult, TokenRef
+from engine.core.plan import NO_LORA, AdapterEvict, AdapterLoad, LoraSegment, Sample, StepPlan, StepResult, TokenRef
 from engine.errors import AdapterError, ConfigError
 from engine.grammar.compiler import Grammars
 from engine.kv.storage import KVStorage
 from engine.lora.copier import Copier, CudaPages, HostPages, Pacer
 from engine.lora.image import ALIGNMENT_BYTES, AdapterImage
 from engine.lora.storage import AdapterStorage, BorrowedStorage, PagedStorage
-from engine.model.attention import forward_both, forward_hidden, forward_logits
+from engine.model.attention import forward_both, forward_hidden, forward_logits, head_of
 from engine.model.loader import LoadedModel
 from engine.model.rope import install_row_lengths
 from engine.runner.guesses import check_guesses
@@ -25,7 +25,7 @@ from engine.runner.memory import kv_shape
 from engine.runner.protocol import StepNotLaunched
 from engine.runner.rehearsal import rehearse
 from engine.runner.sampler import SampledStep, Sampler
-from engine.runner.vectors import Vectors, VectorStep
+from engine.runner.vectors import Head, Vectors, VectorStep
 from engine.to_device import upload, use_device
 
 if TYPE_CHECKING:  # it loads Triton
@@ -179,9 +179,24 @@ class TorchRunner:
         return inputs, self._sampler.sample(logits, inputs.samples), None
 
     def _with_vectors(self, plan: StepPlan, inputs: StepInputs) -> tuple[SampledStep | None, VectorStep]:
+        if not self._vectors.scores_prompts(plan.slices):
+            return self._take_vectors(plan, inputs, None)
+        with head_of(self.loaded.model, self._backend) as head:
+
+            def logits(rows: torch.Tensor, lora_slot: int) -> torch.Tensor:
+                """With the output layer's own LoRA."""
+                segments = () if lora_slot == NO_LORA else (LoraSegment(0, len(rows), lora_slot),)
+                self._batch.set(inputs.segments, segments)
+                return head(rows)
+
+            return self._take_vectors(plan, inputs, logits)
+
+    def _take_vectors(
+        self, plan: StepPlan, inputs: StepInputs, head: Head | None
+    ) -> tuple[SampledStep | None, VectorStep]:
         model, rows = self.loaded.model, (inputs.input_ids, inputs.positions)
         if not (inputs.samples or inputs.scored):
-            return None, self._vectors.take(plan.slices, forward_hidden(model, *rows, self._backend), None)
+            return None, self._vectors.take(plan.slices, forward_hidden(model, *rows, self._backend), None, head)
         hidden, logits = forward_both(model, *rows, inputs.sampled_rows, self._backend)
         scored = None
         if inputs.scored:
@@ -189,7 +204,7 @@ class TorchRunner:
             others = [i for i in range(logits.shape[0]) if i not in is_scored]
             scored = logits[upload(inputs.scored, logits.device)]
             logits = logits[upload(others, logits.device)]
-        vectors = self._vectors.take(plan.slices, hidden, scored)  # before the sampler overwrites logits
+        vectors = self._vectors.take(plan.slices, hidden, scored, head)  # before the sampler overwrites logits
         return self._sampler.sample(logits, inputs.samples) if inputs.samples else None, vectors
 
     def _apply(self, op: AdapterLoad | AdapterEvict) -> None:

@@ -5,15 +5,18 @@ Sums are kept in float64 for a sequence whose prompt is computed in several step
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.core.plan import RowOutput, SequenceSlice, SequenceStart, Vector
-from engine.pooling import NextToken, Numbers, Pool, Pooling
+from engine.pooling import NextToken, Numbers, Pool, Pooling, PromptScores
 from engine.to_device import HostCopy, upload
 
+Head = Callable[[Tensor, int], Tensor]  # hidden states [n, H] of rows that use one LoRA slot -> logits [n, V]
+HEAD_ROWS = 64  # whose logits are there at once
 _NOT_FINITE = "the model's output for this sequence was not finite (NaN or infinity)"
 
 
@@ -21,7 +24,9 @@ _NOT_FINITE = "the model's output for this sequence was not finite (NaN or infin
 class _State:
     numbers: Numbers
     num_tokens: int
+    prompt: tuple[int, ...] = ()  # of PromptScores
     kept: Tensor | None = None  # float64 [H]: the sum so far, or the first row
+    scores: list[Tensor] = field(default_factory=list)  # float32 [n, width]: of rows so far
 
 
 class VectorStep:
@@ -57,15 +62,25 @@ class Vectors:
     def start(self, start: SequenceStart) -> None:
         """Remember a sequence that is answered by numbers; one that is known already starts anew."""
         assert start.numbers is not None, "a sequence that samples is not this one's"
-        self._sequences[start.seq_id] = _State(start.numbers, len(start.prompt_token_ids))
+        self._sequences[start.seq_id] = _State(start.numbers, len(start.prompt_token_ids), start.prompt_token_ids)
 
     def end(self, seq_id: int) -> None:
         """Forget a sequence; one that is not known is forgotten already."""
         self._sequences.pop(seq_id, None)
 
-    def take(self, slices: tuple[SequenceSlice, ...], hidden: Tensor | None, logits: Tensor | None) -> VectorStep:
+    def scores_prompts(self, slices: tuple[SequenceSlice, ...]) -> bool:
+        """Whether any of these slices needs the model's head."""
+        return any(
+            (state := self._sequences.get(piece.seq_id)) is not None and isinstance(state.numbers, PromptScores)
+            for piece in slices
+        )
+
+    def take(
+        self, slices: tuple[SequenceSlice, ...], hidden: Tensor | None, logits: Tensor | None, head: Head | None = None
+    ) -> VectorStep:
         """Shapes: hidden [T, H], the rows of the whole step (None: no slice pools); logits [N, V], a row for each
-        slice that puts out logits (None: none does). They may be overwritten afterwards.
+        slice that puts out logits (None: none does). They may be overwritten afterwards. `head`: hidden states of rows
+        that use one LoRA slot to logits; None: no slice scores its prompt.
         """
         seq_ids: list[int] = []
         vectors: list[Tensor] = []
@@ -80,13 +95,46 @@ class Vectors:
                 num_scored += 1
             else:
                 assert hidden is not None, "the step has hidden states"
-                _pool(state, state.numbers, piece, hidden)
-                if piece.output is RowOutput.PART:
+                vector = self._rows(state, piece, hidden, head)
+                if vector is None:
                     continue
-                vector = _pooled(state, state.numbers)
             seq_ids.append(piece.seq_id)
             vectors.append(vector)
         return VectorStep(tuple(seq_ids), vectors)
+
+    def _rows(self, state: _State, piece: SequenceSlice, hidden: Tensor, head: Head | None) -> Tensor | None:
+        """Takes in the rows of a slice. Returns: the vector, if they were the last."""
+        is_last = piece.output is not RowOutput.PART
+        if isinstance(state.numbers, PromptScores):
+            assert head is not None, "the step has the model's head"
+            _score(state, state.numbers, piece, hidden, head)
+            return _scored(state, hidden.device) if is_last else None
+        assert isinstance(state.numbers, Pooling)
+        _pool(state, state.numbers, piece, hidden)
+        return _pooled(state, state.numbers) if is_last else None
+
+
+def _score(state: _State, asked: PromptScores, piece: SequenceSlice, hidden: Tensor, head: Head) -> None:
+    """Each row says something of the token behind it; the last of the prompt, of none."""
+    if piece.position == 0:
+        state.scores = []
+    targets = state.prompt[piece.position + 1 : piece.position + piece.num_rows + 1]
+    for start in range(0, len(targets), HEAD_ROWS):
+        some = upload(list(targets[start : start + HEAD_ROWS]), hidden.device)[:, None]
+        first = piece.row_start + start
+        logits = head(hidden[first : first + len(some)], piece.lora_slot).float()
+        chosen = logits.gather(1, some)
+        rank = (logits > chosen).sum(dim=1, keepdim=True) + 1
+        normaliser = logits.double().logsumexp(dim=1, keepdim=True)
+        top, ids = logits.topk(min(asked.top, logits.shape[1]), dim=1)
+        parts = (chosen.double() - normaliser, rank, ids, top.double() - normaliser)
+        state.scores.append(torch.cat([part.float() for part in parts], dim=1))
+
+
+def _scored(state: _State, device: torch.device) -> Tensor:
+    """float32 [(tokens - 1) * width]."""
+    scores, state.scores = state.scores, []
+    return torch.cat(scores).flatten() if scores else torch.zeros(0, device=device)
 
 
 def _pool(state: _State, pooling: Pooling, piece: SequenceSlice, hidden: Tensor) -> None:

@@ -62,6 +62,14 @@ class Tokenizer:
         token_id = self._hf.eos_token_id
         return token_id if isinstance(token_id, int) else None
 
+    def info(self) -> dict[str, Any]:
+        """What it is, the special tokens that have a role, and the chat template."""
+        roles = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {role: getattr(self._hf, role, None) for role in roles}
+        told = {role: None if token is None else str(token) for role, token in tokens.items()}
+        template = self.chat_template or None
+        return {"tokenizer_class": type(self._hf).__name__, **told, "chat_template": template}
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)

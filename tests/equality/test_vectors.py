@@ -123,6 +123,25 @@ def test_texts_and_vectors_in_one_batch_are_what_they_are_alone(zoo: Zoo, prompt
         assert_alike(score.vector()[0], logits)
 
 
+def test_adapters_of_the_output_layer_count_for_log_probabilities(zoo: Zoo, prompts: list[list[int]]) -> None:
+    """Beside rows that sample, with other adapters and with none."""
+    base = zoo.base("llama")
+    adapters = {
+        name: zoo.adapter(base, name, seed, rank=4, target_modules=["lm_head", "q_proj"])
+        for name, seed in (("head1", 21), ("head2", 22))
+    }
+    llm = LLM(base, adapters, max_num_seqs=24, max_num_batched_tokens=48, num_threads=1)
+    names = names_for(prompts, adapters)
+    params, asked = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True), NextToken(token_ids=ASKED)
+    pairs = [
+        (llm._job(prompt, params, name), llm._job(prompt, params, name, asked))
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    llm._run([job for pair in pairs for job in pair], use_tqdm=False)
+    for prompt, name, (_, score) in zip(prompts, names, pairs, strict=True):
+        assert_alike(score.vector()[0], hidden_and_logits(base, adapters[name] if name else None, prompt)[1])
+
+
 def test_preempted_sequences_and_cached_prefixes_change_no_vector(zoo: Zoo) -> None:
     """A mean needs the rows that a cached prefix would spare; the last token does not."""
     base = zoo.base("llama")
@@ -193,7 +212,7 @@ def test_event_loops_get_the_vector_in_one_delta_and_a_first_answer_is_counted(z
         ({"params": SamplingParams(n=2)}, "n: 2 samples, but a request for numbers has one answer"),
         ({"resumed_output_token_ids": (1,)}, "resumed_output_token_ids: a request for numbers has no output"),
         ({"params": SamplingParams(prompt_lookup_num_tokens=2)}, "prompt_lookup_num_tokens: a request for numbers has"),
-        ({"numbers": "mean"}, "numbers: 'mean' is neither a Pooling nor a NextToken"),
+        ({"numbers": "mean"}, "numbers: 'mean' is neither a Pooling, a NextToken nor PromptScores"),
     ],
 )
 def test_a_request_for_numbers_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:

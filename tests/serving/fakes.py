@@ -26,7 +26,7 @@ from deployments.router.gateway import Gateway
 from deployments.router.prompts import Prompts
 from deployments.router.streams import ReplicaLost
 from deployments.settings.app import LimitSettings
-from engine.pooling import NextToken, Pooling, PoolingDefaults
+from engine.pooling import NextToken, Pooling, PoolingDefaults, PromptScores
 from engine.request import FinishReason, OutputDelta, TokenLogprobs
 from engine.text.tokenizer import Tokenizer
 
@@ -68,6 +68,13 @@ Numbers = Callable[[Call], Sequence[float]]
 def counted(call: Call) -> list[float]:
     """A vector of how often each of eight kinds of bytes occurs, turned round for an adapter; cut as asked for. Of a
     request for log-probabilities: the same for all tokens."""
+    if isinstance(call.numbers, PromptScores):  # "A" is the likeliest everywhere, then "B"
+        top = call.numbers.top
+        return [
+            number
+            for _ in call.prompt_token_ids[1:]
+            for number in (-2.0, 3.0, *range(65, 65 + top), *range(-1, -1 - top, -1))
+        ]
     if isinstance(call.numbers, NextToken):
         return [-1.5] * len(call.numbers.token_ids)
     assert isinstance(call.numbers, Pooling)

@@ -17,6 +17,7 @@ from deployments.http.limits import (
     LORAX,
     OPENAI,
     QUERY,
+    TOKENS,
     VECTORS,
 )
 
@@ -120,6 +121,11 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (OPENAI, "stop", "strings"): lambda n: _chat(stop=["~"] * n),
     (OPENAI, "stop", "characters of one"): lambda n: completion(stop="~" * n),
     (OPENAI, "stop_token_ids", "token ids"): lambda n: completion(stop_token_ids=[9] * n),
+    (OPENAI, "prompt_logprobs", "tokens"): lambda n: completion(prompt_logprobs=n),
+    (OPENAI, "allowed_token_ids", "token ids"): lambda n: completion(allowed_token_ids=[9] * n),
+    (OPENAI, "bad_words", "words"): lambda n: completion(bad_words=["~"] * n),
+    (OPENAI, "bad_words", "characters of one"): lambda n: _chat(bad_words=["x".ljust(n)]),
+    (OPENAI, "rid", "characters"): lambda n: completion(rid="r" * n),
     (OPENAI, "logit_bias", "tokens"): lambda n: completion(logit_bias={str(i): 1 for i in range(n)}),
     (OPENAI, "response_format", "bytes of a schema"): lambda n: _chat(
         response_format={"type": "json_schema", "json_schema": {"schema": _schema(n)}}
@@ -186,6 +192,7 @@ BUILD: dict[tuple[str, str, str], Callable[[int], Built]] = {
     (LORAX, "stop", "characters of one"): lambda n: _generate(stop=["~" * n]),
     (LORAX, "best_of", "samples"): lambda n: _generate(best_of=n, do_sample=True),
     (LORAX, "return_k_alternatives", "tokens"): lambda n: _generate(return_k_alternatives=n, details=True),
+    (TOKENS, "tokens", "token ids"): lambda n: ("/detokenize", {"tokens": [7] * n}),
     (ADAPTERS, "", "adapters registered at once"): lambda n: (
         "/adapters",
         [{"name": f"a{i}", "source": "local"} for i in range(n)],

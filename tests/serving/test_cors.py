@@ -91,10 +91,10 @@ def test_another_page_may_not_ask(origin: str):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_page_reads_answers_streams_and_the_header_of_inert_fields(stream: bool):
-    body = {"model": "demo", "prompt": "hi\n", "stream": stream, "priority": 0}
+    body = {"model": "demo", "prompt": "hi\n", "stream": stream, "length_penalty": 1}
     headers = {"authorization": f"Bearer {KEY}"}
     answer = _ask("POST", "/v1/completions", (PAGE,), json=body, headers=headers)
-    assert (answer.status_code, answer.headers["x-chorus-inert"]) == (200, "priority")
+    assert (answer.status_code, answer.headers["x-chorus-inert"]) == (200, "length_penalty")
     assert answer.headers["access-control-allow-origin"] == PAGE
     assert "x-chorus-inert" in answer.headers["access-control-expose-headers"]
 

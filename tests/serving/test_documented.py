@@ -84,7 +84,9 @@ def test_every_route_that_is_posted_to_tells_what_it_does_and_how_it_fails(path:
     operation = SCHEMA["paths"][path]["post"]
     assert operation["description"]
     assert {"401", "413", "422", "429", "503"} <= set(operation["responses"])
-    assert ("400" in operation["responses"]) == (path not in LORAX_PATHS | {"/tokenize"})  # LoRAX says 422
+    assert ("400" in operation["responses"]) == (path not in LORAX_PATHS)  # LoRAX says 422
+    if path == "/ping":
+        return  # it takes no body
     name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
     assert SCHEMA["components"]["schemas"][name]["example"]
 

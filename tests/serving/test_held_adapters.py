@@ -64,7 +64,8 @@ class FakeStore:
             raise AdapterVersionGone(lease.name, lease.version)
         return (await self.lease(lease.name, lease.source, lease.version))[0]
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
+        versions = tuple(lease.version for lease in leases)
         self.beats.append(versions)
         if self.pause is not None:
             await within(self.pause.wait(), "the test to end the pause")

@@ -57,7 +57,8 @@ class FakeStore:
     async def lease_again(self, lease: Lease) -> Lease:
         return lease
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
+        versions = tuple(lease.version for lease in leases)
         self.beats.append(versions)
         return ()
 

@@ -160,7 +160,6 @@ def test_best_of_keeps_one_and_tells_of_the_others():
         ),
         ({"merged_adapters": {"ids": ["a"], "weights": [1], "density": 1.5}}, "density"),
         ({"merged_adapters": {"ids": ["a"], "weights": [1], "majority_sign_method": "most"}}, "majority_sign_method"),
-        ({"decoder_input_details": True}, "decoder_input_details"),
         ({"response_format": {"type": "regex", "schema": {}}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.schema"),
         ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),

@@ -254,7 +254,7 @@ def test_what_is_no_loss_is_told(before: tuple[object, ...], error: Exception, c
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__}-{str(error)[:30]}")
 def test_a_lost_store_is_asked_again_however_ray_says_it(error: Exception):
     actor = FakeActor(status=[error, "well"])
-    client = StoreClient(lambda: actor, wait_s=10.0)
+    client = StoreClient([lambda: actor], wait_s=10.0)
     assert asyncio.run(client.status()) == "well"  # type: ignore[comparison-overlap]
     assert [name for name, *_ in actor.calls] == ["status", "status"]
 

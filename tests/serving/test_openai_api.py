@@ -165,7 +165,7 @@ def test_a_bad_chat_field_is_refused_by_name(fields: dict[str, Any], param: str)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 1, not -1"),
+        ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 0, not -1"),
         ({"temperature": "hot"}, 'temperature: Input should be a valid number, not "hot"'),
         ({"seed": "x" * 500}, f'seed: Input should be a valid integer, not "{"x" * 59}…'),
     ],
@@ -178,8 +178,12 @@ def test_a_wrong_value_is_told_with_what_was_wanted_and_not_at_length(fields: di
     ("fields", "param"),
     [
         ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True, "stream": True}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),

@@ -53,8 +53,8 @@ class Leases:
         if self.out.get(lease.version) == lease.number:
             del self.out[lease.version]
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(version for version in versions if version not in self.out)
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
+        return tuple(lease.version for lease in leases if lease.version not in self.out)
 
 
 class Scenario:

@@ -15,7 +15,7 @@ from adapter_store.errors import StoreConfigInvalid
 from adapter_store.records import StoreConfig
 from adapter_store.sources.base import SourceConfig
 from deployments.settings.app import AdapterSettings
-from deployments.store.actor import connector, source_config, store_config
+from deployments.store.actor import connectors, source_config, store_config
 
 SECRETS = {"KEY_ID": "AKIDEXAMPLE", "SECRET": "s3cr3t-value", "SESSION": "s3ssion-value", "TOKEN": "t0ken-value"}
 SOURCES: list[dict[str, Any]] = [
@@ -71,7 +71,7 @@ def test_a_missing_secret_is_named_at_start(missing: str, value: str | None, mon
     else:
         monkeypatch.setenv(missing, value)
     with pytest.raises(ValueError, match=f"'{missing}'") as caught:
-        connector(_settings())
+        connectors(_settings())
     assert not any(secret in str(caught.value) for secret in SECRETS.values())
 
 
@@ -96,7 +96,7 @@ def test_the_tiers_of_the_store_are_as_they_were_set():
 
 def test_a_store_that_could_hold_no_adapter_is_refused_at_start():
     with pytest.raises(StoreConfigInvalid):
-        connector(_settings(sources=[], host_bytes=10))
+        connectors(_settings(sources=[], host_bytes=10))
 
 
 def test_a_secret_is_in_the_name_of_the_store_only_behind_a_slow_digest(monkeypatch: pytest.MonkeyPatch):

@@ -56,12 +56,12 @@ class FakeActor:
 
 
 def _client(actor: FakeActor, *, wait_s: float = 2.0, connect: Callable[[], Any] | None = None) -> StoreClient:
-    return StoreClient(connect or (lambda: actor), wait_s=wait_s, owner="r", spec=SPEC, digest="d")
+    return StoreClient([connect or (lambda: actor)], wait_s=wait_s, owner="r", spec=SPEC, digest="d")
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.store.client.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("deployments.store.link.FIRST_PAUSE_S", 0.01)
 
 
 def test_a_request_waits_for_a_store_that_restarts():
@@ -88,7 +88,7 @@ def test_a_restarted_store_is_told_the_spec_again():
     client = _client(actor)
 
     async def lease() -> None:
-        await client._call("acquire", "a", "d", "r", None, None)
+        await client.links[0].call("acquire", "a", "d", "r", None, None)
 
     asyncio.run(lease())
     assert [call[0] for call in actor.calls] == ["acquire", "register_spec", "acquire"]
@@ -129,8 +129,8 @@ def test_a_request_is_told_to_the_store_without_waiting_and_before_there_is_a_st
         for _ in range(3):
             client.expect("a", "s3")
         client.expect("b", None)
-        assert client._telling is not None
-        await client._telling
+        assert client.links[0].telling is not None
+        await client.links[0].telling
         return actor.calls
 
     told = ("expect_all", (("a", "s3", 3), ("b", None, 1)))
@@ -145,8 +145,8 @@ def test_a_store_that_died_is_told_of_requests_by_its_next_handle():
         client = _client(dead, connect=lambda: next(actors))
         await client.start()
         client.expect("a", None)
-        assert client._telling is not None
-        await client._telling
+        assert client.links[0].telling is not None
+        await client.links[0].telling
         assert living.calls == [("expect_all", (("a", None, 1),))]
 
     asyncio.run(main())
@@ -186,12 +186,12 @@ class Node:
 def test_an_image_in_a_file_of_another_node_comes_in_parts(num_bytes: int, monkeypatch: pytest.MonkeyPatch):
     node = Node(monkeypatch, bytes(i % 251 for i in range(num_bytes)))
     client = _client(FakeActor(acquire=[node.lease("there")]))
-    call = client._call
+    call = client.links[0].call
 
     async def calls(method: str, *args: Any, **more: Any) -> Any:
         return await node.read(*args[2:]) if method == "read_image" else await call(method, *args, **more)
 
-    monkeypatch.setattr(client, "_call", calls)
+    monkeypatch.setattr(client.links[0], "call", calls)
     _, data = asyncio.run(client.lease("a", None, None))
     assert bytes(data) == node.content  # type: ignore[call-overload]
     assert data.ctypes.data % 64 == 0  # type: ignore[attr-defined]

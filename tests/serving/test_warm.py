@@ -55,7 +55,7 @@ class FakeStore:
     async def lease_again(self, lease: Lease) -> Lease:
         return lease
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
         return ()
 
     async def warm_set(self, budget_bytes: int) -> tuple[AdapterRecord, ...]:

@@ -192,7 +192,7 @@ def leased_there(sources: tuple[SourceConfig, ...], config: StoreConfig, name: s
 
     async def main() -> tuple[str, bytes, str]:
         digest = ray.get(connect().register_spec.remote(small_spec(), "far"))
-        client = StoreClient(connect, wait_s=20.0, owner="far", spec=small_spec(), digest=digest)
+        client = StoreClient([connect], wait_s=20.0, owner="far", spec=small_spec(), digest=digest)
         await client.start()
         _, data = await client.lease("a", None, None)
         return ray.get_runtime_context().get_node_id(), bytes(data), type(data).__name__  # type: ignore[call-overload]

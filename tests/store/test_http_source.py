@@ -308,3 +308,18 @@ def test_a_part_of_a_file_is_only_asked_for_as_a_range():
 
         assert run(source, main) == [bytes(range(10, 20))]
     assert server.asked[-1].headers["range"] == "bytes=10-19"
+
+
+def test_questions_and_reads_one_after_another_take_no_connections_anew():
+    with web_server(site()) as server:
+        source = open_at(server)
+
+        async def main():
+            for _ in range(5):
+                await source.stat("a")
+                await read_all(source, "a")
+                assert await source.stat("nobody") is None
+
+        run(source, main)
+    assert len(server.asked) >= 50
+    assert len({ask.client_port for ask in server.asked}) <= 4, "as many as are asked at once"

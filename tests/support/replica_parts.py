@@ -49,8 +49,8 @@ class LocalStore:
     async def release(self, lease: Lease) -> None:
         await self._store.release(lease.version, self._owner, lease.number)
 
-    async def heartbeat(self, versions: tuple[str, ...]) -> tuple[str, ...]:
-        return await self._store.heartbeat(self._owner, versions, self._digest)
+    async def heartbeat(self, leases: tuple[Lease, ...]) -> tuple[str, ...]:
+        return await self._store.heartbeat(self._owner, tuple(lease.version for lease in leases), self._digest)
 
 
 class ReplicaParts:

@@ -24,6 +24,7 @@ class Ask:
     path: str
     query: str
     headers: dict[str, str]
+    client_port: int = 0  # one for each connection
 
 
 @dataclass
@@ -53,7 +54,7 @@ def web_server(answer: Callable[[Ask], Answer], certificate: Certificate | None 
         def _handle(self) -> None:
             parts = urlsplit(self.path)
             headers = {name.lower(): value for name, value in self.headers.items()}
-            ask = Ask(self.command, parts.path, parts.query, headers)
+            ask = Ask(self.command, parts.path, parts.query, headers, self.client_address[1])
             serving.asked.append(ask)
             given = answer(ask)
             self.send_response(given.status)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from deployments.asks import Ask, Chat
+from deployments.asks import Ask, Chat, adapter_of
 from deployments.http.decisions import examples, replies
 from deployments.http.decisions.likelihoods import Answers, Place, Tokens, TooManyPlaces
 from deployments.http.decisions.schema import DecisionRequest
@@ -85,7 +85,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
 
 def _ask(body: DecisionRequest, name: str, model_id: str) -> Ask:
     """Raises: InvalidRequest."""
-    adapter = None if name == model_id else name
+    adapter = adapter_of(name, model_id)
     if adapter is None and body.adapter_source is not None and isinstance(body.model, str):
         raise InvalidRequest("adapter_source", f"model {name!r} is the base; name an adapter in model")
     return Ask(

@@ -13,8 +13,6 @@ EVENTS = (
     'data:{"token":{"id":79,"text":"O","logprob":-0.01,"special":false,"skipped":false},'
     '"generated_text":null,"details":null}\n\n'
 )
-TOKENIZE_REQUEST: dict[str, Any] = {"inputs": "One base"}
-TOKENIZE_ANSWER = [{"id": 79, "text": "O", "start": 0, "stop": 1}]
 EMBED_REQUEST: dict[str, Any] = {"inputs": "One base", "parameters": {"adapter_id": "upper"}}
 EMBED_ANSWER: dict[str, Any] = {"embeddings": [0.0123, -0.0456]}
 CLASSIFY_REQUEST: dict[str, Any] = {"inputs": "One base"}

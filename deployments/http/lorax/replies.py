@@ -9,6 +9,7 @@ from deployments.calls import Fault
 from deployments.errors import answer_for
 from deployments.http.collect import Sample
 from deployments.router.prompts import Prompts
+from engine.pooling import PromptToken
 from engine.request import FinishReason, TokenLogprobs
 
 
@@ -61,6 +62,18 @@ def details(sample: Sample, num_prompt_tokens: int, seed: int | None) -> dict[st
         "skipped_tokens": 0,
         "seed": seed,
     }
+
+
+def prefill(prompts: Prompts, token_ids: Sequence[int], scores: Sequence[PromptToken]) -> list[dict[str, Any]]:
+    """The prompt's tokens; nothing is said of the first."""
+    logprobs = [None, *(one.logprob for one in scores)]
+    previous: int | None = None
+    told = []
+    for token_id, logprob in zip(token_ids, logprobs, strict=True):
+        text = prompts.token_bytes(previous, token_id).decode(errors="replace")
+        told.append({"id": token_id, "text": text, "logprob": logprob})
+        previous = previous if prompts.is_special(token_id) else token_id
+    return told
 
 
 def reply(text: str, asked_details: dict[str, Any] | None) -> dict[str, Any]:

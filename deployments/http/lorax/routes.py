@@ -15,8 +15,10 @@ from deployments.http.documented import answers, failures
 from deployments.http.lorax import examples, headers, replies, service, sse
 from deployments.http.lorax.schema import CompatRequest, GenerateRequest, Parameters
 from deployments.http.lorax.translate import generate_ask, samples, wants_details
+from deployments.http.openai.scored import as_tokens, score_prompts
 from deployments.http.responses import EventResponse, closing, inert_header
 from deployments.router.gateway import Gateway, Opened
+from engine.errors import InvalidRequest
 
 
 def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
@@ -59,6 +61,8 @@ def _inert(asked: Parameters, ask: Ask, request: Request) -> dict[str, str]:
 
 async def _stream(gateway: Gateway, body: GenerateRequest, request: Request) -> Response:
     asked = body.parameters or Parameters()
+    if asked.decoder_input_details:
+        raise InvalidRequest("decoder_input_details", "it is part of a whole reply; POST /generate without stream")
     ask = _ask(gateway, body, stream=True)
     opened = await gateway.open(ask, request.state.caller.tenant)
     alternatives = asked.return_k_alternatives is not None
@@ -74,12 +78,16 @@ async def _whole(gateway: Gateway, body: GenerateRequest, request: Request) -> t
     began_s = time.monotonic()
     asked = body.parameters or Parameters()
     ask = _ask(gateway, body, stream=False)
-    opened = await gateway.open(ask, request.state.caller.tenant)
+    tenant = request.state.caller.tenant
+    scored = await score_prompts(gateway, ask, tenant, 0) if asked.decoder_input_details else None
+    opened = await gateway.open(ask if scored is None else as_tokens(ask, scored.ids), tenant)
     async with closing(opened):
         by_prompt, usage = await collect(opened)
     ranked = sorted(by_prompt[0].values(), key=lambda sample: -sample.mean_logprob)
     prefix = body.inputs if asked.return_full_text else ""
     details = _details(gateway, asked, opened, ranked, prefix) if wants_details(asked) else None
+    if details is not None and scored is not None:
+        details["prefill"] = replies.prefill(gateway.prompts, scored.ids[0], scored.tokens[0])
     told = headers.of_any(gateway, ask, body.inputs, opened) | headers.of_whole(opened, began_s, usage)
     return replies.reply(prefix + ranked[0].text, details), told | _inert(asked, ask, request)
 

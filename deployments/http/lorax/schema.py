@@ -75,11 +75,11 @@ class Parameters(AdapterChoice):
     truncate: Annotated[Whole, Field(gt=0)] | None = None  # keep the last so many prompt tokens
     apply_chat_template: bool | None = None  # `inputs` is what a user says, or a conversation as JSON
     details: bool | None = None
+    decoder_input_details: bool | None = None  # log-probabilities of the prompt, in `details`
     return_k_alternatives: Annotated[Whole, Field(gt=0)] | None = None
     response_format: ResponseFormat | None = None
     # Refused.
     watermark: Annotated[Any, refused(_WATERMARK, False)] = None
-    decoder_input_details: Annotated[Any, refused("log-probabilities of the prompt", False)] = None
 
 
 class GenerateRequest(Body):
@@ -95,15 +95,6 @@ class CompatRequest(GenerateRequest):
     """Body of POST /."""
 
     stream: bool | None = None
-
-
-class TokenizeRequest(Body):
-    """Body of POST /tokenize, as LoRAX has it."""
-
-    model_config = ConfigDict(json_schema_extra={"example": examples.TOKENIZE_REQUEST})
-
-    inputs: Annotated[str, Field(min_length=1)]
-    add_special_tokens: bool | None = None  # None: true
 
 
 class EmbedRequest(Body):

@@ -12,8 +12,7 @@ from deployments.asks import Ask
 from deployments.calls import Fault, Refused
 from deployments.http.documented import answers
 from deployments.http.lorax import examples
-from deployments.http.lorax.schema import ClassifyBatchRequest, ClassifyRequest, EmbedRequest, TokenizeRequest
-from deployments.http.lorax.tokens import tokens
+from deployments.http.lorax.schema import ClassifyBatchRequest, ClassifyRequest, EmbedRequest
 from deployments.http.lorax.translate import embed_ask
 from deployments.http.responses import closing, inert_header
 from deployments.http.versions import own_version
@@ -53,11 +52,6 @@ def add(router: APIRouter, gateway: Gateway) -> None:
     async def info() -> dict[str, Any]:
         """What is served, and within which limits. What has no meaning here is null."""
         return await _info(gateway)
-
-    @router.post("/tokenize", responses=answers(examples.TOKENIZE_ANSWER))
-    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """The tokens of `inputs`: the base's, which every adapter shares."""
-        return JSONResponse(await tokens(gateway.prompts, body.inputs, body.add_special_tokens is not False))
 
     @router.post("/embed", responses=answers(examples.EMBED_ANSWER))
     async def embed(body: EmbedRequest, request: Request) -> Response:

@@ -64,13 +64,15 @@ class OpenChat:
         async with closing(self.opened):
             samples, self._usage = await collect(self.opened, reader_of([self._said]))
         prompts = self._gateway.prompts
-        reply = replies.whole(self._head, samples, self._usage, prompts, self.opened.prompts, [""], [self._said])
+        reply = replies.whole(
+            self._head, samples, self._usage, prompts, self.opened.prompts, [replies.NO_ECHO], [self._said]
+        )
         choice: dict[str, Any] = reply["choices"][0]
         return choice
 
     async def choices(self) -> AsyncGenerator[dict[str, Any]]:
         """What each chunk says. Raises: as the streams do."""
-        writer = LogprobWriter(self._gateway.prompts, self.opened.prompts[0], 0)
+        writer = LogprobWriter(self._gateway.prompts, self.opened.prompts[0])
         async with aclosing(merge(self.opened.streams)) as deltas:
             async for prompt, delta in deltas:
                 self._usage.add(prompt, delta)

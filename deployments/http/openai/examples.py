@@ -28,6 +28,7 @@ CHAT_ANSWER: dict[str, Any] = {
             "finish_reason": "stop",
             "logprobs": None,
             "message": {"role": "assistant", "content": "ONE BASE, MANY VOICES", "refusal": None},
+            "stop_reason": None,
         }
     ],
     "usage": _USAGE,
@@ -48,7 +49,9 @@ COMPLETION_ANSWER: dict[str, Any] = {
     "object": "text_completion",
     "created": 1795231722,
     "model": "upper",
-    "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, "text": "ONE BASE, MANY VOICES"}],
+    "choices": [
+        {"index": 0, "finish_reason": "stop", "logprobs": None, "text": "ONE BASE, MANY VOICES", "stop_reason": None}
+    ],
     "usage": _USAGE,
 }
 COMPLETION_EVENTS = (

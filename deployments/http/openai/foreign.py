@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from deployments.http.limits import MAX_HINT_CHARS, MAX_MODEL_CHARS
 from deployments.http.openai.formats import Formats
 from deployments.http.wire import inert, refused
 
 _BEAMS = "beams; set n and temperature"
-_PROMPT_LOGPROBS = "log-probabilities of the prompt"
 
 
 class Foreign(Formats):
@@ -23,9 +19,6 @@ class Foreign(Formats):
 
     # OpenAI's, which concern what is stored, charged or cached there.
     metadata: Annotated[dict[str, Any] | None, inert("nothing is stored")] = None
-    prompt_cache_key: Annotated[
-        Annotated[str, Field(max_length=MAX_HINT_CHARS)] | None, inert("equal prefixes are found by their tokens")
-    ] = None
     prompt_cache_retention: Annotated[str | None, inert("prefixes are kept while there is room")] = None
     store: Annotated[Any, refused("nothing is stored; leave it out or send false", False)] = None
     service_tier: Annotated[Any, refused("there is one tier", "auto", "default")] = None
@@ -34,23 +27,11 @@ class Foreign(Formats):
     use_beam_search: Annotated[Any, refused(_BEAMS, False)] = None
     length_penalty: Annotated[Any, refused(_BEAMS, 1.0)] = None
     early_stopping: Annotated[Any, refused(_BEAMS, False)] = None
-    priority: Annotated[Any, refused("tenants share fairly; there are no priorities", 0)] = None
-    truncate_prompt_tokens: Annotated[Any, refused("send a shorter prompt; POST /generate has truncate")] = None
-    prompt_logprobs: Annotated[Any, refused(_PROMPT_LOGPROBS)] = None
-    bad_words: Annotated[Any, refused("give their tokens a logit_bias of -100", [])] = None
-    allowed_token_ids: Annotated[Any, refused("give the wanted tokens a logit_bias")] = None
     logits_processors: Annotated[Any, refused("programs in requests", [])] = None
-    return_tokens_as_token_ids: Annotated[Any, refused("return_token_ids gives them", False)] = None
     kv_transfer_params: Annotated[Any, refused("prompt and answer are computed in one place")] = None
     mm_processor_kwargs: Annotated[Any, refused("text only", {})] = None
     # SGLang's.
-    lora_path: Annotated[Annotated[str, Field(max_length=MAX_MODEL_CHARS)] | None, inert("model names the adapter")] = (
-        None
-    )
-    rid: Annotated[Any, refused("send request_id")] = None
-    no_stop_trim: Annotated[Any, refused("send include_stop_str_in_output", False)] = None
     return_hidden_states: Annotated[Any, refused("hidden states", False)] = None
-    typical_p: Annotated[Any, refused("typical sampling; use top_p or min_p", 1.0)] = None
 
 
 class ForeignChat(Foreign):
@@ -66,9 +47,6 @@ class ForeignChat(Foreign):
     # vLLM's and SGLang's.
     best_of: Annotated[Any, refused("send n and choose yourself", 1)] = None
     echo: Annotated[Any, refused("the messages are yours already", False)] = None
-    add_generation_prompt: Annotated[Any, refused("an answer begins behind its prompt", True)] = None
-    continue_final_message: Annotated[Any, refused("send the text to /v1/completions", False)] = None
-    add_special_tokens: Annotated[Any, refused("the chat template writes them", False)] = None
     chat_template: Annotated[Any, refused("templates in requests; the model has one")] = None
     enable_thinking: Annotated[Any, refused("an argument of chat templates, in chat_template_kwargs elsewhere")] = None
 
@@ -77,4 +55,3 @@ class ForeignCompletion(Foreign):
     """Of /v1/completions."""
 
     suffix: Annotated[Any, refused("insertion; put everything into prompt", "")] = None
-    add_special_tokens: Annotated[Any, refused("send token ids to leave them out", True)] = None

@@ -12,6 +12,7 @@ from deployments.http.collect import Sample, Usage
 from deployments.http.openai.logprobs import LogprobWriter
 from deployments.http.openai.said import Said
 from deployments.router.prompts import Prompts
+from engine.pooling import PromptToken
 from engine.request import OutputDelta
 
 Kind = Literal["chat", "completion"]
@@ -31,6 +32,7 @@ class Head:
     include_usage: bool = False  # chunks have a field `usage`: null, but in the last
     continuous_usage: bool = False  # and in none it is null
     token_ids: bool = False  # of prompts and of answers, beside the texts
+    tokens_as_ids: bool = False  # log-probabilities name tokens by their ids
 
     def body(self, *, chunk: bool = False) -> dict[str, Any]:
         name = (_CHUNK_OBJECT if chunk else _OBJECT)[self.kind]
@@ -45,25 +47,47 @@ class Head:
 Ids = Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """What stands in front of a completion's samples: its prompt, and if asked for what the model says of it."""
+
+    text: str = ""
+    scores: tuple[PromptToken, ...] | None = None
+    top: int = 0  # of the likeliest tokens, how many are told
+
+    def writer(self, head: Head, prompts: Prompts, prompt_ids: Ids) -> tuple[LogprobWriter, dict[str, Any] | None]:
+        """For the log-probabilities of a sample behind it, and its own."""
+        if self.scores is None:
+            return LogprobWriter(prompts, prompt_ids, len(self.text), as_ids=head.tokens_as_ids), None
+        writer = LogprobWriter(prompts, (), as_ids=head.tokens_as_ids)
+        return writer, writer.prompt(prompt_ids, self.scores, self.top)
+
+
+NO_ECHO = Echo()
+
+
 def whole(
     head: Head,
     samples: Sequence[dict[int, Sample]],
     usage: Usage,
     prompts: Prompts,
     prompt_ids: Sequence[Ids],
-    echoes: Sequence[str],
+    echoes: Sequence[Echo],
     said: Sequence[Said] = (),
 ) -> dict[str, Any]:
-    """The reply of a request that does not stream. `echoes`: text in front of each prompt's samples.
+    """The reply of a request that does not stream. `echoes`: what is in front of each prompt's samples.
 
     `said`: of a chat, a reader for each choice.
     """
     choices: list[dict[str, Any]] = []
     for prompt, by_index in enumerate(samples):
         for _, sample in sorted(by_index.items()):
-            writer = LogprobWriter(prompts, prompt_ids[prompt], len(echoes[prompt]))
+            writer, echoed = echoes[prompt].writer(head, prompts, prompt_ids[prompt])
             reader = said[len(choices)] if said else None
-            choice = _choice(head.kind, len(choices), sample, writer, echoes[prompt], reader)
+            choice = _choice(head.kind, len(choices), sample, writer, echoes[prompt].text, reader)
+            if echoed is not None:
+                own = choice["logprobs"]
+                choice["logprobs"] = echoed if own is None else {name: echoed[name] + own[name] for name in echoed}
             if head.token_ids:
                 choice["token_ids"] = sample.token_ids
                 if head.kind == "completion":
@@ -90,12 +114,18 @@ def _choice(
         choice["text"] = echo + sample.text
         if sample.logprobs:
             choice["logprobs"] = writer.completion(sample.logprobs)
+    choice["stop_reason"] = sample.stop_reason
     return choice
 
 
-def first_chunks(head: Head, index: int, echo: str, prompt_ids: Ids, usage: Usage) -> list[dict[str, Any]]:
-    """Before a choice's first token: the role of a chat, the echo of a completion, the prompt's token ids if asked."""
-    choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": None}
+def first_chunks(
+    head: Head, index: int, echo: str, prompt_ids: Ids, usage: Usage, echoed: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Before a choice's first token: the role of a chat, the echo of a completion, the prompt's token ids if asked.
+
+    `echoed`: log-probabilities of the echo.
+    """
+    choice: dict[str, Any] = {"index": index, "logprobs": echoed, "finish_reason": None}
     if head.kind == "chat":
         chunk = _chunk(head, {**choice, "delta": {"role": "assistant", "content": ""}}, usage)
         return [chunk | {"prompt_token_ids": list(prompt_ids)} if head.token_ids else chunk]
@@ -125,10 +155,12 @@ def delta_chunks(
         if said is not None and delta.finish_reason is not None:
             finish = said.finish_reason(delta.finish_reason)
         if finish is not None:
-            chunks.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": finish})
+            end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish}
+            chunks.append({**end, "stop_reason": delta.stop_reason})
     elif has_news or finish is not None:
         logprobs = writer.completion(delta.logprobs) if delta.logprobs else None
-        chunks.append({"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": finish})
+        stop = {} if finish is None else {"stop_reason": delta.stop_reason}
+        chunks.append({"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": finish, **stop})
     if head.token_ids:
         for at, chunk in enumerate(chunks):
             chunk["token_ids"] = list(delta.token_ids) if at == 0 and has_news else []

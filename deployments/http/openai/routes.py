@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,18 +13,21 @@ from fastapi.routing import APIRoute
 
 from adapter_store.records import AdapterRecord
 from deployments.asks import Ask
-from deployments.http.collect import collect
+from deployments.http.collect import Sample, Usage, collect, likeliest
 from deployments.http.documented import answers, failures
 from deployments.http.limits import MAX_CURSOR_CHARS, MAX_PAGE
 from deployments.http.openai import examples, replies, sse, translate
 from deployments.http.openai.chats import chat_ask, said_of
 from deployments.http.openai.said import reader_of
 from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
+from deployments.http.openai.scored import Scored, as_tokens, prompt_logprobs, score_prompts
 from deployments.http.openai.tools import Reading
 from deployments.http.responses import EventResponse, closing, inert_header
-from deployments.router.gateway import Gateway, Opened
+from deployments.router.gateway import Gateway
+from engine.request import FinishReason
 
 OWNER = "chorus"
+Ids = tuple[int, ...]
 
 
 def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
@@ -42,7 +47,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute]) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a prompt, or several: texts or lists of token ids."""
         ask = translate.completion_ask(body, gateway.model_id, gateway.defaults)
-        return await _serve(gateway, "completion", body, ask, request, request.state.inert, echo=bool(body.echo))
+        return await _serve(gateway, "completion", body, ask, request, request.state.inert)
 
     @router.get("/models")
     async def models(
@@ -71,38 +76,90 @@ async def _serve(
     request: Request,
     inert: tuple[str, ...],
     *,
-    echo: bool = False,
     reading: Reading | None = None,
 ) -> Response:
     if body.user is not None and body.safety_identifier not in (None, body.user):
         inert = (*inert, "user")  # the newer name of the two counts
     headers = inert_header(inert)
-    opened = await gateway.open(ask, request.state.caller.tenant)
-    options = body.stream_options
-    head = replies.Head(
-        kind=kind,
-        request_id=opened.request_id,
-        created=int(time.time()),
-        model=body.model,
-        include_usage=options is not None and options.include_usage,
-        continuous_usage=options is not None and options.continuous_usage_stats,
-        token_ids=bool(body.return_token_ids),
-    )
-    echoes = [_echo(gateway, ask, opened, index) if echo else "" for index in range(len(opened.prompts))]
+    tenant = request.state.caller.tenant
+    top = _scored_top(body)
+    scored = None if top is None else await score_prompts(gateway, ask, tenant, top)
+    if body.max_tokens == 0:
+        ids = await gateway.prompts.encode(ask) if scored is None else scored.ids
+        return JSONResponse(_nothing_more(gateway, kind, body, ask, ids, scored), headers=headers)
+    opened = await gateway.open(ask if scored is None else as_tokens(ask, scored.ids), tenant)
+    head = _head(kind, body, opened.request_id)
+    echoes = _echoes(gateway, body, ask, opened.prompts, scored)
     said = said_of(reading, gateway.prompts, opened, ask.params.n) if reading is not None else []
     if body.stream:
         return EventResponse(sse.events(head, opened, ask.params.n, gateway.prompts, echoes, said), opened, headers)
     async with closing(opened):
         samples, usage = await collect(opened, reader_of(said))
+    if isinstance(body, CompletionRequest) and (body.n or 1) < ask.params.n:
+        samples = [likeliest(by_index, body.n or 1, with_logprobs=body.logprobs is not None) for by_index in samples]
     whole = replies.whole(head, samples, usage, gateway.prompts, opened.prompts, echoes, said)
-    return JSONResponse(whole, headers=headers)
+    return JSONResponse(_with_scores(gateway, kind, body, whole, scored), headers=headers)
 
 
-def _echo(gateway: Gateway, ask: Ask, opened: Opened, index: int) -> str:
-    prompt = ask.prompts[index]
-    if isinstance(prompt, str):
-        return prompt
-    return gateway.prompts.decode(opened.prompts[index], ask.params.skip_special_tokens)
+def _head(kind: replies.Kind, body: Sampling, request_id: str) -> replies.Head:
+    options = body.stream_options
+    return replies.Head(
+        kind=kind,
+        request_id=request_id,
+        created=int(time.time()),
+        model=body.model,
+        include_usage=options is not None and options.include_usage,
+        continuous_usage=options is not None and options.continuous_usage_stats,
+        token_ids=bool(body.return_token_ids),
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+    )
+
+
+def _scored_top(body: Sampling) -> int | None:
+    """How many of the likeliest tokens are asked for in the place of each of the prompt's; None: nothing is."""
+    echoed = body.logprobs if isinstance(body, CompletionRequest) and body.echo else None
+    asked = [top for top in (body.prompt_logprobs, echoed) if top is not None]
+    return max(asked, default=None)
+
+
+def _nothing_more(
+    gateway: Gateway, kind: replies.Kind, body: Sampling, ask: Ask, ids: Sequence[Ids], scored: Scored | None
+) -> dict[str, Any]:
+    """The reply to `max_tokens: 0`."""
+    samples = [{index: Sample(finish_reason=FinishReason.LENGTH) for index in range(body.n or 1)} for _ in ids]
+    head, usage = _head(kind, body, ask.request_id or uuid.uuid4().hex), Usage(sum(map(len, ids)))
+    echoes = _echoes(gateway, body, ask, ids, scored)
+    whole = replies.whole(head, samples, usage, gateway.prompts, ids, echoes)
+    return _with_scores(gateway, kind, body, whole, scored)
+
+
+def _with_scores(
+    gateway: Gateway, kind: replies.Kind, body: Sampling, whole: dict[str, Any], scored: Scored | None
+) -> dict[str, Any]:
+    """With vLLM's `prompt_logprobs`: of a chat beside its choices, of a completion in each."""
+    if scored is None or body.prompt_logprobs is None:
+        return whole
+    told = [prompt_logprobs(gateway.prompts, tokens, body.prompt_logprobs) for tokens in scored.tokens]
+    if kind == "chat":
+        return whole | {"prompt_logprobs": told[0]}
+    for index, choice in enumerate(whole["choices"]):
+        choice["prompt_logprobs"] = told[index // (body.n or 1)]
+    return whole
+
+
+def _echoes(
+    gateway: Gateway, body: Sampling, ask: Ask, ids: Sequence[Ids], scored: Scored | None
+) -> list[replies.Echo]:
+    if not (isinstance(body, CompletionRequest) and body.echo):
+        return [replies.NO_ECHO] * len(ids)
+    texts = [
+        prompt if isinstance(prompt, str) and not ask.truncate
+        else gateway.prompts.decode(ids[index], ask.params.skip_special_tokens)
+        for index, prompt in enumerate(ask.prompts)
+    ]  # fmt: skip
+    if scored is None or body.logprobs is None:
+        return [replies.Echo(text) for text in texts]
+    return [replies.Echo(text, tokens, body.logprobs) for text, tokens in zip(texts, scored.tokens, strict=True)]
 
 
 async def _models(gateway: Gateway, started: int, after: str | None, limit: int) -> dict[str, Any]:

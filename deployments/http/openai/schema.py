@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
@@ -12,7 +13,15 @@ from deployments.http.openai.foreign import Foreign, ForeignChat, ForeignComplet
 from deployments.http.openai.messages import Label, Message
 from deployments.http.openai.tools import ToolFields
 from deployments.http.wire import Body, Whole, refused, shown, whole_numbers, wrong
-from engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from engine.request import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 
 Real = float | None
 Count = Annotated[Whole, Field(ge=1)] | None
@@ -32,12 +41,17 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise wrong(f"{shown(value)} is not a list of token ids")
-    if len(value) > MAX_STOP_TOKEN_IDS:
-        raise wrong(f"{len(value)} token ids, the limit is {MAX_STOP_TOKEN_IDS}; send fewer")
-    return whole_numbers(list(value), "a token id")
+def some_ids(most: int) -> Callable[[Any], tuple[int, ...]]:
+    """A check of a list of at most so many token ids."""
+
+    def check(value: Any) -> tuple[int, ...]:
+        if not isinstance(value, list | tuple):
+            raise wrong(f"{shown(value)} is not a list of token ids")
+        if len(value) > most:
+            raise wrong(f"{len(value)} token ids, the limit is {most}; send fewer")
+        return whole_numbers(list(value), "a token id")
+
+    return check
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -77,14 +91,31 @@ _JSON_NAMES = {
     type(None): "nulls",
 }  # fmt: skip
 _STRINGS: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
+IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _BIASES: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "number"}}
-_PROMPTS: dict[str, Any] = {"anyOf": [*_STRINGS["anyOf"], _IDS, {"type": "array", "items": _IDS}]}
+_PROMPTS: dict[str, Any] = {"anyOf": [*_STRINGS["anyOf"], IDS, {"type": "array", "items": IDS}]}
 
 
 Stop = Annotated[tuple[str, ...] | None, PlainValidator(_stop), WithJsonSchema(_STRINGS)]
 
 Prompts = Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
+
+
+RequestId = (
+    Annotated[
+        str, Field(min_length=1, max_length=limits.MAX_REQUEST_ID_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
+    ]
+    | None
+)
+AllowedIds = Annotated[tuple[int, ...] | None, PlainValidator(some_ids(MAX_ALLOWED_TOKEN_IDS)), WithJsonSchema(IDS)]
+StopIds = Annotated[tuple[int, ...] | None, PlainValidator(some_ids(MAX_STOP_TOKEN_IDS)), WithJsonSchema(IDS)]
+BadWords = (
+    Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=limits.MAX_BAD_WORD_CHARS)]],
+        Field(max_length=limits.MAX_BAD_WORDS),
+    ]
+    | None
+)
 
 
 class StreamOptions(Body):
@@ -101,7 +132,7 @@ class Sampling(Foreign):
     model: Annotated[str, Field(min_length=1, max_length=limits.MAX_MODEL_CHARS)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count = None
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None  # 0: nothing but what is said of the prompt
     temperature: Real = None
     top_p: Real = None
     n: Count = None
@@ -117,20 +148,27 @@ class Sampling(Foreign):
     min_p: Real = None
     repetition_penalty: Real = None
     min_tokens: Annotated[Whole, Field(ge=0)] | None = None
-    stop_token_ids: Annotated[tuple[int, ...] | None, PlainValidator(_token_ids), WithJsonSchema(_IDS)] = None
+    typical_p: Real = None
+    allowed_token_ids: AllowedIds = None
+    bad_words: BadWords = None
+    stop_token_ids: StopIds = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None  # false: their names are part of the text
     prompt_lookup_num_tokens: Annotated[Whole, Field(ge=0)] | None = None
     cache_salt: Label = None
+    prompt_cache_key: Annotated[str, Field(max_length=limits.MAX_HINT_CHARS)] | None = None  # where equal ones go
+    priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # within the key, lowest first
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=1)] | None = None  # keep the last so many
+    add_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log-probabilities: "token_id:17" for its text
+    no_stop_trim: bool | None = None  # SGLang's name of include_stop_str_in_output
     adapter_source: Annotated[str, Field(max_length=limits.MAX_SOURCE_CHARS)] | None = None
     return_token_ids: bool | None = None
-    request_id: (
-        Annotated[
-            str, Field(min_length=1, max_length=limits.MAX_REQUEST_ID_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
-        ]
-        | None
-    ) = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # of the likeliest, so many
+    request_id: RequestId = None
+    lora_path: Annotated[str, Field(max_length=limits.MAX_MODEL_CHARS)] | None = None  # SGLang's: the adapter
+    rid: RequestId = None  # SGLang's name of it
 
 
 class ChatRequest(Sampling, ToolFields, ForeignChat):
@@ -142,6 +180,8 @@ class ChatRequest(Sampling, ToolFields, ForeignChat):
     max_completion_tokens: Count = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None  # false: the prompt ends with the last message
+    continue_final_message: bool | None = None  # the answer goes on with the last message, an assistant's
 
 
 class CompletionRequest(Sampling, ForeignCompletion):

@@ -72,26 +72,19 @@ async def events(
     opened: Opened,
     num_samples: int,
     prompts: Prompts,
-    echoes: Sequence[str],
+    echoes: Sequence[replies.Echo],
     said: Sequence[Said] = (),
 ) -> AsyncGenerator[bytes]:
     """The events of `opened`. A failure after the first token becomes an error event: the status is long sent."""
     usage = usage_of(opened)
     num_choices = num_samples * len(opened.prompts)
-    prompt_of = [choice // num_samples for choice in range(num_choices)]
-    writers = [
-        ChunkWriter(
-            head,
-            choice,
-            LogprobWriter(prompts, opened.prompts[prompt], len(echoes[prompt])),
-            usage,
-            said[choice] if said else None,
-        )
-        for choice, prompt in enumerate(prompt_of)
-    ]
+    writers = []
     for choice in range(num_choices):
         prompt = choice // num_samples
-        for chunk in replies.first_chunks(head, choice, echoes[prompt], opened.prompts[prompt], usage):
+        ids, echo = opened.prompts[prompt], echoes[prompt]
+        logprobs, echoed = echo.writer(head, prompts, ids)
+        writers.append(ChunkWriter(head, choice, logprobs, usage, said[choice] if said else None))
+        for chunk in replies.first_chunks(head, choice, echo.text, ids, usage, echoed):
             yield event(chunk)
     try:
         async with aclosing(merge(opened.streams)) as deltas:

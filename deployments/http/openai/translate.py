@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from deployments.asks import Ask, Chat, Prompt
+from deployments.asks import Ask, Chat, Prompt, adapter_of
 from deployments.http.openai.formats import grammar_of
 from deployments.http.openai.messages import as_template_takes_it
 from deployments.http.openai.schema import ChatRequest, CompletionRequest, Sampling
@@ -47,25 +47,57 @@ def chat_ask(
         params = replace(params, grammar=forced)
     if reading.hidden:
         params = replace(params, skip_special_tokens=False)
-    return _ask(body, model_id, (Chat(messages, args or {}),), params, "messages")
+    return _ask(body, model_id, (Chat(messages, {**(args or {}), **_endings(body)}),), params, "messages")
+
+
+def _endings(body: ChatRequest) -> dict[str, bool]:
+    """How the prompt ends. Raises: InvalidRequest."""
+    if not body.continue_final_message:
+        return {} if body.add_generation_prompt is not False else {"add_generation_prompt": False}
+    if body.add_generation_prompt:
+        raise InvalidRequest("continue_final_message", "it contradicts add_generation_prompt; send one of the two")
+    last = body.messages[-1]
+    if last.role != "assistant" or last.tool_calls:
+        raise InvalidRequest(
+            "continue_final_message", f"the last message is of role {last.role!r}; send an assistant's text last"
+        )
+    return {"add_generation_prompt": False, "continue_final_message": True}
 
 
 def completion_ask(body: CompletionRequest, model_id: str, defaults: Defaults = NO_DEFAULTS) -> Ask:
     """Raises: InvalidRequest naming the field."""
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequest("best_of", f"best_of={body.best_of} must equal n={body.n or 1}; choose among n yourself")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo", "with logprobs it would need those of the prompt; send one of the two")
+    if body.best_of is not None and body.best_of < (body.n or 1):
+        raise InvalidRequest("best_of", f"best_of={body.best_of} is less than n={body.n or 1}; send no less")
+    if body.best_of is not None and body.best_of > (body.n or 1) and body.stream:
+        raise InvalidRequest("best_of", "the best of several are known at the end; send stream=false, or n")
     max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    return _ask(body, model_id, body.prompt, _params(body, max_tokens, body.logprobs, defaults), "prompt")
+    params = _params(body, max_tokens, body.logprobs, defaults)
+    if body.best_of is not None and body.best_of > params.n:  # the likeliest are told by their log-probabilities
+        params = replace(params, n=body.best_of, logprobs=params.logprobs or 0)
+    return _ask(body, model_id, body.prompt, params, "prompt")
+
+
+def _check_nothing(body: Sampling) -> None:
+    """Raises: InvalidRequest where no tokens are asked for, and nothing else either."""
+    echoes = isinstance(body, CompletionRequest) and bool(body.echo)
+    if body.prompt_logprobs is None and not echoes:
+        raise InvalidRequest("max_tokens", "0 tokens are nothing; send at least 1, or echo or prompt_logprobs too")
+    if body.stream:
+        raise InvalidRequest("max_tokens", "0 tokens are no stream; send stream=false, or at least 1")
+    if body.min_tokens:
+        raise InvalidRequest("min_tokens", f"{body.min_tokens} is more than max_tokens=0; leave it out")
 
 
 def _ask(body: Sampling, model_id: str, prompts: tuple[Prompt, ...], params: SamplingParams, prompt_param: str) -> Ask:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "it needs stream=true")
-    if body.lora_path is not None and body.lora_path != body.model:
-        raise InvalidRequest("lora_path", f"{body.lora_path!r} is not model={body.model!r}; name the adapter in model")
-    adapter = None if body.model == model_id else body.model
+    if body.rid is not None and body.request_id not in (None, body.rid):
+        raise InvalidRequest("rid", "it contradicts request_id; send one of the two")
+    adapter = adapter_of(body.model, model_id)
+    if body.lora_path is not None:  # SGLang's: the adapter, beside a model that names the base or the adapter too
+        if adapter not in (None, adapter_of(body.lora_path, model_id)):
+            raise InvalidRequest("lora_path", f"{body.lora_path!r} is not model={body.model!r}; send one of the two")
+        adapter = adapter_of(body.lora_path, model_id)
     if adapter is None and body.adapter_source is not None:
         raise InvalidRequest("adapter_source", f"model {body.model!r} is the base; name an adapter in model")
     return Ask(
@@ -74,8 +106,13 @@ def _ask(body: Sampling, model_id: str, prompts: tuple[Prompt, ...], params: Sam
         adapter=adapter,
         adapter_source=body.adapter_source,
         cache_salt=body.cache_salt or "",
+        cache_key=body.prompt_cache_key or "",
+        priority=body.priority or 0,
+        bad_words=tuple(body.bad_words or ()),
+        add_special_tokens=body.add_special_tokens,
+        truncate=body.truncate_prompt_tokens,
         user=body.safety_identifier or body.user or "",
-        request_id=body.request_id or "",
+        request_id=body.request_id or body.rid or "",
         prompt_param=prompt_param,
     )
 
@@ -93,7 +130,9 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None, defaul
         "min_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
         "prompt_lookup_num_tokens": body.prompt_lookup_num_tokens,
-        "include_stop_str_in_output": body.include_stop_str_in_output,
+        "include_stop_str_in_output": body.include_stop_str_in_output or body.no_stop_trim,
+        "typical_p": body.typical_p,
+        "allowed_token_ids": body.allowed_token_ids,
         "skip_special_tokens": body.skip_special_tokens,
         "grammar": grammar_of(body),
     }
@@ -105,8 +144,12 @@ def _params(body: Sampling, max_tokens: int | None, logprobs: int | None, defaul
     if body.prompt_lookup_num_tokens and penalty != 1.0 and body.repetition_penalty is None:
         says = f"the model's generation_config.json says repetition_penalty={penalty:g}, which changes with every token"
         raise InvalidRequest("prompt_lookup_num_tokens", f"{says}; send repetition_penalty=1 too, or leave it out")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs", "they are part of a whole reply; send stream=false")
+    if max_tokens == 0:
+        _check_nothing(body)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=1 if max_tokens == 0 else max_tokens,  # of 0 nothing is asked of a replica
         stop=body.stop or (),
         stop_token_ids=body.stop_token_ids or (),
         seed=None if body.seed is None else body.seed % 2**64,

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from deployments.asks import Ask, Prompt
+from deployments.asks import Ask, Prompt, adapter_of
 from deployments.http.documented import JSON, answers, failures
 from deployments.http.openai.replies import error_body
 from deployments.http.responses import inert_header
@@ -109,7 +109,7 @@ def _ask(
     asked: Pooling | None = None,
 ) -> Ask:
     """`param`: what the API calls the prompts. Raises: InvalidRequest."""
-    adapter = None if model in (None, gateway.model_id) else model
+    adapter = None if model is None else adapter_of(model, gateway.model_id)
     if adapter is None and body.adapter_source is not None:
         raise InvalidRequest("adapter_source", f"model {model or gateway.model_id!r} is the base; name an adapter")
     return Ask(
