@@ -39,6 +39,7 @@ _ERROR_FILE = (
 _SECTION = re.compile(r"^(global|defaults|frontend|backend|listen)\b.*")
 _BIND = re.compile(r"^(\s*bind\s+)(\S+)(.*)$")
 _NOT_FOUND = re.compile(r"^(\s*http-request return status) 404 .*$")
+_AWAY = re.compile(r'^(\s*http-request return status 503 .*?)( if [^"]*)?$')  # of /-/healthz and /-/routes
 _ERROR = re.compile(r"^(\s*errorfile (?:502|503|504)) .*$")
 
 
@@ -66,7 +67,9 @@ def closed(config: str, folder: Path) -> str:
         elif section == "global" and "stats socket" in line:
             line = line.replace("mode 666", "mode 600")
         elif section == "backend default_backend" and not has_application:
-            line = _NOT_FOUND.sub(rf"\1 503 content-type application/json string '{_BODY}' hdr Retry-After 1", line)
+            line = _NOT_FOUND.sub(rf"\1 503 content-type application/json string '{_BODY}'", line)
+        if "hdr Retry-After" not in line:
+            line = _AWAY.sub(rf"\1 hdr Retry-After {RETRY_AFTER_S}\2", line)
         lines.append(_ERROR.sub(rf"\1 {folder / '503.http'}", line))
     if front is None:
         raise Unexpected("Ray's HAProxy configuration has no `frontend http_frontend`")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.http.collect import Usage
+from deployments.http.lorax import sse as lorax_sse
 from deployments.http.openai import replies
 from deployments.http.openai.logprobs import LogprobWriter
 from deployments.http.openai.sse import _PLACE, ChunkWriter, event
@@ -61,3 +62,23 @@ class _NoLogprobs(LogprobWriter):
 
     def completion(self, items: Any) -> dict[str, Any]:
         return {"tokens": [item.token_id for item in items]}
+
+
+TOKENS = st.builds(
+    lambda token_id, text, logprob, special, top: {
+        "id": token_id, "text": text, "logprob": logprob, "special": special, "skipped": False,
+        **({} if top is None else {"alternative_tokens": top}),
+    },
+    st.integers(0, 1 << 20),
+    TEXTS,
+    st.floats(-1e4, 0) | st.sampled_from([float("-inf"), -0.0, -1e-320]),
+    st.booleans(),
+    st.none() | st.just([{"id": 1, "text": "a", "logprob": -1.0}]),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(token=TOKENS)
+def test_every_token_of_a_lorax_stream_is_the_bytes_of_its_body(token: dict[str, Any]) -> None:
+    body = {"token": token, "generated_text": None, "details": None}
+    assert lorax_sse.token_event(token) == lorax_sse.event(body)

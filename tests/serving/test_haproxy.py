@@ -151,3 +151,15 @@ def test_the_death_of_a_manager_tells_its_haproxy_to_stop(tmp_path: Path) -> Non
         finally:
             parent.stdout.close()
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["loopback", "everywhere", "starting"])
+def test_whoever_is_told_that_nobody_can_answer_is_told_when_to_ask_again(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Serve's own paths /-/healthz and /-/routes too: load balancers ask them."""
+    lines = [
+        line for line in closed(request.getfixturevalue(name), tmp_path).splitlines() if " return status 503" in line
+    ]
+    assert lines
+    assert [line for line in lines if line.count("hdr Retry-After 1") != 1] == []
