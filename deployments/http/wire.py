@@ -58,7 +58,7 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
     takes_all = not field.keys() & {"type", "anyOf", "oneOf", "allOf", "enum", "const", "$ref"}
     if takes_all or null in kinds or None in field.get("enum", ()) or field.get("type") == "null":
         return field
-    around = {name: field[name] for name in ("title", "description", "default") if name in field}
+    around: dict[str, Any] = {name: field[name] for name in ("title", "description", "default") if name in field}
     return {"anyOf": [{name: item for name, item in field.items() if name not in around}, null], **around}
 
 

@@ -33,7 +33,6 @@ def _schema(examples: int, *, with_boundaries: bool) -> Any:
     """Of an application over fakes. `examples`: random requests for each operation; boundaries: of each field."""
     app = serve(FakeBackend(reply=lambda call: "yes")).app
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    schema = schema.exclude(path="/tokenize")  # tells LoRAX's failures and answers with OpenAI's
     schema.config.generation.update(deterministic=True, database="none", max_examples=examples)
     schema.config.phases.coverage.enabled = with_boundaries
     # Other methods than those told are asked in tests/serving/test_methods.py, OPTIONS among them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -54,7 +54,7 @@ def routes(gateway: Gateway, route_class: type[APIRoute], in_flight: InFlight) -
         """The release that runs."""
         return {"version": own_version()}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Of each replica, for Prometheus, with vLLM's names where others read them."""
         return Response(exposition(gateway.model_id, await gateway.backend.stats()), media_type=CONTENT_TYPE_LATEST)
@@ -64,13 +64,13 @@ def routes(gateway: Gateway, route_class: type[APIRoute], in_flight: InFlight) -
         """Requests that this router has not answered to their end, this one left out."""
         return {"server_load": max(0, in_flight.count - 1)}
 
-    @router.get("/ping")
+    @router.get("/ping", response_class=Response)
     async def ping() -> Response:
         """As GET /health, with an empty body."""
         await gateway.backend.ping()
         return Response()
 
-    @router.post("/ping")
+    @router.post("/ping", response_class=Response)
     async def ping_too() -> Response:
         """As GET /ping: SageMaker's probes ask so."""
         return await ping()
