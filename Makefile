@@ -17,7 +17,7 @@ TORCH = $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",$$/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-slow test-gpu test-s3 test-quantizers lint format clean
+.PHONY: help serve test clients test-slow test-gpu test-s3 test-quantizers lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,7 +28,11 @@ serve: .venv/.serve ## serve serve_config.yaml until Ctrl-C (exit 0, no process 
 test: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the default tests, with the seconds each folder took
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) ## the tests marked slow
+# Programs that talk to the server in tests/e2e/test_clients.py. Their pins collide: each lives alone.
+CLIENTS := litellm langchain llama-index instructor guidellm lm-eval
+clients: $(CLIENTS:%=.venv-%/.client) ## the environments of other people's programs, for test-slow
+
+test-slow: .venv/.test .venv-lorax/.lorax-client-$(LORAX_CLIENT) clients ## the tests marked slow
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-gpu: .venv/.test ## the tests that need a CUDA device
@@ -87,6 +91,20 @@ clean: ## remove the virtual environments and every cache
 .venv-lorax/.lorax-client-$(LORAX_CLIENT):
 	@$(PYTHON) -m venv .venv-lorax
 	@.venv-lorax/bin/python -m pip install -qq --disable-pip-version-check 'lorax-client==$(LORAX_CLIENT)'
+	@touch $@
+
+PACKAGES_litellm := litellm
+PACKAGES_langchain := langchain-openai
+PACKAGES_llama-index := llama-index-llms-openai-like
+PACKAGES_instructor := instructor
+PACKAGES_guidellm := guidellm
+PACKAGES_lm-eval := 'lm-eval[api,hf]'
+.venv-%/.client: .venv/.test
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --upgrade 'pip>=25'
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check \
+	  $(if $(filter guidellm lm-eval,$*),torch==$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])')) \
+	  $(PACKAGES_$*)
 	@touch $@
 
 .venv-rclone/.rclone:

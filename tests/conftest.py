@@ -52,7 +52,8 @@ BUDGETS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("manifests", "."), 50),
     (("equality",), 80),
     (("demo",), 60),
-    (("serving",), 25),
+    (("serving",), 110),
+    (("conformance", "dialects", "grammar"), 40),
     (("soak",), 15),
     (("e2e",), 120),
 )

@@ -130,6 +130,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "grpc",
         "fastapi",
         "fastapi_offline",
+        "prometheus_client",
         "starlette",
         "pydantic",
         "pydantic_core",

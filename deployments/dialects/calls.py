@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 from deployments.dialects.events import Arguments, Begin, Event, JsonObject, Reader, Text, overlap, read_calls
 
-# A call whose arguments can be told while they come: its name is there before them.
-HEAD = re.compile(
-    r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?(?:"function"\s*:\s*\{\s*)?'
-    r'"name"\s*:\s*"([^"\\<\n]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+# A call whose arguments can be told while they come: its name is there before them. A `~` is some white space.
+_HEAD = (
+    r'~\{~(?:"type"~:~"function"~,~)?(?:"function"~:~\{~)?'
+    r'"name"~:~"([^"\\<\n]{1,256})"~,~"(?:arguments|parameters)"~:~(?=\{)'
 )
+HEAD = re.compile(_HEAD.replace("~", r"\s{0,16}"))
+_LONGEST_HEAD = 512  # characters, by which a call that begins with its name has begun
 
 
 class CallsReader(Reader):
@@ -79,24 +81,38 @@ class MarkedReader(CallsReader):
             yield from self._rest()
 
 
-class HermesReader(CallsReader):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes, Qwen 2.5 and Qwen 3 write it."""
+class StagedReader(CallsReader):
+    """Reads what it holds by where it stands: `_text_part`, `_head_part` and so on each take what is theirs."""
 
-    opening, closing = "<tool_call>", "</tool_call>"
+    _START = "text"
 
     def __init__(self) -> None:
         super().__init__()
-        self._where = "text"
-        self._arguments = JsonObject()
+        self._where = self._START
+        self._object = JsonObject()  # of a call's arguments, or what is left of a call behind them
+        self._scan: tuple[JsonObject, int] | None = None  # of an object that is held, and how far it was looked at
 
     def _read(self, *, final: bool) -> Iterator[Event]:
-        while self._held or final:
+        while True:
             before = (self._where, len(self._held))
             yield from getattr(self, f"_{self._where}_part")(final)
             if (self._where, len(self._held)) == before:
                 break
         if final:
             yield from self._rest()
+
+    def _end_of_object(self) -> int | None:
+        """Where the object of JSON ends that begins what is held; None: not yet. Each character is looked at once."""
+        scan, at = self._scan or (JsonObject(), 0)
+        at += scan.feed(self._held[at:])
+        self._scan = None if scan.is_whole else (scan, at)
+        return at if scan.is_whole else None
+
+
+class HermesReader(StagedReader):
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes, Qwen 2.5 and Qwen 3 write it."""
+
+    opening, closing = "<tool_call>", "</tool_call>"
 
     def _text_part(self, final: bool) -> Iterator[Event]:
         text, found = self._until(self.opening, final=final)
@@ -107,7 +123,7 @@ class HermesReader(CallsReader):
         head = HEAD.match(self._held)
         if head is not None:
             self._take(head.end())
-            self._arguments, self._where = JsonObject(), "arguments"
+            self._object, self._where = JsonObject(), "arguments"
             yield from self._called([Begin(head[1])])
             return
         at = self._held.find(self.closing)
@@ -120,9 +136,9 @@ class HermesReader(CallsReader):
         yield from self._called(events) if events else self._text(f"{self.opening}{body}{closing}")
 
     def _arguments_part(self, final: bool) -> Iterator[Event]:
-        if text := self._take(self._arguments.feed(self._held)):
+        if text := self._take(self._object.feed(self._held)):
             yield Arguments(text)
-        self._where = "tail" if self._arguments.is_whole else "arguments"
+        self._where = "tail" if self._object.is_whole else "arguments"
 
     def _tail_part(self, final: bool) -> Iterator[Event]:
         at = self._held.find(self.closing)
@@ -134,7 +150,7 @@ class HermesReader(CallsReader):
         yield from self._text(rest.lstrip("} \n"))
 
 
-class LlamaReader(CallsReader):
+class LlamaReader(StagedReader):
     """An answer that is nothing but calls: `{"name": ..., "parameters": {...}}`, several with `;` between them.
 
     Llama 3 writes them so, with `<|python_tag|>` in front or without. What begins otherwise is text to its end.
@@ -143,42 +159,40 @@ class LlamaReader(CallsReader):
     _MARK = "<|python_tag|>"
     _KEY = re.compile(r'\{\s*"([^"]*)"')
 
+    _START = "start"
+
     def __init__(self) -> None:
         super().__init__()
-        self._where = "start"
-        self._object = JsonObject()
         self._was_marked = ""
 
-    def _read(self, *, final: bool) -> Iterator[Event]:
-        while True:
-            before = (self._where, len(self._held))
-            yield from getattr(self, f"_{self._where}_part")(final)
-            if (self._where, len(self._held)) == before:
-                break
-        if final:
-            yield from self._rest()
-
     def _start_part(self, final: bool) -> Iterator[Event]:
-        held = self._held.lstrip(" \n\t;") if self._has_called else self._held.lstrip()
+        if self._scan is None:
+            self._held = self._held.lstrip(" \n\t;") if self._has_called else self._held.lstrip()
+        held = self._held
         if not held or (not final and overlap(held, self._MARK) == len(held)):
             return
         if held.startswith(self._MARK):
-            self._was_marked, self._held = self._MARK, held[len(self._MARK) :]
+            self._was_marked = self._MARK
+            self._take(len(self._MARK))
             return
         key = self._KEY.match(held)
         if not held.startswith("{") or (key and key[1] not in ("name", "type", "function")):
             self._where = "text"
-        elif (head := HEAD.match(held)) is not None:
-            self._held = held[head.end() :]
+        elif self._scan is None and (head := HEAD.match(held)) is not None:
+            self._take(head.end())
             self._where, self._object = "arguments", JsonObject()
             yield from self._called([Begin(head[1])])
-        elif (num_chars := (whole := JsonObject()).feed(held)) and whole.is_whole:
-            events = read_calls(held[:num_chars])
-            self._where = "start" if events else "text"
-            if events:
-                self._held = held[num_chars:]
-                yield from self._called(events)
-        elif final:
+        elif len(held) > _LONGEST_HEAD or final:
+            yield from self._other_order(final)
+
+    def _other_order(self, final: bool) -> Iterator[Event]:
+        """An object that does not begin as calls do: told once it is whole, if it is a call all the same."""
+        end = self._end_of_object()
+        events = read_calls(self._held[:end]) if end is not None else None
+        if events:
+            self._take(end or 0)
+            yield from self._called(events)
+        elif end is not None or final:
             self._where = "text"
 
     def _arguments_part(self, final: bool) -> Iterator[Event]:

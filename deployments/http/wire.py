@@ -36,9 +36,30 @@ class Body(BaseModel):
         return kept if unknown is None else {**kept, unknown: value[unknown]}
 
     @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What may be left out may be null too, and is told so."""
+        told = handler(schema)
+        whole = handler.resolve_ref_schema(told)
+        required = whole.get("required", ())
+        fields = whole.get("properties", {})
+        whole["properties"] = {k: v if k in required else _or_null(v) for k, v in fields.items()}
+        return told
+
+    @classmethod
     def nearest(cls, name: str) -> str | None:
         """The field that `name` may have been meant to be."""
         return next(iter(difflib.get_close_matches(name[:40], _by_wire_name(cls), n=1)), None)
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema `field`, null among what it allows."""
+    null = {"type": "null"}
+    kinds = [*field.get("anyOf", ()), *field.get("oneOf", ())]
+    takes_all = not field.keys() & {"type", "anyOf", "oneOf", "allOf", "enum", "const", "$ref"}
+    if takes_all or null in kinds or None in field.get("enum", ()) or field.get("type") == "null":
+        return field
+    around: dict[str, Any] = {name: field[name] for name in ("title", "description", "default") if name in field}
+    return {"anyOf": [{name: item for name, item in field.items() if name not in around}, null], **around}
 
 
 @cache
@@ -135,9 +156,10 @@ def unsupported(what: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported_parameter", "{reason}", {"reason": f"not supported: {what}"})
 
 
-def kind_of(value: Any) -> Any:
-    """The `type` of an object, read or not yet; None where it has none."""
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+def kind_of(value: Any) -> str | None:
+    """The `type` of an object, read or not yet; None where it has none, or one that is no string."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
 
 
 def whole(value: Any) -> Any:

@@ -45,7 +45,7 @@ ROUTES: dict[tuple[str, str], tuple[str, str, Any]] = {
     ("POST", "/generate_stream"): (ASK, "/generate_stream", {"inputs": "x\n"}),
     ("POST", "/tokenize"): (ASK, "/tokenize", {"inputs": "x"}),
     ("POST", "/detokenize"): (ASK, "/detokenize", {"tokens": [65]}),
-    **{("GET", path): (ASK, path, None) for path in ("/tokenizer_info", "/version", "/load", "/ping")},
+    **{("GET", path): (ASK, path, None) for path in ("/tokenizer_info", "/version", "/load", "/ping", "/metrics")},
     ("POST", "/ping"): (ASK, "/ping", None),
     ("POST", "/classify"): (ASK, "/classify", {"inputs": "x"}),
     ("POST", "/classify_batch"): (ASK, "/classify_batch", {"inputs": ["x"]}),

@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.calls import Call
+from deployments.http.service.metrics import _COUNTERS, _GAUGES, exposition
 from engine.pooling import PromptScores
 from tests.serving.fakes import EOS, FakeBackend, Served, serve
 
@@ -246,3 +248,18 @@ def test_one_path_takes_every_body(body: Any, field: str | None) -> None:
     response = _at("/invocations", body)
     assert response.status_code == 200, response.text
     assert field is None or response.json()["object"] == field
+
+
+def test_replicas_are_told_for_prometheus() -> None:
+    told = {name: 0 for name, _ in (*_GAUGES.values(), *_COUNTERS.values())}
+    engine = {**told, "running": 3, "num_blocks": 10, "free_blocks": 4, "total_generated_tokens": 7}
+    said = [{"replica": "r1", "engine": engine, "resident": ["b", "a"]}, {"missing": "r2"}]
+    families = {family.name: family for family in text_string_to_metric_families(exposition("demo", said).decode())}
+    (running,) = families["vllm:num_requests_running"].samples
+    assert (running.value, running.labels) == (3, {"model_name": "demo", "engine": "r1"})
+    assert families["vllm:generation_tokens"].samples[0].value == 7
+    assert families["vllm:kv_cache_usage_perc"].samples[0].value == pytest.approx(0.6)
+    (adapters,) = families["vllm:lora_requests_info"].samples
+    assert adapters.labels["running_lora_adapters"] == "a,b"
+    response = _at("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.http import reading
 from deployments.http.limits import MAX_MESSAGES, MAX_STOP_CHARS
 from tests.serving.fakes import FakeBackend, Served, serve
 
@@ -35,6 +36,35 @@ GOOD: dict[str, Any] = {
     "/": {"inputs": "hi", "stream": False, "parameters": {"details": True}},
     "/adapters": {"name": "one", "source": "local", "location": "alpha", "sha256": {"f": "0" * 64}, "urls": {}},
     "/adapters/pin": {"name": "alpha", "source": "local"},
+    "/v1/responses": {
+        "model": "alpha",
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "well"}]},
+        ],
+        "text": {"format": {"type": "text"}},
+        "tools": [{"type": "function", "name": "f", "parameters": {}}],
+        "tool_choice": "none",
+        "stream": False,
+    },
+    "/v1/messages": {
+        "model": "demo",
+        "max_tokens": 3,
+        "system": [{"type": "text", "text": "be"}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        "stop_sequences": ["x"],
+    },
+    "/v1/decisions": {
+        "model": ["alpha", "demo"],
+        "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        "questions": [
+            {"type": "choice", "instructions": "which", "choices": [{"value": "a"}, {"value": "b"}]},
+            {"type": "score", "instructions": "how", "levels": [{"label": "low"}, {"label": "high"}]},
+        ],
+    },
+    "/v1/embeddings": {"model": "demo", "input": ["a", "b"], "encoding_format": "float", "dimensions": 4},
+    "/v1/score": {"model": "demo", "text_1": "a", "text_2": ["b", "c"]},
+    "/v1/rerank": {"model": "demo", "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1},
 }
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 1.0, -0.0, 2.5, 1e300, -1e-300, 2**31, 2**53 + 1, 2**63, 2**64, -(2**64), 10**400,
@@ -208,3 +238,53 @@ def test_a_body_of_another_type_is_refused_with_the_type_to_send(path: str, cont
     response = asyncio.run(serve().client.post(path, content=json.dumps(GOOD[path]), headers=headers))
     assert response.status_code == 415
     assert "application/json" in response.text
+
+
+@pytest.mark.parametrize("kind", [["text"], {}, 5], ids=str)
+@pytest.mark.parametrize(
+    ("path", "spot"),
+    [
+        ("/v1/messages", ("messages", 0, "content", 0)),
+        ("/v1/messages", ("system", 0)),
+        ("/v1/responses", ("input", 0)),
+        ("/v1/responses", ("input", 0, "content", 0)),
+        ("/v1/responses", ("tools", 0)),
+        ("/v1/decisions", ("input", 0)),
+        ("/v1/decisions", ("input", 0, "content", 0)),
+        ("/v1/decisions", ("questions", 0)),
+    ],
+    ids=str,
+)
+def test_a_type_that_is_no_string_is_refused_where_it_stands(path: str, spot: tuple[Any, ...], kind: Any):
+    text = json.dumps(_put(GOOD[path], (*spot, "type"), kind)).encode()
+    (response,) = asyncio.run(_answers(serve(), [(path, text)]))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(f"{spot[0]}[0]")
+    assert "_kind()" not in response.text  # how we tell types apart is no caller's business
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/messages", "stop_sequences"),
+        ("/v1/messages", "tools"),
+        ("/v1/responses", "stop"),
+        ("/v1/responses", "include"),
+        ("/v1/responses", "tools"),
+        ("/v1/chat/completions", "tools"),
+        ("/v1/chat/completions", "documents"),
+        ("/v1/decisions", "questions"),
+    ],
+)
+def test_a_list_of_wrong_things_is_read_to_its_first(path: str, field: str, monkeypatch: pytest.MonkeyPatch):
+    found: list[int] = []
+    counted = reading.fault_of_validation
+
+    def count(errors: Any, kind: Any = None) -> Any:
+        found.append(len(errors))
+        return counted(errors, kind)
+
+    monkeypatch.setattr(reading, "fault_of_validation", count)
+    text = json.dumps({**GOOD[path], field: [1] * 1000}).encode()
+    (response,) = asyncio.run(_answers(serve(), [(path, text)]))
+    assert (response.status_code, found) == (400, [1])

@@ -6,54 +6,23 @@ A real engine answers, in the place of the replicas.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from deployments.calls import Call, StreamItem
 from deployments.http.api import create_api
 from deployments.http.auth import ApiKeys
 from deployments.router.gateway import Gateway
-from deployments.router.prompts import Prompts
 from deployments.settings.app import LimitSettings
-from engine.aio.async_engine import AsyncEngine
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.request import Request
 from tests.serving.fakes import FakeAdapters, serve
+from tests.support.one_engine import OneEngine
 
-MODEL = str(Path(__file__).parents[2] / "demo" / "base")
 WAIT_S = 60
 # Nearly any token: two samples are equal only if their random numbers are.
 SAMPLING = {"temperature": 50.0, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
 Ids = tuple[int, ...]
-
-
-class OneEngine:
-    """A backend of one engine in this process."""
-
-    def __init__(self) -> None:
-        settings: dict[str, Any] = {"kv_cache_bytes": 1 << 24, "adapter_bytes": 1 << 20, "num_threads": 1}
-        self.engine = AsyncEngine(Engine(EngineConfig(model=MODEL, dtype="float32", **settings)))
-
-    async def stream(self, call: Call) -> AsyncGenerator[StreamItem]:
-        request = Request(
-            request_id=call.request_id,
-            prompt_token_ids=call.prompt_token_ids,
-            params=call.params,
-            seed=call.seed,
-            sample_index=call.sample_index,
-        )
-        async for delta in self.engine.generate(request):
-            yield StreamItem(replica="one", deltas=(delta,))
-
-    async def ping(self) -> None: ...
-
-    async def stats(self) -> list[dict[str, object]]:
-        return []
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +36,7 @@ def _samples(backend: OneEngine, *bodies: dict[str, Any]) -> list[list[Ids]]:
     """Of each body, the tokens of its choices."""
 
     async def ask() -> list[list[Ids]]:
-        prompts = Prompts.load(MODEL, None, LimitSettings())
-        gateway = Gateway(backend=backend, adapters=FakeAdapters(), prompts=prompts, model_id="demo")
+        gateway = Gateway(backend=backend, adapters=FakeAdapters(), prompts=backend.prompts, model_id="demo")
         transport = httpx.ASGITransport(app=create_api(gateway, ApiKeys(), LimitSettings()))
         found = []
         async with httpx.AsyncClient(transport=transport, base_url="http://chorus", timeout=WAIT_S) as client:

@@ -115,6 +115,17 @@ def test_the_prompt_names_the_tools_and_says_what_the_template_is_told() -> None
         assert prompt_of(served).endswith("<think>\n\n</think>\n\n")
 
 
+def test_a_prompt_ends_where_it_is_told_to() -> None:
+    served = server("x")
+    choice(served)
+    assert prompt_of(served).endswith("<|im_start|>assistant\n")
+    choice(served, add_generation_prompt=False)
+    assert prompt_of(served).endswith("hello<|im_end|>\n")
+    said = [*HELLO, {"role": "assistant", "content": "I say"}]
+    choice(served, messages=said, continue_final_message=True)
+    assert prompt_of(served).endswith("I say")
+
+
 def test_calls_and_results_are_replayed() -> None:
     served = server("x")
     calls = [{"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]

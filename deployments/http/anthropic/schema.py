@@ -11,7 +11,7 @@ from deployments.http.anthropic import examples
 from deployments.http.wire import Body, Whole, inert, kind_of, refused, shown, unsupported, wrong
 
 _CACHED = "equal prefixes are found by their tokens"
-_TEXT_ONLY = ("image", "document", "search_result", "container_upload")
+_BLOCKS = ("text", "thinking", "tool_use", "tool_result")
 Cached = Annotated[Any, inert(_CACHED)]
 Identifier = Annotated[str, Field(min_length=1, max_length=limits.MAX_LABEL_CHARS)]
 
@@ -63,10 +63,12 @@ class ToolResultBlock(Body):
     cache_control: Cached = None
 
 
-def _is_text(value: Any) -> Any:
+def _is_block(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind in _TEXT_ONLY:
-        raise unsupported(f"{shown(kind)} blocks; send text")
+    if kind is None:
+        raise wrong(f"a block has a type, one of {', '.join(_BLOCKS)}; this one is {shown(value)}")
+    if kind not in _BLOCKS:
+        raise unsupported(f"blocks of type {shown(kind)}; send {', '.join(_BLOCKS)}")
     return value
 
 
@@ -80,7 +82,7 @@ Block = Annotated[
     | Annotated[ToolUseBlock, Tag("[tool_use]")]
     | Annotated[ToolResultBlock, Tag("[tool_result]")],
     Discriminator(_kind),
-    BeforeValidator(_is_text),
+    BeforeValidator(_is_block),
 ]
 _Blocks = Annotated[list[Block], Field(min_length=1, max_length=limits.MAX_PARTS, fail_fast=True)]
 
@@ -152,7 +154,7 @@ class Conversation(Body):
     model: Annotated[str, Field(min_length=1, max_length=limits.MAX_MODEL_CHARS)]
     messages: Annotated[list[InputMessage], Field(min_length=1, max_length=limits.MAX_MESSAGES, fail_fast=True)]
     system: Text | None = None
-    tools: Annotated[list[Tool], Field(max_length=limits.MAX_PARTS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=limits.MAX_PARTS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     cache_control: Cached = None
@@ -168,7 +170,7 @@ class MessagesRequest(Conversation):
     model_config = ConfigDict(json_schema_extra={"example": examples.REQUEST})
 
     max_tokens: Annotated[Whole, Field(ge=1)]
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -39,7 +39,7 @@ class JsonPart(Body):
     """Data, which is written as JSON."""
 
     type: Literal["input_json"]
-    data: dict[str, Any] | list[dict[str, Any]]
+    data: dict[str, Any] | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class RefusalPart(Body):
@@ -51,7 +51,7 @@ class RefusalPart(Body):
 
 def _is_part(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind not in _PARTS:
+    if kind is not None and kind not in _PARTS:
         raise unsupported(f"{shown(kind)} parts; send text")
     return value
 
@@ -113,7 +113,7 @@ class OutputItem(Body):
 
 def _is_item(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind not in _ITEMS:
+    if kind is not None and kind not in _ITEMS:
         raise unsupported(f"items of type {shown(kind)}; send {', '.join(_ITEMS)}")
     return value
 
@@ -155,7 +155,7 @@ class ChoiceQuestion(Body):
 
     type: Literal["choice"]
     instructions: Content
-    choices: Annotated[list[Choice], Field(min_length=2, max_length=limits.MAX_VALUES)]
+    choices: Annotated[list[Choice], Field(min_length=2, max_length=limits.MAX_VALUES, fail_fast=True)]
     name: Label = None
 
 
@@ -171,13 +171,13 @@ class ScoreQuestion(Body):
 
     type: Literal["score"]
     instructions: Content
-    levels: Annotated[list[Level], Field(min_length=2, max_length=limits.MAX_LEVELS)]
+    levels: Annotated[list[Level], Field(min_length=2, max_length=limits.MAX_LEVELS, fail_fast=True)]
     name: Label = None
 
 
 def _is_question(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind not in _QUESTIONS:
+    if kind is not None and kind not in _QUESTIONS:
         raise unsupported(f"questions of type {shown(kind)}; send {', '.join(_QUESTIONS)}")
     return value
 

@@ -30,8 +30,10 @@ def _strategy(name: str) -> str:
 class MergedAdapters(Body):
     """Several adapters as one: what they add to each layer is weighted and summed, whatever their ranks."""
 
-    ids: Annotated[list[Annotated[AdapterId, Field(min_length=1)]], Field(min_length=1, max_length=MAX_MERGED)]
-    weights: Annotated[list[float], Field(min_length=1, max_length=MAX_MERGED)]  # one for each of `ids`
+    ids: Annotated[
+        list[Annotated[AdapterId, Field(min_length=1)]], Field(min_length=1, max_length=MAX_MERGED, fail_fast=True)
+    ]
+    weights: Annotated[list[float], Field(min_length=1, max_length=MAX_MERGED, fail_fast=True)]  # one for each of `ids`
     merge_strategy: Annotated[str, AfterValidator(_strategy)] | None = None  # None: linear
     density: Annotated[Annotated[float, Field(ge=0, le=1)] | None, inert("linear merges leave nothing out")] = None
     majority_sign_method: Annotated[Literal["total", "frequency"] | None, inert("linear merges elect no signs")] = None
@@ -117,4 +119,4 @@ class ClassifyBatchRequest(Body):
 
     model_config = ConfigDict(json_schema_extra={"example": examples.CLASSIFY_BATCH_REQUEST})
 
-    inputs: list[str]
+    inputs: Annotated[list[str], Field(fail_fast=True)]

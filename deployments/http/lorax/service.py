@@ -31,13 +31,13 @@ def add(router: APIRouter, gateway: Gateway) -> None:
     started = asyncio.Lock()
     has_started = False
 
-    @router.get("/")
+    @router.get("/", response_class=Response)
     async def health() -> Response:
         """200 when a replica can answer, 503 when none can."""
         await gateway.backend.ping()
         return Response()
 
-    @router.get("/startup")
+    @router.get("/startup", response_class=Response)
     async def startup() -> Response:
         """200 once one token was generated as for any request; after that, as `GET /`. Open to everyone."""
         nonlocal has_started

@@ -78,7 +78,9 @@ class Message(Body):
     reasoning: str | None = None  # its other name
     refusal: Annotated[Any, refused("send the text as content")] = None
     audio: Annotated[Any, refused("text only")] = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOL_CALLS)] | None = None  # an assistant's
+    tool_calls: Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOL_CALLS, fail_fast=True)] | None = (
+        None  # an assistant's
+    )
     tool_call_id: Annotated[str, Field(max_length=limits.MAX_LABEL_CHARS)] | None = None  # what a tool answers
     function_call: Annotated[Any, refused("functions")] = None
     annotations: Annotated[Any, refused("text only", [])] = None
@@ -95,9 +97,9 @@ class Message(Body):
     @model_validator(mode="after")
     def _is_one_role_s(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls are an assistant's, and this is a message of role {self.role!r}")
+            raise wrong(f"tool_calls are an assistant's, and this is a message of role {self.role!r}")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise ValueError("a message of role 'tool' has the tool_call_id that it answers, and no other has one")
+            raise wrong("a message of role 'tool' has the tool_call_id that it answers, and no other has one")
         return self
 
 

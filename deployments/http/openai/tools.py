@@ -21,7 +21,7 @@ ToolName = Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARS, pa
 
 def _is_function(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind != "function":
+    if kind is not None and kind != "function":
         raise unsupported(f"{shown(kind)} tools; describe a function")
     return value
 
@@ -58,12 +58,15 @@ class NamedTool(Body):
 class ToolFields(Body):
     """As a part of a chat."""
 
-    tools: Annotated[list[Annotated[Tool, BeforeValidator(_is_function)]], Field(max_length=MAX_TOOLS)] | None = None
+    tools: (
+        Annotated[list[Annotated[Tool, BeforeValidator(_is_function)]], Field(max_length=MAX_TOOLS, fail_fast=True)]
+        | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | Annotated[NamedTool, BeforeValidator(_is_function)] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # variables of the chat template
     reasoning_effort: Annotated[str, Field(max_length=MAX_LABEL_CHARS)] | None = None
-    documents: list[dict[str, Any]] | None = None  # for templates that write them
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None  # for templates that write them
     include_reasoning: bool | None = None  # false: it is left out
     separate_reasoning: bool | None = None  # SGLang's; false: it stays in the text
     stream_reasoning: bool | None = None  # SGLang's; false: it comes at once, when it has ended

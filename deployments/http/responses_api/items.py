@@ -40,7 +40,7 @@ class Refusal(Body):
 
 def _is_text(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind not in _PARTS:
+    if kind is not None and kind not in _PARTS:
         raise unsupported(f"{shown(kind)} parts; send text")
     return value
 
@@ -109,7 +109,7 @@ _KINDS = {"message": "message", "function_call": "call", "function_call_output":
 
 def _is_known(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind not in _KINDS:
+    if kind is not None and kind not in _KINDS:
         raise unsupported(f"items of type {shown(kind)}; send {', '.join(_KINDS)}")
     return value
 

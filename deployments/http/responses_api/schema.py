@@ -33,7 +33,7 @@ class FunctionTool(Body):
 
 def _is_function(value: Any) -> Any:
     kind = kind_of(value)
-    if isinstance(kind, str) and kind != "function":
+    if kind is not None and kind != "function":
         raise unsupported(f"tools of type {shown(kind)}, which run at the server; describe a function")
     return value
 
@@ -105,12 +105,12 @@ class ResponsesRequest(Body):
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=limits.MAX_PARTS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=limits.MAX_PARTS, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
-    include: list[Literal[INCLUDABLE]] | None = None  # type: ignore[valid-type]
+    include: Annotated[list[Literal[INCLUDABLE]], Field(fail_fast=True)] | None = None  # type: ignore[valid-type]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None  # true if it is not said
@@ -137,6 +137,6 @@ class ResponsesRequest(Body):
     top_k: Annotated[Whole, Field(ge=-1)] | None = None
     min_p: float | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: list[str] | None = None
+    stop: Annotated[list[str], Field(fail_fast=True)] | None = None
     adapter_source: Annotated[str, Field(max_length=limits.MAX_SOURCE_CHARS)] | None = None
     cache_salt: Label = None

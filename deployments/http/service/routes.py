@@ -1,12 +1,13 @@
-"""/tokenize, /detokenize, /tokenizer_info, /version, /load, /ping."""
+"""/tokenize, /detokenize, /tokenizer_info, /version, /load, /ping, /metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from deployments.asks import Ask, Chat, adapter_of
 from deployments.http.documented import answers, failures
@@ -16,6 +17,7 @@ from deployments.http.openai.messages import as_template_takes_it
 from deployments.http.openai.replies import error_body
 from deployments.http.openai.tools import ToolFields, reading_of, template_args
 from deployments.http.service import examples
+from deployments.http.service.metrics import exposition
 from deployments.http.service.schema import DetokenizeRequest, TokenizeRequest
 from deployments.http.versions import own_version
 from deployments.router.gateway import Gateway
@@ -52,18 +54,23 @@ def routes(gateway: Gateway, route_class: type[APIRoute], in_flight: InFlight) -
         """The release that runs."""
         return {"version": own_version()}
 
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Of each replica, for Prometheus, with vLLM's names where others read them."""
+        return Response(exposition(gateway.model_id, await gateway.backend.stats()), media_type=CONTENT_TYPE_LATEST)
+
     @router.get("/load")
     async def load() -> dict[str, int]:
         """Requests that this router has not answered to their end, this one left out."""
         return {"server_load": max(0, in_flight.count - 1)}
 
-    @router.get("/ping")
+    @router.get("/ping", response_class=Response)
     async def ping() -> Response:
         """As GET /health, with an empty body."""
         await gateway.backend.ping()
         return Response()
 
-    @router.post("/ping")
+    @router.post("/ping", response_class=Response)
     async def ping_too() -> Response:
         """As GET /ping: SageMaker's probes ask so."""
         return await ping()
