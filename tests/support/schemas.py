@@ -22,7 +22,7 @@ def random_schema(rng: random.Random, depth: int = 3) -> Schema:
     if kind == 3:
         return _array(rng, depth)
     if kind == 4:
-        return {"anyOf": [random_schema(rng, depth - 1) for _ in range(rng.randint(1, 3))]}
+        return {"anyOf": [_inner(rng, depth) for _ in range(rng.randint(1, 3))]}
     return {"$defs": {"part": _inner(rng, depth)}, **_array_of({"$ref": "#/$defs/part"}, rng)}
 
 
