@@ -159,9 +159,13 @@ def test_a_thousand_streams_at_once_are_all_right_within_bounded_memory(server: 
         expected = await expected_of(server, prompts, 48)
         before = peak = server.rss_bytes()
         streams = [asyncio.ensure_future(read(server, Told(), prompts[n % 20], max_tokens=48)) for n in range(1000)]
-        while not all(stream.done() for stream in streams):
-            await asyncio.sleep(0.2)
+
+        async def all_done() -> bool:
+            nonlocal peak
             peak = max(peak, await asyncio.to_thread(server.rss_bytes))
+            return all(stream.done() for stream in streams)
+
+        await until_async(all_done, "a thousand streams", 300.0, poll_s=0.2)
         return [stream.result() for stream in streams], expected, before, peak
 
     tolds, expected, before, peak = run(server, main)
